@@ -1,0 +1,49 @@
+"""Where a frozen weight lives, and the little that the maths asks of it: the `Base` protocol.
+
+A base sees every layer kind as one matrix W (O, I). A new storage (a quantizer, a shard) is one new file here that
+offers these methods; nothing else in the package reads a weight.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+TILE_NUMBERS = 2**20
+"""Numbers in one row tile: 4 MiB of fp32, the largest copy of any part of W that is ever made."""
+
+
+class Base(Protocol):
+    """What a frozen weight must offer. `module` is the adapted layer."""
+
+    exact_forward: bool
+    """False where the forward quantizes activations: U then comes from row tiles."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(O, I) as the maths sees it."""
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype in which products with W are computed."""
+
+    def device(self, module: nn.Module) -> torch.device: ...
+
+    def version(self, module: nn.Module) -> tuple:
+        """A value that changes when W does: what was derived from W is kept under it."""
+
+    def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
+        """rows · Wᵀ (K, O): the layer's own forward, bias off, autocast off, in W's dtype."""
+
+    def backward_rows(self, module: nn.Module, rows_KO: Tensor) -> Tensor:
+        """rows · W (K, I): the layer's own input gradient for K rows."""
+
+    def row_tiles(self, module: nn.Module, rows: Tensor | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """(which rows, those rows of W in fp32 or fp64), tile by tile; all rows, or those in the index `rows`."""
+
+    def write_rows(self, module: nn.Module, rows: slice, tile_KI: Tensor) -> None:
+        """Overwrite rows of W (merging)."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for every low precision, fp64 for fp64: the dtype of m, n, g − 1 and of all sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,122 @@
+"""AdapterConfig: everything that decides what is adapted and how. Names follow the paper and PEFT.
+
+Frozen, keyword-only, checked on construction; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import UserError, near_misses
+
+METHODS = ("lora", "dora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Settings of one adapter.
+
+    Raises:
+        UserError: a value outside its range, or a module named by both `targets` and `magnitude_only` (found at attach).
+    """
+
+    method: Literal["lora", "dora"] = "dora"
+    """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1)."""
+    rank: int = 16
+    """R, rows of A and columns of B."""
+    alpha: float | None = None
+    """Scaling is alpha / rank (alpha / sqrt(rank) under rslora). None: 2 · rank, the paper's choice. Global: a module
+    with its own rank keeps this alpha, as in PEFT."""
+    rank_scaling: Literal["standard", "rslora"] = "standard"
+    """`standard` alpha / R, `rslora` alpha / sqrt(R)."""
+    dropout: float = 0.0
+    """Dropout probability on the input of the low-rank branch, in training only."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """A list of module names or name suffixes; or a string: a regex that must match a whole module name, or
+    `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses)."""
+    exclude: str | tuple[str, ...] = ()
+    """Modules to leave out, in the same forms as `targets`."""
+    magnitude_only: str | tuple[str, ...] = ()
+    """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
+    also_train: tuple[str, ...] = ()
+    """Modules trained whole (PEFT's `modules_to_save`), by name or suffix."""
+    rank_overrides: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rank for single modules, by name or suffix; the first entry that fits counts."""
+    alpha_overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Alpha for single modules, likewise."""
+    magnitude_axis: Literal["output", "input"] = "output"
+    """One magnitude per output row (the authors' code, PEFT, torchtune), or per input column."""
+    norm_gradient: Literal["detached", "full"] = "detached"
+    """`detached` treats the norm as a constant in the backward pass (§4.3, Eq. 11), `full` differentiates it (Eq. 6)."""
+    seed: int = 0
+    """Seed of A. Each module draws from its own generator, so the start depends on neither order nor global state."""
+
+    def __post_init__(self):
+        for name in ("targets", "exclude", "magnitude_only", "also_train"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if isinstance(self.also_train, str):
+            object.__setattr__(self, "also_train", (self.also_train,))
+        for name, kind in (("rank_overrides", int), ("alpha_overrides", (int, float))):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(_is_number(v, kind) and v > 0 for v in value.values()):
+                raise UserError(f"{name} is {value!r}; expected a mapping from module names to positive numbers")
+            object.__setattr__(self, name, dict(value))
+        _choice("method", self.method, METHODS)
+        _choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
+        _choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
+        _choice("norm_gradient", self.norm_gradient, ("detached", "full"))
+        if not _is_number(self.rank, int) or self.rank <= 0:
+            raise UserError(f"rank is {self.rank!r}; expected a whole number of at least 1")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2 * self.rank)
+        if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
+            raise UserError(f"alpha is {self.alpha!r}; expected a positive number (2 * rank is usual)")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout!r}; expected a number from 0 up to, not including, 1")
+        if not _is_number(self.seed, int):
+            raise UserError(f"seed is {self.seed!r}; expected a whole number")
+        if self.method == "lora" and self.magnitude_only:
+            raise UserError("magnitude_only needs a method with a magnitude; set method: dora or drop magnitude_only")
+
+    @property
+    def has_magnitude(self) -> bool:
+        return self.method == "dora"
+
+    def scaling(self, rank: int, alpha: float | None = None) -> float:
+        """s = alpha / rank, or alpha / sqrt(rank) under rslora."""
+        alpha = self.alpha if alpha is None else alpha
+        return alpha / (rank**0.5 if self.rank_scaling == "rslora" else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """Build from plain data; an unknown key is an error that names its near misses."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"unknown adapter setting {key!r}{near_misses(key, known)}")
+        return cls(**values)
+
+
+def _patterns(name: str, value) -> str | tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(v, str) and v for v in value):
+        raise UserError(f"{name} is {value!r}; expected a string or a list of module names")
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+
+def _choice(name: str, value, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(allowed)}{near_misses(value, allowed)}")
+
+
+def _is_number(value, kind=(int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,0 +1,153 @@
+"""The norm, computed once per change of A and B: not once per forward, per checkpoint recomputation or per decoded token.
+
+Version counters alone are unsound: fused AdamW, `.data` writes and custom ops change a parameter without bumping
+`_version`. The key therefore has four parts:
+
+    step token     a counter bumped after every step of any torch optimizer (plain, foreach, fused, compiled)
+    identity       `data_ptr`, `_version`, dtype and device of A and B, the version of W, the compute dtype
+    epoch          bumped by loads, moves, dtype changes, merges and `doratune.refresh`
+    fingerprint    an integer hash of all bits of A and B, as the net: on CPU in every call with gradients enabled or of 64
+                   tokens or more; on CUDA once per model forward for all layers together (one sync), and only while
+                   gradients are enabled
+
+What only `doratune.refresh(model)` covers: a `.data` write by hand followed by a call without gradients, on CPU of fewer
+than 64 tokens.
+
+Cost of the fingerprint: one read of A and B (well under 1 % of a training step).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+HASH_FROM_TOKENS = 64
+
+_optimizer_steps = 0
+
+
+def _count_step(*_):
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class NormCache:
+    """One layer's norm. Copies of a model start with an empty cache: they neither share nor pollute it."""
+
+    def __init__(self):
+        self.clear()
+        self.evaluations = 0
+        """How often the norm was really computed."""
+
+    def clear(self) -> None:
+        self._key = self._value = self._print = None
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def get(self, sources: tuple[Tensor, ...], context: tuple, tokens: int, compute: Callable[[], Tensor],
+            gradients: bool = False) -> Tensor:
+        """The value for these sources, from `compute` when anything changed.
+
+        sources: the parameters that the value depends on; context: hashable facts that it depends on besides;
+        tokens, gradients: size of this call and whether gradients are enabled (inside an autograd function
+        `torch.is_grad_enabled()` does not tell), which decide whether the full hash is worth it.
+        """
+        key = (_optimizer_steps, context, *(identity(t) for t in sources))
+        current = self._fingerprint(sources, tokens, gradients)
+        if key != self._key or (current is not None and current != self._print):
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = compute()
+            self.evaluations += 1
+            self._key = key
+            self._print = hash_bits(sources) if current is None and _cheap_hash(sources) else current
+        return self._value
+
+    def _fingerprint(self, sources, tokens: int, gradients: bool):
+        if _cheap_hash(sources):
+            return hash_bits(sources) if tokens >= HASH_FROM_TOKENS or gradients else None
+        if sources and sources[0].is_cuda and gradients:
+            return None if torch.cuda.is_current_stream_capturing() else _rounds.fingerprint(self, sources)
+        return None
+
+
+def identity(t: Tensor) -> tuple:
+    return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device
+
+
+def _cheap_hash(sources) -> bool:
+    return bool(sources) and sources[0].device.type == "cpu"
+
+
+def hash_bits(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """An integer hash of every bit: dot product with fixed odd multipliers modulo 2**32 or 2**64, so position counts."""
+    return tuple(_hash(t).item() for t in sources)
+
+
+def _hash(t: Tensor) -> Tensor:
+    flat = t.detach().contiguous().view(-1)
+    if not flat.numel():
+        return torch.zeros((), dtype=torch.int64, device=flat.device)
+    if flat.element_size() < 4:
+        flat = flat.float()
+    size = flat.element_size()
+    whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    bits = flat.view(torch.int64 if whole else torch.int32)
+    multipliers = _multipliers(bits)
+    return torch.dot(bits, multipliers) if bits.device.type == "cpu" else (bits * multipliers).sum()
+
+
+_multiplier_cache: dict[tuple, Tensor] = {}
+
+
+def _multipliers(bits: Tensor) -> Tensor:
+    """Fixed random odd integers, grown as needed, one set per dtype and device."""
+    key = bits.dtype, bits.device
+    have = _multiplier_cache.get(key)
+    if have is None or len(have) < len(bits):
+        with torch.inference_mode(False):
+            info = torch.iinfo(bits.dtype)
+            generator = torch.Generator().manual_seed(1)
+            size = max(2 * len(bits), 2**16)
+            have = torch.randint(info.min, info.max, (size,), dtype=bits.dtype, generator=generator) | 1
+            have = _multiplier_cache[key] = have.to(bits.device)
+    return have[: len(bits)]
+
+
+class _Rounds:
+    """CUDA: one fingerprint of all layers per model forward. A round ends when a layer is asked a second time."""
+
+    def __init__(self):
+        self.members = weakref.WeakKeyDictionary()  # cache -> weak references to its sources
+        self.prints = {}  # id of a cache -> its hash in this round
+        self.seen = set()
+
+    def fingerprint(self, cache: NormCache, sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+        known = [ref() for ref in self.members.get(cache, ())]
+        same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
+        if not same or id(cache) in self.seen or id(cache) not in self.prints:
+            self.members[cache] = tuple(weakref.ref(t) for t in sources)
+            self._begin(sources[0].device)
+        self.seen.add(id(cache))
+        return self.prints[id(cache)]
+
+    def _begin(self, device) -> None:
+        """Hash every layer on this device with one transfer to the host."""
+        live = [(cache, [ref() for ref in refs]) for cache, refs in list(self.members.items())]
+        live = [(cache, ts) for cache, ts in live if all(t is not None and t.device == device for t in ts)]
+        values = iter(torch.stack([_hash(t).long() for _, ts in live for t in ts]).tolist())
+        self.prints = {id(cache): tuple(next(values) for _ in ts) for cache, ts in live}
+        self.seen = set()
+
+
+_rounds = _Rounds()

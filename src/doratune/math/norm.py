@@ -1,0 +1,141 @@
+"""The norm of W + s·B·A from its factors, without a product of size O×I.
+
+    output axis   n² = w² + 2s·rowsum(U ⊙ B) + s²·rowsum((B·(A·Aᵀ)) ⊙ B),     U = W·Aᵀ, the base's forward on A's rows
+    input axis    n² = w² + 2s·colsum(A ⊙ Q) + s²·colsum(A ⊙ ((Bᵀ·B)·A)),     Q = Bᵀ·W, the base's backward on Bᵀ's rows
+
+and the gradient through it (Eq. 6), which the paper's §4.3 leaves out to save memory; factored, it needs none:
+
+    output axis   c = g·dg/n²    dB −= s·c ⊙ (U + s·B·A·Aᵀ)    dA −= s·((c ⊙ B)ᵀ·W + s·(Bᵀ(c ⊙ B))·A)
+    input axis    q = −g·dm/n    dA += s·(Q + s·Bᵀ·B·A) ⊙ q    dB += s·(W·(A ⊙ q)ᵀ + s·B·(A·(A ⊙ q)ᵀ))
+
+Cancellation: U leaves a bf16 base rounded to bf16, so where the terms nearly cancel the sum is noise. Those rows are redone
+in fp32 from W's row tiles; the bound below is the error of n² that U's rounding can cause.
+
+Cost: 2·O·I·R FLOPs at the base's own speed and 2·(O + I)·R² in fp32; memory O·R + R² numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import Base
+from .decomposition import TINY
+
+MAX_RELATIVE_ERROR = 1e-4
+"""Largest share of n² that U's rounding may cause before a row is redone."""
+
+_ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-24, torch.float64: 2**-53}
+
+
+class Terms(NamedTuple):
+    """n² = w² + 2·cross + ba2 with cross = W·ΔV, ba2 = |ΔV|² per row (or column); `n` has redone rows and the clamp."""
+
+    n: Tensor
+    cross: Tensor
+    ba2: Tensor
+    redone: Tensor
+    clamped: Tensor
+
+
+def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:
+    """The norm and its parts; A and B already in the dtype that the forward uses. No autograd, no autocast."""
+    A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
+    if axis == "output":
+        product = base_times_A(base, module, A_RI).to(w2.dtype) * B
+        along = 1
+        ba2 = s * s * ((B @ (A @ A.T)) * B).sum(1)
+    else:
+        product = base.backward_rows(module, B_OR.T).to(w2.dtype) * A
+        along = 0
+        ba2 = s * s * (((B.T @ B) @ A) * A).sum(0)
+    cross = s * product.sum(along)
+    n2 = w2 + 2 * cross + ba2
+    noise = rounding(base, module) * abs(s) * torch.linalg.vector_norm(product, dim=along)
+    redone = (noise > MAX_RELATIVE_ERROR * n2).nonzero().squeeze(1)
+    if len(redone):
+        n2[redone] = squared_direct(base, module, A, B, s, axis, redone)
+    n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()
+    return Terms(torch.maximum(n, floor), cross, ba2, redone, n < floor)
+
+
+def rounding(base: Base, module: nn.Module) -> float:
+    """ε_U: the relative rounding of one element of U as the base returns it."""
+    dtype = base.dtype(module)
+    if dtype == torch.float32 and base.device(module).type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return 2**-11
+    return _ROUNDING[dtype]
+
+
+def base_times_A(base: Base, module: nn.Module, A_RI: Tensor) -> Tensor:
+    """U = W·Aᵀ (O, R): through the base's forward, or through row tiles where that forward is not exact."""
+    if base.exact_forward:
+        return base.forward_rows(module, A_RI).T
+    U = A_RI.new_empty(base.shape(module)[0], len(A_RI), dtype=torch.float32)
+    for rows, tile_KI in base.row_tiles(module):
+        U[rows] = tile_KI @ A_RI.to(tile_KI.dtype).T
+    return U
+
+
+def squared_direct(base: Base, module: nn.Module, A: Tensor, B: Tensor, s: float, axis: str, index: Tensor) -> Tensor:
+    """|W + s·B·A|² of the rows (columns) in `index`, directly from fp32 row tiles."""
+    if axis == "output":
+        parts = [V.square().sum(1) for _, V in direct_rows(base, module, A, B, s, index)]
+        return torch.cat(parts)
+    total = torch.zeros(len(index), dtype=A.dtype, device=A.device)
+    for rows, tile_KI in base.row_tiles(module):
+        V = torch.addmm(tile_KI[:, index], B[rows], A[:, index], alpha=s)
+        total += V.square().sum(0)
+    return total
+
+
+def direct_rows(base: Base, module: nn.Module, A: Tensor, B: Tensor, s: float, index: Tensor | None = None):
+    """(rows, W_rows + s·B_rows·A) tile by tile in fp32; also what merging writes."""
+    for rows, tile_KI in base.row_tiles(module, index):
+        yield rows, torch.addmm(tile_KI, B[rows], A, alpha=s)
+
+
+def full_gradient_output(base, module, A_RI, B_OR, s, c_O, redone) -> tuple[Tensor, Tensor]:
+    """(dA, dB) through the norm, output axis; c = g·dg/n², 0 on rows without direction. U is recomputed here.
+
+    Rows that cancel take V = W + s·B·A from fp32 tiles in both gradients: −s·(c ⊙ B)ᵀ·V and −s·c ⊙ (V·Aᵀ)."""
+    A, B = A_RI.to(c_O.dtype), B_OR.to(c_O.dtype)
+    VA_OR = torch.addmm(base_times_A(base, module, A_RI).to(c_O.dtype), B, A @ A.T, alpha=s)
+    cB_OR = c_O[:, None] * B
+    cB_plain = cB_OR.index_fill(0, redone, 0.0)
+    cBV_RI = torch.addmm(scaled_backward(base, module, cB_plain.T), B.T @ cB_plain, A, alpha=s)
+    for rows, V in direct_rows(base, module, A, B, s, redone) if len(redone) else ():
+        VA_OR[rows] = V @ A.T
+        cBV_RI += cB_OR[rows].T @ V
+    return -s * cBV_RI, -s * c_O[:, None] * VA_OR
+
+
+def full_gradient_input(base, module, A_RI, B_OR, s, q_I, redone) -> tuple[Tensor, Tensor]:
+    """(dA, dB) through the norm, input axis; q = −g·dm/n, 0 on columns without direction. Columns that cancel likewise."""
+    A, B = A_RI.to(q_I.dtype), B_OR.to(q_I.dtype)
+    BV_RI = torch.addmm(base.backward_rows(module, B_OR.T).to(q_I.dtype), B.T @ B, A, alpha=s)
+    Aq_RI = A * q_I
+    Aq_plain = Aq_RI.index_fill(1, redone, 0.0)
+    scale = _unit(Aq_plain)
+    VAq_OR = base.forward_rows(module, Aq_plain / scale).T.to(q_I.dtype) * scale
+    VAq_OR = torch.addmm(VAq_OR, B, A @ Aq_plain.T, alpha=s)
+    if len(redone):
+        BV_RI[:, redone] = 0.0
+        for rows, tile_KI in base.row_tiles(module):
+            V = torch.addmm(tile_KI[:, redone], B[rows], A[:, redone], alpha=s)
+            BV_RI[:, redone] += B[rows].T @ V
+            VAq_OR[rows] += V @ Aq_RI[:, redone].T
+    return s * BV_RI * q_I, s * VAq_OR
+
+
+def scaled_backward(base: Base, module: nn.Module, rows_KO: Tensor) -> Tensor:
+    """rows · W, with the rows brought to unit size first: a gradient of 1e-8 would vanish in fp16."""
+    scale = _unit(rows_KO)
+    return base.backward_rows(module, rows_KO / scale).to(rows_KO.dtype) * scale
+
+
+def _unit(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax() if rows.numel() else rows.new_ones(())
+    return torch.where(largest > 0, largest, 1.0)
