@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 _HOME = {
     "AdapterConfig": "config",
     "UserError": "errors",
-    "attach": "attach",
-    "detach": "attach",
-    "adapters": "attach",
-    "parameter_groups": "attach",
-    "refresh": "attach",
-    "verify": "verify",
-    "merge": "merge",
-    "unmerge": "merge",
+    "attach": "attachment",
+    "detach": "attachment",
+    "adapters": "attachment",
+    "parameter_groups": "attachment",
+    "refresh": "attachment",
+    "verify": "verification",
+    "merge": "merging",
+    "unmerge": "merging",
     "save": "checkpoint",
     "load": "checkpoint",
 }
@@ -28,11 +28,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'doratune' has no attribute {name!r}")
-    module = import_module(f".{_HOME[name]}", __name__)
-    for public, home in _HOME.items():  # a submodule of the same name (attach, merge) must not hide its function
-        if home == _HOME[name]:
-            globals()[public] = getattr(module, public)
-    return globals()[name]
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
 
 
 def __dir__():

@@ -48,10 +48,11 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     if (record := vars(model).get(RECORD)) is not None:
         state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
         raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
-    return _attach(model, config, select(model, config), trainable)
+    return attach_selection(model, config, select(model, config), trainable)
 
 
-def _attach(model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool) -> nn.Module:
+def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool) -> nn.Module:
+    """`attach` for modules, ranks and alphas that are resolved already (loading)."""
     modules = dict(model.named_modules())
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     replaced = _train_whole(modules, selection.also_train, trainable)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .attach import adapters, record_of
+from .attachment import adapters, record_of
 from .errors import UserError
 from .layers.adapted import Adapted, LayerSite, adapted_class
 from .math.decomposition import gain_minus_one
@@ -45,11 +45,12 @@ def merge(model: nn.Module, keep: str = "cpu") -> int:
             raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
     merged, kept_bytes = {}, 0
     for name, module in layers:
+        frozen = LayerSite(module, module.adaptation).frozen
         original = None if keep == "none" else _copy(module.weight, keep)
         kept_bytes += 0 if original is None else original.nbytes
         for rows, tile in merged_tiles(module, gains[name]):
             module.adaptation.base.write_rows(module, rows, tile)
-        merged[name] = _to_plain(module, original)
+        merged[name] = _to_plain(module, original, frozen)
     record.merged = merged
     return kept_bytes
 
@@ -109,7 +110,7 @@ def _copy(weight: Tensor, keep: str) -> Tensor:
     return weight.detach().to("cpu", copy=True) if keep == "cpu" else weight.detach().clone()
 
 
-def _to_plain(module: Adapted, original: Tensor | None) -> SimpleNamespace:
+def _to_plain(module: Adapted, original: Tensor | None, frozen: Tensor) -> SimpleNamespace:
     """Make the layer an ordinary one; its adapter goes into the record."""
     a = module.adaptation
     stored = SimpleNamespace(
@@ -117,6 +118,7 @@ def _to_plain(module: Adapted, original: Tensor | None) -> SimpleNamespace:
         scaling=a.scaling,
         adaptation=a,
         original=original,
+        frozen=frozen,
     )
     del module.adaptation
     module.__class__ = type(module).__mro__[2]

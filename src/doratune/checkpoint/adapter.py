@@ -1,0 +1,197 @@
+"""`save` and `load`: an adapter folder = adapter_config.json + adapter_model.safetensors (PEFT's layout) + doratune.json.
+
+doratune.json holds the whole AdapterConfig (training settings that PEFT's file cannot say: norm gradient, seed, magnitude-only
+modules); a folder without it is PEFT's own. Everything is checked against the model before the model is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..attachment import RECORD, adapters, attach_selection, record_of
+from ..config import AdapterConfig
+from ..errors import UserError, listed
+from ..layers import kind_of
+from ..layers.adapted import LayerSite, own_parameters
+from ..targets import Selection, select
+from . import peft
+from .files import read_json, read_tensors, write_json, write_tensors
+
+CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
+FORMATS = ("auto", "peft", "doratune")
+
+
+def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
+    """Write the adapter of an attached or merged model; A, B, m in fp32.
+
+    Args:
+        format: "peft" loads in PEFT; "doratune" is the same layout under our own type; "auto" takes "peft" where
+            PEFT's format can say it all.
+
+    Raises:
+        UserError: nothing attached, or format "peft" for an adapter that PEFT's format cannot say (with the reason).
+    """
+    if format not in FORMATS:
+        raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+    record, folder = record_of(model), Path(folder)
+    config = record.config
+    if format == "auto":
+        format = "doratune" if config.has_magnitude and config.magnitude_axis == "input" else "peft"
+    ranks = {name: 0 if layer.lora_A is None else len(layer.lora_A) for name, layer in adapters(model)}
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    described = (peft.to_peft if format == "peft" else peft.to_own)(config, ranks, base)
+    tensors = {}
+    for name, layer in adapters(model):
+        module = model.get_submodule(name)
+        tensors |= {peft.file_key(name, p): t for p, t in _exported(layer, module).items()}
+    whole = model.state_dict(keep_vars=True)
+    for name in record.also_train:
+        tensors |= {peft.PREFIX + key: t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
+    write_tensors(folder / TENSORS, tensors)
+    write_json(folder / CONFIG, described)
+    write_json(folder / OWN, {"doratune_version": __version__, "adapter": config.to_dict()})
+
+
+@torch.no_grad()
+def _exported(layer, module: nn.Module) -> dict[str, Tensor]:
+    """One layer's tensors as PEFT computes with them: B = 0 of rank 1 for magnitude only, and m = |W + s·B·A| on rows
+    without direction, where PEFT has no g = 1 of its own."""
+    out = {key: p.detach() for key in ("lora_A", "lora_B", "magnitude") if (p := getattr(layer, key)) is not None}
+    if layer.lora_A is None:
+        rows, columns = layer.adaptation.base.shape(module)
+        out |= {"lora_A": torch.zeros(1, columns), "lora_B": torch.zeros(rows, 1)}
+    a = layer.adaptation
+    if layer.magnitude is not None and layer.lora_A is not None and a.axis == "output":
+        frozen = _frozen_rows(layer, module)
+        if len(frozen):
+            BA = layer.lora_B[frozen] @ layer.lora_A
+            W = torch.cat([tile for _, tile in a.base.row_tiles(module, frozen)]) if layer is module else 0.0
+            out["magnitude"] = out["magnitude"].clone()
+            out["magnitude"][frozen] = torch.linalg.vector_norm(W + a.scaling * BA, dim=1)
+    return out
+
+
+def _frozen_rows(layer, module: nn.Module) -> Tensor:
+    """Indices of rows without direction; a merged layer remembers them."""
+    if layer is module:
+        return LayerSite(module, layer.adaptation).frozen.nonzero().squeeze(1)
+    return layer.frozen.nonzero().squeeze(1)
+
+
+def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Module:
+    """Attach the adapter in `folder` to a model, in place; ours or PEFT's own (DoRA or LoRA). Returns the model.
+
+    Args:
+        trainable: leave A, B and m trainable (to go on training); False for inference.
+
+    Raises:
+        UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
+            (all mismatches in one message). The model is then unchanged.
+    """
+    config, patterns, tensors = read_folder(Path(folder))
+    if vars(model).get(RECORD) is not None:
+        raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
+    selection, config = _resolve(model, config, patterns, tensors, str(folder))
+    _check(model, config, selection, tensors, str(folder))
+    attach_selection(model, config, selection, trainable)
+    put(model, tensors)
+    return model
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Put the tensors of a folder into a model that is attached with the same settings (resuming).
+
+    Raises:
+        UserError: as `load`.
+    """
+    _, _, tensors = read_folder(Path(folder))
+    record = record_of(model)
+    ranks = {name: 0 if m.lora_A is None else len(m.lora_A) for name, m in adapters(model)}
+    _check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder))
+    put(model, tensors)
+
+
+def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
+    """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
+    raw = read_json(folder / CONFIG, "an adapter folder needs it")
+    config = peft.from_peft(raw, str(folder / CONFIG))
+    if (folder / OWN).is_file():
+        own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
+        try:
+            config = AdapterConfig.from_dict(own)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{folder / OWN}: {error}") from None
+    if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
+    tensors = {peft.parse_key(key): t for key, t in read_tensors(folder / TENSORS).items()}
+    return config, raw, tensors
+
+
+def _resolve(model, config: AdapterConfig, raw: dict, tensors, where: str) -> tuple[Selection, AdapterConfig]:
+    """Which modules of the model the folder speaks of, with their ranks and alphas."""
+    selection = select(model, config)
+    ranks, alphas = dict(selection.ranks), dict(selection.alphas)
+    if raw.get("layers_to_transform") is not None:
+        present = {name for name, _ in tensors if name}
+        ranks = {name: rank for name, rank in ranks.items() if name in present}
+        config = replace(config, targets=tuple(ranks))
+    for name in ranks:
+        if ranks[name]:
+            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, config.rank))
+            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, config.alpha)
+    overrides = {n: r for n, r in ranks.items() if r not in (0, config.rank)}
+    config = replace(
+        config,
+        rank_overrides=overrides,
+        alpha_overrides={n: alphas[n] for n in ranks if ranks[n] and alphas[n] != config.alpha},
+    )
+    return Selection(ranks, alphas, selection.left_out, selection.also_train), config
+
+
+def _check(model, config: AdapterConfig, selection: Selection, tensors, where: str) -> None:
+    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
+    expected: dict[tuple[str, str], tuple[int, ...]] = {}
+    modules = dict(model.named_modules())
+    for name, rank in selection.ranks.items():
+        rows, columns = kind_of(modules[name]).base.shape(modules[name])
+        expected[name, "lora_A"], expected[name, "lora_B"] = (rank or 1, columns), (rows, rank or 1)
+        if config.has_magnitude:
+            expected[name, "magnitude"] = (rows if config.magnitude_axis == "output" else columns,)
+    for name in selection.also_train:
+        for key, t in modules[name].state_dict().items():
+            expected["", f"{name}.{key}"] = tuple(t.shape)
+    problems = [f"{_shown(k)} is missing" for k in expected if k not in tensors]
+    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in expected]
+    for key, shape in expected.items():
+        if key in tensors and _squeezed(tensors[key], key).shape != torch.Size(shape):
+            problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
+    if problems:
+        raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
+
+
+def _shown(key: tuple[str, str]) -> str:
+    return ".".join(part for part in key if part)
+
+
+def _squeezed(t: Tensor, key: tuple[str, str]) -> Tensor:
+    return t.squeeze(-1) if key[1] == "magnitude" and t.dim() == 2 and t.shape[-1] == 1 else t
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: dict[tuple[str, str], Tensor]) -> None:
+    """Copy checked tensors into an attached model."""
+    record = record_of(model)
+    for name, module in adapters(model):
+        for key, p in own_parameters(module).items():
+            p.copy_(_squeezed(tensors[name, key], (name, key)))
+        module.adaptation.changed()
+    for name in record.also_train:
+        for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
+            t.detach().copy_(tensors["", f"{name}.{key}"])

@@ -1,0 +1,81 @@
+"""Options of a command from a dataclass, by jsonargparse: defaults < YAML file < flags; types from the annotations.
+
+Unknown keys and flags are found here first, so that the message can name near misses; a boolean flag needs no value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from ..errors import UserError, near_misses
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: bool = False) -> tuple[T, bool]:
+    """(settings, whether --json was given).
+
+    Args:
+        recipe: the first argument may be a YAML file of settings.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a recipe file that is not there.
+        SystemExit: after --help.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    usage = f"doratune {command} {'[RECIPE.yaml] ' if recipe else ''}[--SETTING VALUE …] [--json]"
+    parser = ArgumentParser(prog=f"doratune {command}", usage=usage, epilog=f"example: {example}", exit_on_error=False)
+    if recipe:
+        parser.add_argument("--config", action="config", help="a YAML file of settings; also the first argument")
+    parser.add_class_arguments(cls)
+    as_json = "--json" in argv
+    argv = [a for a in argv if a != "--json"]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if recipe and argv and not argv[0].startswith("-"):
+        _check_recipe(Path(argv[0]), fields)
+        argv = ["--config", *argv]
+    argv = _plain_flags(argv, fields, {"config"} if recipe else set())
+    try:
+        namespace = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).replace("\n", " ").split())) from None
+    values = {name: namespace[name] for name in fields}
+    return cls(**values), as_json
+
+
+def _check_recipe(path: Path, fields) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; see recipes/ for examples") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not a readable YAML file ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; expected lines of the form key: value")
+    for key in content:
+        if key not in fields:
+            raise UserError(f"{path}: unknown setting {key!r}{near_misses(key, fields)}")
+
+
+def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:
+    """Refuse unknown flags, and give boolean flags without a value the value true."""
+    out = []
+    for position, argument in enumerate(argv):
+        if argument.startswith("--") and argument != "--help":
+            name = argument[2:].split("=")[0].replace("-", "_")
+            if name not in fields and name not in extra:
+                raise UserError(f"unknown setting --{name}{near_misses(name, fields)}")
+            argument = f"--{name}" + argument[2 + len(name) :]
+            following = argv[position + 1] if position + 1 < len(argv) else "--"
+            if name in fields and fields[name].type in (bool, "bool") and "=" not in argument and following.startswith("--"):
+                argument += "=true"
+        out.append(argument)
+    return out

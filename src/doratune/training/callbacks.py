@@ -1,0 +1,81 @@
+"""Progress with loss and real tokens a second, and a clean stop on Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+
+class TokenProgress(ProgressCallback):
+    """transformers' bar, with the loss and the padding-free tokens a second beside it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.loss, self.started, self.tokens_before = None, time.perf_counter(), state.num_input_tokens_seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.loss = float(logs["loss"])
+        if logs and "eval_loss" in logs and self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            rate = tokens_per_second(state.num_input_tokens_seen - self.tokens_before, self.started)
+            shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
+            self.training_bar.set_postfix(shown | {"tokens/s": f"{rate:.0f}"}, refresh=False)
+
+
+class LossLog(TrainerCallback):
+    """Every logged loss with its step and the clock, for the metrics file and the curve."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        kept = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
+        if "loss" in kept or "eval_loss" in kept:
+            self.rows.append({"step": state.global_step} | kept)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.started
+        self.tokens = state.num_input_tokens_seen - self.tokens_before
+
+
+class StopOnSignal(TrainerCallback):
+    """First signal: finish the step, write a checkpoint, stop. Second signal: stop at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def tokens_per_second(tokens: int, started: float) -> float:
+    return tokens / max(time.perf_counter() - started, 1e-9)

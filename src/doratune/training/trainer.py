@@ -1,0 +1,120 @@
+"""TrainerMixin: what transformers' Trainer and TRL's trainers need to train an attached model well.
+
+    class DoRATrainer(TrainerMixin, transformers.Trainer): ...
+    class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
+
+Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
+is not finite, length-grouped batches that are the same after a resume, and the quantized-model check passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+from ..attachment import parameter_groups, record_of
+from ..checkpoint.adapter import load_weights, save
+from ..errors import UserError
+
+
+class NonFiniteLoss(UserError):
+    """The loss became NaN or infinite; the last checkpoint is the last good state."""
+
+
+class TrainerMixin:
+    """In front of transformers.Trainer or a subclass of it; the model must be attached already."""
+
+    magnitude_lr_ratio: float = 1.0
+    """Learning rate of m as a multiple of the trainer's."""
+
+    def __init__(self, model=None, *args, **kwargs):
+        if record_of(model).merged is not None:
+            raise UserError("this model is merged; call doratune.unmerge(model) before training")
+        with _passes_as_adapted(model):
+            super().__init__(model, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """The trainer's own optimizer class over our parameter groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                self.accelerator.unwrap_model(model, keep_torch_compile=False),
+                self.args.learning_rate,
+                self.args.weight_decay,
+                self.magnitude_lr_ratio,
+            )
+            cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}
+            self.optimizer = cls(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before it could spoil the "
+                "adapter: lower the learning rate or look at the data, then --resume from the last checkpoint"
+            )
+        return loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+            column = self.args.length_column_name
+            lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return EpochLengthSampler(size, lengths, self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The adapter alone, and the tokenizer."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_weights(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self):
+        load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+
+
+class DoRATrainer(TrainerMixin, transformers.Trainer):
+    """transformers.Trainer for an attached model."""
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Length-grouped order that depends on seed and epoch only: a resumed run sees the batches it would have seen."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+@contextlib.contextmanager
+def _passes_as_adapted(model):
+    """transformers refuses to train a quantized model unless it looks as if PEFT had adapted it."""
+    had = hasattr(model, "_hf_peft_config_loaded")
+    before = getattr(model, "_hf_peft_config_loaded", None)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if had:
+            model._hf_peft_config_loaded = before
+        else:
+            del model._hf_peft_config_loaded
