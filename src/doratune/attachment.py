@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import AdapterConfig
-from .errors import UserError
+from .errors import UserError, listed
 from .layers import kind_of
 from .layers.adapted import Adaptation, Adapted, adapted_class, own_parameters
 from .targets import Selection, select
@@ -54,6 +54,8 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
 def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool) -> nn.Module:
     """`attach` for modules, ranks and alphas that are resolved already (loading)."""
     modules = dict(model.named_modules())
+    if empty := [name for name in selection.ranks if modules[name].weight.is_meta]:
+        raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     replaced = _train_whole(modules, selection.also_train, trainable)
     for p in model.parameters():
@@ -62,13 +64,14 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
     for name, rank in selection.ranks.items():
-        _adapt(modules[name], name, config, rank, selection.alphas[name], trainable)
+        adapt(modules[name], name, config, rank, selection.alphas[name], trainable)
     record = Attachment(config, tuple(selection.ranks), selection.left_out, selection.also_train, requires_grad, replaced)
     setattr(model, RECORD, record)
     return model
 
 
-def _adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool) -> None:
+def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool) -> None:
+    """Adapt one module in place; rank 0 trains the magnitude alone."""
     a = Adaptation(
         kind=kind_of(module),
         rank=rank,

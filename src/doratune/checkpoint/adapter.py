@@ -96,8 +96,8 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
     config, patterns, tensors = read_folder(Path(folder))
     if vars(model).get(RECORD) is not None:
         raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
-    selection, config = _resolve(model, config, patterns, tensors, str(folder))
-    _check(model, config, selection, tensors, str(folder))
+    selection, config = resolve(model, config, patterns, tensors)
+    check(model, config, selection, tensors, str(folder))
     attach_selection(model, config, selection, trainable)
     put(model, tensors)
     return model
@@ -112,7 +112,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     _, _, tensors = read_folder(Path(folder))
     record = record_of(model)
     ranks = {name: 0 if m.lora_A is None else len(m.lora_A) for name, m in adapters(model)}
-    _check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder))
+    check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder))
     put(model, tensors)
 
 
@@ -134,7 +134,7 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     return config, raw, tensors
 
 
-def _resolve(model, config: AdapterConfig, raw: dict, tensors, where: str) -> tuple[Selection, AdapterConfig]:
+def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
     """Which modules of the model the folder speaks of, with their ranks and alphas."""
     selection = select(model, config)
     ranks, alphas = dict(selection.ranks), dict(selection.alphas)
@@ -155,7 +155,7 @@ def _resolve(model, config: AdapterConfig, raw: dict, tensors, where: str) -> tu
     return Selection(ranks, alphas, selection.left_out, selection.also_train), config
 
 
-def _check(model, config: AdapterConfig, selection: Selection, tensors, where: str) -> None:
+def check(model, config: AdapterConfig, selection: Selection, tensors, where: str) -> None:
     """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
     expected: dict[tuple[str, str], tuple[int, ...]] = {}
     modules = dict(model.named_modules())
@@ -170,7 +170,7 @@ def _check(model, config: AdapterConfig, selection: Selection, tensors, where: s
     problems = [f"{_shown(k)} is missing" for k in expected if k not in tensors]
     problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in expected]
     for key, shape in expected.items():
-        if key in tensors and _squeezed(tensors[key], key).shape != torch.Size(shape):
+        if key in tensors and fitted(tensors[key], key[1]).shape != torch.Size(shape):
             problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
     if problems:
         raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
@@ -180,8 +180,9 @@ def _shown(key: tuple[str, str]) -> str:
     return ".".join(part for part in key if part)
 
 
-def _squeezed(t: Tensor, key: tuple[str, str]) -> Tensor:
-    return t.squeeze(-1) if key[1] == "magnitude" and t.dim() == 2 and t.shape[-1] == 1 else t
+def fitted(t: Tensor, parameter: str) -> Tensor:
+    """A magnitude saved as a column (O, 1) is the vector (O,)."""
+    return t.squeeze(-1) if parameter == "magnitude" and t.dim() == 2 and t.shape[-1] == 1 else t
 
 
 @torch.no_grad()
@@ -190,7 +191,7 @@ def put(model: nn.Module, tensors: dict[tuple[str, str], Tensor]) -> None:
     record = record_of(model)
     for name, module in adapters(model):
         for key, p in own_parameters(module).items():
-            p.copy_(_squeezed(tensors[name, key], (name, key)))
+            p.copy_(fitted(tensors[name, key], key))
         module.adaptation.changed()
     for name in record.also_train:
         for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():

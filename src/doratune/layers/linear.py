@@ -41,8 +41,6 @@ class LinearKind:
             return f"its weight is a {type(weight.data).__name__} of a storage that this version cannot adapt"
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return f"its weight is {weight.dtype}; quantized bases come with a later version"
-        if weight.is_meta:
-            return "its weight is on the meta device; load the model's weights first"
         return None
 
 

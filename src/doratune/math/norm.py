@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from ..bases import Base
 from .decomposition import TINY
 
-MAX_RELATIVE_ERROR = 1e-4
-"""Largest share of n² that U's rounding may cause before a row is redone."""
-
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-24, torch.float64: 2**-53}
+"""ε_U: the relative rounding of one element of U as a base of this dtype returns it."""
+
+_TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-6, torch.float64: 1e-12}
+"""Largest share of n² that U's rounding may cause before a row is redone: well below what the output's dtype resolves."""
 
 
 class Terms(NamedTuple):
@@ -54,7 +55,7 @@ def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w
     cross = s * product.sum(along)
     n2 = w2 + 2 * cross + ba2
     noise = rounding(base, module) * abs(s) * torch.linalg.vector_norm(product, dim=along)
-    redone = (noise > MAX_RELATIVE_ERROR * n2).nonzero().squeeze(1)
+    redone = (noise > _TOLERANCE[base.dtype(module)] * n2).nonzero().squeeze(1)
     if len(redone):
         n2[redone] = squared_direct(base, module, A, B, s, axis, redone)
     n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()
@@ -62,7 +63,7 @@ def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w
 
 
 def rounding(base: Base, module: nn.Module) -> float:
-    """ε_U: the relative rounding of one element of U as the base returns it."""
+    """ε_U of this base; TF32 products count as what they are."""
     dtype = base.dtype(module)
     if dtype == torch.float32 and base.device(module).type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return 2**-11

@@ -1,0 +1,196 @@
+"""Merge an adapter into a model folder, shard by shard: base + adapter → an ordinary transformers folder (safetensors).
+
+Each weight is read, merged in row tiles of fp32 by the same code as in memory, cast and put into its shard; memory stays near one
+copy of the largest shard. The model itself is built on the meta device only, to learn names, shapes and layer kinds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment import adapt
+from ..config import AdapterConfig
+from ..errors import UserError, listed
+from ..layers.adapted import own_parameters
+from ..merging import merged_gain, merged_tiles
+from ..models import model_path, readable_errors, torch_dtype
+from ..targets import Selection
+from .adapter import check, fitted, read_folder, resolve
+from .files import new_folder, open_tensors, read_json, write_json, write_tensors
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LEFT_BEHIND = {INDEX, "adapter_config.json", "doratune.json"}
+
+
+@dataclass
+class Plan:
+    """An adapter resolved against a base checkpoint, before anything is written."""
+
+    skeleton: nn.Module
+    config: AdapterConfig
+    selection: Selection
+    tensors: dict[tuple[str, str], Tensor]
+    merged: dict[str, str]  # key in the checkpoint → adapted module
+    replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
+
+
+def merge_checkpoint(
+    base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write the merged model to `output`, whole or not at all.
+
+    Args:
+        base: local folder, hub id or smollm2-135m-instruct; dtype: of the result, None keeps each tensor's own.
+
+    Raises:
+        UserError: no safetensors, an adapter that does not fit, an output folder that exists.
+    """
+    folder, output = base_folder(base), Path(output)
+    out_dtype = torch_dtype(dtype) if dtype else None
+    shards = list_shards(folder)
+    plan = make_plan(folder, Path(adapter), {key for keys in shards.values() for key in keys})
+    extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
+    weight_map, size = {}, 0
+    with new_folder(output, overwrite) as temporary:
+        for number, (shard, keys) in enumerate(shards.items()):
+            whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
+            if number == len(shards) - 1:
+                whole |= {k: _cast(t, out_dtype or t.dtype) for k, t in extra.items()}
+            write_tensors(temporary / shard, whole)
+            weight_map |= {key: shard for key in whole}
+            size += sum(t.nbytes for t in whole.values())
+            del whole
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(temporary / INDEX, index)
+        copy_rest(folder, temporary, out_dtype, untied=bool(extra))
+    return output
+
+
+def base_folder(base: str) -> Path:
+    """The local folder of a base model, from the hub's cache if need be."""
+    path = Path(model_path(base))
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    with readable_errors(base):
+        return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.gguf", "*.pt", "*.h5", "*.msgpack"]))
+
+
+def list_shards(folder: Path) -> dict[str, list[str]]:
+    """File → its tensor names, for one file or an index."""
+    if read_json(folder / "config.json", "a model folder needs it").get("quantization_config"):
+        raise UserError(f"{folder} is quantized; merge into the unquantized base model")
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX, "it lists the shards").get("weight_map", {})
+        files = sorted(set(weight_map.values()))
+    else:
+        files = [SINGLE]
+    if not files or not (folder / files[0]).is_file():
+        raise UserError(f"{folder} has no {SINGLE} or {INDEX}; save the base model as safetensors first")
+    shards = {}
+    for file in files:
+        with open_tensors(folder / file) as tensors:
+            shards[file] = list(tensors.keys())
+    return shards
+
+
+def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
+    """Resolve the adapter against the checkpoint's names; every problem is found here."""
+    config, raw, tensors = read_folder(adapter)
+    skeleton = meta_model(folder)
+    selection, config = resolve(skeleton, config, raw, tensors)
+    check(skeleton, config, selection, tensors, str(adapter))
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    merged, missing = {}, []
+    for name in selection.ranks:
+        key = _key_in(f"{name}.weight", keys, prefix)
+        merged |= {key: name} if key else {}
+        missing += [] if key else [name]
+    if missing:
+        raise UserError(
+            f"{folder} names its tensors otherwise: no weight found for {listed(missing)}; load the model, "
+            "doratune.load the adapter, doratune.merge and save_pretrained instead"
+        )
+    whole = {key: t for (name, key), t in tensors.items() if not name}
+    replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
+    return Plan(skeleton, config, selection, tensors, merged, replaced)
+
+
+def meta_model(folder: Path) -> nn.Module:
+    """The model's modules without any memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with readable_errors(str(folder)), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of one shard of the result."""
+    with open_tensors(path) as file:
+        for key in keys:
+            tensor = file.get_tensor(key)
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            if key in plan.merged:
+                tensor = merged_weight(plan, plan.merged[key], tensor, wanted)
+            elif key in plan.replaced:
+                tensor = plan.replaced[key]
+            yield key, _cast(tensor, wanted)
+
+
+@torch.no_grad()
+def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' of one module, computed in the wider of the base's dtype and the result's."""
+    module = plan.skeleton.get_submodule(name)
+    empty, expected = module.weight, tuple(module.weight.shape)
+    if tuple(weight.shape) != expected:
+        raise UserError(f"{name}.weight has shape {tuple(weight.shape)} in the checkpoint, its config says {expected}")
+    wide = torch.promote_types(weight.dtype, dtype)
+    module.weight = nn.Parameter(weight.to(wide, copy=True), requires_grad=False)
+    adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False)
+    for parameter, p in own_parameters(module).items():
+        p.copy_(fitted(plan.tensors[name, parameter], parameter))
+    gain = merged_gain(module)
+    if any(not torch.isfinite(t).all() for t in (gain, module.lora_A, module.lora_B) if t is not None):
+        raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused")
+    for rows, tile in merged_tiles(module, gain):
+        module.adaptation.base.write_rows(module, rows, tile)
+    result = module.weight.data
+    module.weight = empty
+    for parameter in ("lora_A", "lora_B", "magnitude"):
+        module._parameters.pop(parameter)
+    return result
+
+
+def copy_rest(folder: Path, output: Path, dtype: torch.dtype | None, untied: bool) -> None:
+    """Configuration, tokenizer and the like; the config says the new dtype."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken", ".md"):
+            if path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, output / path.name)
+    config = read_json(output / "config.json", "a model folder needs it")
+    config.pop("_name_or_path", None)
+    config.pop("_model_name_or_path", None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if untied:
+        config["tie_word_embeddings"] = False
+    write_json(output / "config.json", config)
+
+
+def _key_in(name: str, keys: set[str], prefix: str) -> str | None:
+    """The checkpoint's key for a parameter name: itself, or without or with the base model's prefix (`transformer.h.0`)."""
+    candidates = (name, name.removeprefix(prefix + "."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in keys), None)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t

@@ -1,0 +1,61 @@
+"""`doratune merge --model M --adapter A --output OUT`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from .arguments import parse
+from .output import keep_freed_memory, print_json, say
+
+EXAMPLE = "doratune merge --model smollm2-135m-instruct --adapter runs/demo/adapter --output my-model --dtype bfloat16"
+
+
+@dataclass(kw_only=True)
+class MergeSettings:
+    """Merge an adapter into its base model: an ordinary transformers folder, no adapter code needed to run it.
+
+    Args:
+        model: base model: hub id, local folder, or smollm2-135m-instruct
+        adapter: adapter folder, ours or PEFT's
+        output: folder of the merged model
+        dtype: dtype of the result; none keeps the base's
+        check: compare logits of base + adapter and of the result (loads both models, one after the other)
+        overwrite: replace an output folder that exists
+    """
+
+    model: str = "smollm2-135m-instruct"
+    adapter: str = ""
+    output: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    check: bool = True
+    overwrite: bool = False
+
+
+def main(argv: list[str]) -> int:
+    settings, as_json = parse(MergeSettings, argv, "merge", EXAMPLE)
+    keep_freed_memory()
+    from ..checkpoint.files import read_json
+    from ..checkpoint.logits import agreement
+    from ..checkpoint.merge import base_folder, merge_checkpoint
+    from ..errors import UserError
+
+    for name in ("adapter", "output"):
+        if not getattr(settings, name):
+            raise UserError(f"{name} is not set; give --{name} FOLDER")
+    output = merge_checkpoint(settings.model, settings.adapter, settings.output, settings.dtype, settings.overwrite)
+    say(f"merged model written to {output}")
+    result = {"output": str(output)}
+    if settings.check:
+        config = read_json(base_folder(settings.model) / "config.json", "a model folder needs it")
+        dtype = settings.dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+        compared = agreement(settings.model, settings.adapter, output, dtype)
+        say(str(compared))
+        result |= {**compared.__dict__, "ok": compared.ok}
+        if not compared.ok:
+            print("doratune merge: the merged model differs from base + adapter; do not use it", file=sys.stderr)
+            return 1
+    if as_json:
+        print_json(result)
+    return 0

@@ -1,0 +1,1 @@
+"""The demonstration: a commonsense set of our own, and the run that fine-tunes, scores and merges a real model with it."""
