@@ -44,7 +44,8 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         format = "doratune" if config.has_magnitude and config.magnitude_axis == "input" else "peft"
     ranks = {name: 0 if layer.lora_A is None else len(layer.lora_A) for name, layer in adapters(model)}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    described = (peft.to_peft if format == "peft" else peft.to_own)(config, ranks, base)
+    transposed = all(layer.adaptation.kind.name == "Conv1D" for _, layer in adapters(model))
+    described = (peft.to_peft if format == "peft" else peft.to_own)(config, ranks, base, transposed)
     tensors = {}
     for name, layer in adapters(model):
         module = model.get_submodule(name)

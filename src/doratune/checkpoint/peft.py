@@ -29,8 +29,8 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, "gaussian", None)
 
 
-def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None) -> dict[str, Any]:
-    """adapter_config.json for `names` (module → rank, 0 for magnitude only).
+def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
+    """adapter_config.json for `names` (module → rank, 0 for magnitude only); transposed: weights are stored (I, O).
 
     Raises:
         UserError: the input axis, which PEFT does not have.
@@ -40,15 +40,15 @@ def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None
             "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row; "
             'save with format="doratune"'
         )
-    return _layout(config, names, base_model) | {"peft_type": PEFT_TYPE}
+    return _layout(config, names, base_model, transposed) | {"peft_type": PEFT_TYPE}
 
 
-def to_own(config: AdapterConfig, names: dict[str, int], base_model: str | None) -> dict[str, Any]:
+def to_own(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
     """The same layout under our own type, for what PEFT cannot say."""
-    return _layout(config, names, base_model) | {"peft_type": OWN_TYPE, "magnitude_axis": config.magnitude_axis}
+    return _layout(config, names, base_model, transposed) | {"peft_type": OWN_TYPE, "magnitude_axis": config.magnitude_axis}
 
 
-def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None) -> dict[str, Any]:
+def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
     plain = not (config.magnitude_only or config.exclude) and config.targets != ALL_LINEAR
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     ranks = {name: rank or 1 for name, rank in names.items() if (rank or 1) != config.rank}
@@ -61,7 +61,7 @@ def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": config.alpha,

@@ -170,7 +170,7 @@ After:
 ```
 
 Training: {training["steps"]} steps, {training["tokens"]:,} tokens, {training["tokens_per_second"]:.0f} tokens/s, final loss \
-{training["final_loss"]:.3f}. Magnitude moved {training["magnitude_moved"]:.3%} (mean |dm|/m), direction {training["direction_moved"]:.3g} (mean 1 - cos).
+{training["final_loss"]:.3f}; {training["moved"]}.
 
 ![loss](loss.png)
 

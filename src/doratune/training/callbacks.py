@@ -29,21 +29,20 @@ class TokenProgress(ProgressCallback):
             shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
             self.training_bar.set_postfix(shown | {"tokens/s": f"{rate:.0f}"}, refresh=False)
 
+    def close(self):
+        """Take the bar off the screen when training ends by an error, so that the error stands on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
-class LossLog(TrainerCallback):
-    """Every logged loss with its step and the clock, for the metrics file and the curve."""
 
-    def __init__(self):
-        self.rows: list[dict] = []
-        self.seconds = 0.0
+class Clock(TrainerCallback):
+    """Seconds and real tokens of this process's part of the training."""
+
+    seconds, tokens = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
-        if "loss" in kept or "eval_loss" in kept:
-            self.rows.append({"step": state.global_step} | kept)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds = time.perf_counter() - self.started

@@ -17,14 +17,15 @@ import torch
 import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from ..attachment import adapters, attach
 from ..checkpoint.adapter import save
 from ..checkpoint.files import refuse_existing, replacing, write_json
-from ..errors import UserError
+from ..errors import UserError, near_misses
 from ..layers.adapted import own_parameters
 from ..models import load_model, load_tokenizer
-from .callbacks import LossLog, StopOnSignal, TokenProgress
+from .callbacks import Clock, StopOnSignal, TokenProgress
 from .data import load_items
 from .data.encode import AnswerCollator, encode_all
 from .movement import measure
@@ -54,6 +55,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
     """
     recipe.check()
+    if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
+        raise UserError(f"optimizer is {recipe.optimizer!r}{near_misses(recipe.optimizer, known)}; see transformers' names")
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output) if recipe.resume else None
     if recipe.resume and checkpoint is None:
@@ -70,8 +73,10 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
         clear_checkpoints(output)
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(output / "recipe.yaml", recipe)
-    trainer, log = build_trainer(recipe, model, tokenizer, rows, eval_rows)
-    with StopOnSignal() as stop, contiguous_head(model):
+    trainer, clock = build_trainer(recipe, model, tokenizer, rows, eval_rows)
+    bar = TokenProgress()
+    trainer.add_callback(bar)
+    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
@@ -79,7 +84,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
     model.eval()
     save(model, output / "adapter")
     tokenizer.save_pretrained(output / "adapter")
-    return finish(recipe, trainer, log, model, output, say)
+    return finish(trainer, clock, model, output, say)
 
 
 def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
@@ -111,11 +116,10 @@ def describe(model) -> str:
     return f"{len(layers)} layers adapted, {trained:,} trainable parameters ({100 * trained / total:.2f} % of {total:,})"
 
 
-def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tuple[DoRATrainer, LossLog]:
-    """The Trainer with our progress bar and log."""
+def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tuple[DoRATrainer, Clock]:
+    """The Trainer with our progress bar and clock."""
     every_epoch = {True: "epoch", False: "steps"}
-    checkpointing = recipe.checkpointing != "none"
-    if checkpointing:
+    if recipe.checkpointing != "none":
         model.enable_input_require_grads()
     arguments = TrainingArguments(
         output_dir=recipe.output,
@@ -132,8 +136,6 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         max_steps=recipe.max_steps,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         length_column_name="length",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": recipe.checkpointing == "reentrant"} if checkpointing else None,
         torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -149,21 +151,30 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         disable_tqdm=False,
+        **checkpointing_arguments(recipe.checkpointing),
     )
-    log = LossLog()
+    clock = Clock()
     trainer = DoRATrainer(
         model,
         arguments,
         data_collator=AnswerCollator(tokenizer.pad_token_id, model),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
-        callbacks=[log],
+        callbacks=[clock],
     )
     trainer.magnitude_lr_ratio = recipe.magnitude_lr_ratio
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(TokenProgress())
-    return trainer, log
+    return trainer, clock
+
+
+def checkpointing_arguments(kind: str) -> dict:
+    """TrainingArguments for gradient checkpointing; transformers 5 renamed them on its way."""
+    if kind == "none":
+        return {}
+    renamed = any(f.name == "activation_checkpointing" for f in dataclasses.fields(TrainingArguments))
+    prefix = "activation" if renamed else "gradient"
+    return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
 
 
 @contextlib.contextmanager
@@ -179,23 +190,28 @@ def contiguous_head(model):
             handle.remove()
 
 
-def finish(recipe, trainer, log: LossLog, model, output: Path, say) -> dict:
+def finish(trainer, clock: Clock, model, output: Path, say) -> dict:
     """Write metrics.json and say how far the adapter moved."""
-    moved = measure(model)
+    moved, log = measure(model), trainer.state.log_history
     say(str(moved))
     if moved.warning:
         say(f"warning: {moved.warning}")
+
+    def last(key: str) -> float | None:
+        return next((row[key] for row in reversed(log) if key in row), None)
+
     metrics = {
         "steps": trainer.state.global_step,
-        "final_loss": next((row["loss"] for row in reversed(log.rows) if "loss" in row), None),
-        "eval_loss": next((row["eval_loss"] for row in reversed(log.rows) if "eval_loss" in row), None),
-        "seconds": log.seconds,
-        "tokens": log.tokens,
-        "tokens_per_second": log.tokens / max(log.seconds, 1e-9),
+        "final_loss": last("loss") or last("train_loss"),
+        "eval_loss": last("eval_loss"),
+        "seconds": clock.seconds,
+        "tokens": clock.tokens,
+        "tokens_per_second": clock.tokens / max(clock.seconds, 1e-9),
+        "moved": str(moved),
         "magnitude_moved": moved.magnitude,
         "direction_moved": moved.direction,
         "warning": moved.warning,
-        "log": log.rows,
+        "log": [row for row in log if "loss" in row or "eval_loss" in row],
     }
     write_json(output / "metrics.json", metrics)
     say(f"adapter written to {output / 'adapter'} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")

@@ -61,6 +61,14 @@ class TrainerMixin:
             )
         return loss
 
+    def _save_checkpoint(self, model, trial=None):
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise NonFiniteLoss(
+                f"the adapter holds NaN or infinite values after step {self.state.global_step}; nothing was saved over the last "
+                "good checkpoint: lower the learning rate, then --resume"
+            )
+        super()._save_checkpoint(model, trial)
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):

@@ -70,8 +70,11 @@ def _download(url: str, path: Path, name: str, target: Path) -> None:
             while block := response.read(1 << 20):
                 file.write(block)
     except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"{name} is not in the cache and {url} cannot be fetched ({reason}); put the file at {target}") from None
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+        getattr(error, "close", lambda: None)()
+        raise UserError(
+            f"{name} is not in the cache and {url} cannot be fetched ({reason}); put the file at {target}"
+        ) from None
     if expected is not None and path.stat().st_size != int(expected):
         raise UserError(f"{url} broke off after {path.stat().st_size} of {expected} bytes; nothing was kept, try again")
 

@@ -1,0 +1,5 @@
+"""`python -m doratune.cli` is `doratune`."""
+
+from .main import entry
+
+entry()
