@@ -97,6 +97,8 @@ def test_a_wrong_merge_is_found(tmp_path, tiny_tokenizer):
 
 def test_mistakes_leave_nothing_behind(tmp_path, capsys):
     base, adapter, _ = prepare(tiny_llama, tmp_path, AdapterConfig(rank=4, targets=["q_proj"]))
+    tiny_gpt2().save_pretrained(tmp_path / "other")
+    capsys.readouterr()
     output = tmp_path / "merged"
 
     def fails(message, *arguments):
@@ -116,7 +118,6 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys):
     weights.unlink()
     fails("no weights", base, adapter, output)
     weights.write_bytes(whole)
-    tiny_gpt2().save_pretrained(tmp_path / "other")
     fails("q_proj", tmp_path / "other", adapter, output)
     assert run(base, adapter, base) == 2
     assert "--overwrite" in capsys.readouterr().err
