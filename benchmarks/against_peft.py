@@ -132,13 +132,22 @@ def train_peft(recipe: TrainRecipe, output: str) -> dict:
     seconds = time.perf_counter() - started
     model.save_pretrained(output)
     tokens = sum(int(b["attention_mask"].sum()) for b in batches)
-    return {"steps": len(batches), "seconds": seconds, "tokens_per_s": tokens / seconds, "final_loss": sum(losses[-10:]) / 10}
+    return {
+        "steps": len(batches),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "final_loss": sum(losses[-10:]) / 10,
+    }
 
 
 def facts() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, doratune)}
-    return {"device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}", "versions": versions, "commit": commit}
+    return {
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": versions,
+        "commit": commit,
+    }
 
 
 def main() -> None:
@@ -150,11 +159,12 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     recipe = read_recipe(arguments.recipe)
-    if arguments.what == "speed":
-        result = speed(recipe, arguments.steps)
-    else:
-        result = train_peft(recipe, arguments.output)
-    record = facts() | {"what": f"against_peft {arguments.what}", "recipe": dataclasses.asdict(recipe), "result": result}
+    result = speed(recipe, arguments.steps) if arguments.what == "speed" else train_peft(recipe, arguments.output)
+    record = facts() | {
+        "what": f"against_peft {arguments.what}",
+        "recipe": dataclasses.asdict(recipe),
+        "result": result,
+    }
     results = Path(__file__).parent / "results" / f"against_peft_{arguments.what}.json"
     results.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(result))

@@ -72,9 +72,7 @@ def tiny(tiny_folder):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_score_does_not_depend_on_the_batch_size(tiny, beams):
     model, tokenizer = tiny
-    runs = [
-        evaluate(model, tokenizer, [("mixed", MIXED)], batch_size=size, beams=beams, max_new_tokens=6) for size in (1, 2, 6)
-    ]
+    runs = [evaluate(model, tokenizer, [("mixed", MIXED)], batch_size=size, beams=beams, max_new_tokens=6) for size in (1, 2, 6)]
     for run in runs[1:]:
         for a, b in zip(run["results"], runs[0]["results"]):
             assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}

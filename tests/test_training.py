@@ -27,7 +27,11 @@ ANSWERS = ("true", "false")
 
 def items(count=48):
     return [
-        {"instruction": f"Is {i} even? {'really ' * (i % 7)}", "input": "", "output": f"the correct answer is {ANSWERS[i % 2]}"}
+        {
+            "instruction": f"Is {i} even? {'really ' * (i % 7)}",
+            "input": "",
+            "output": f"the correct answer is {ANSWERS[i % 2]}",
+        }
         for i in range(count)
     ]
 
@@ -59,7 +63,17 @@ def losses(output):
 
 def test_a_run_leaves_everything_behind(recipe, tmp_path, capsys):
     output = tmp_path / "run"
-    options = ["--output", str(output), "--eval_size", "8", "--gradient_accumulation", "2", "--schedule", "cosine", "--json"]
+    options = [
+        "--output",
+        str(output),
+        "--eval_size",
+        "8",
+        "--gradient_accumulation",
+        "2",
+        "--schedule",
+        "cosine",
+        "--json",
+    ]
     assert main(["train", str(recipe), *options, "--checkpointing", "non-reentrant", "--warmup_steps", "2"]) == 0
     printed = capsys.readouterr().out
     last = json.loads(printed.strip().splitlines()[-1])
@@ -119,7 +133,18 @@ def test_interrupted_and_resumed_is_the_same_run(number, recipe, tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(recipe, tmp_path, capsys):
     output = tmp_path / "run"
-    options = ["--output", str(output), "--lr", "1e18", "--max_grad_norm", "0", "--save_steps", "1", "--warmup_steps", "4"]
+    options = [
+        "--output",
+        str(output),
+        "--lr",
+        "1e18",
+        "--max_grad_norm",
+        "0",
+        "--save_steps",
+        "1",
+        "--warmup_steps",
+        "4",
+    ]
     assert main(["train", str(recipe), *options, "--keep_checkpoints", "2"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("doratune train: the ")  # the loss or the adapter, whichever went first

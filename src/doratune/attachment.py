@@ -157,9 +157,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def parameter_groups(
-    model: nn.Module, lr: float = 1e-4, weight_decay: float = 0.01, magnitude_lr_ratio: float = 1.0
-) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float = 1e-4, weight_decay: float = 0.01, magnitude_lr_ratio: float = 1.0) -> list[dict]:
     """Parameter groups for any torch optimizer: A and B with decay, m without, at `magnitude_lr_ratio` times the rate.
 
     One-dimensional parameters of modules that are trained whole (norms, biases) get no decay either.

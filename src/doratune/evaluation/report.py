@@ -60,7 +60,18 @@ def overall(results: Sequence[dict]) -> dict | None:
 
 def table(results: Sequence[dict], peak_bytes: int | None) -> str:
     """A plain text table, one line a task and protocol."""
-    head = ["task", "protocol", "right/total", "accuracy", "unparsable", "chance", "majority", "s", "items/s", "published"]
+    head = [
+        "task",
+        "protocol",
+        "right/total",
+        "accuracy",
+        "unparsable",
+        "chance",
+        "majority",
+        "s",
+        "items/s",
+        "published",
+    ]
     rows = [head]
     for r in results:
         published = f"{100 * r['published']:.1f} ({100 * r['difference']:+.1f})" if "published" in r else "-"

@@ -1,6 +1,6 @@
 """One evaluation: model (and adapter) × tasks × protocols → item files, figures, table.
 
-    OUTPUT/results.json                    the figures           OUTPUT/TASK.PROTOCOL.jsonl   every item with its verdict
+OUTPUT/results.json                    the figures           OUTPUT/TASK.PROTOCOL.jsonl   every item with its verdict
 """
 
 from __future__ import annotations

@@ -55,8 +55,14 @@ class NormCache:
     def __reduce__(self):
         return type(self), ()
 
-    def get(self, sources: tuple[Tensor, ...], context: tuple, tokens: int, compute: Callable[[], Tensor],
-            gradients: bool = False) -> Tensor:
+    def get(
+        self,
+        sources: tuple[Tensor, ...],
+        context: tuple,
+        tokens: int,
+        compute: Callable[[], Tensor],
+        gradients: bool = False,
+    ) -> Tensor:
         """The value for these sources, from `compute` when anything changed.
 
         sources: the parameters that the value depends on; context: hashable facts that it depends on besides;

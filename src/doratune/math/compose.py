@@ -168,9 +168,7 @@ def column_dot(a_TO: Tensor, b_TO: Tensor, bias: Tensor | None) -> Tensor:
 def add_full_gradient(site, A, B, dtype, c_O, dA, dB) -> tuple[Tensor | None, Tensor | None]:
     """Adds the norm's part to dA and dB, output axis."""
     A_c, B_c = A.to(dtype), B.to(dtype)
-    extra_A, extra_B = norm.full_gradient_output(
-        site.base, site.module, A_c, B_c, site.scaling, c_O, site.redone(A_c, B_c)
-    )
+    extra_A, extra_B = norm.full_gradient_output(site.base, site.module, A_c, B_c, site.scaling, c_O, site.redone(A_c, B_c))
     return (None if dA is None else dA + extra_A), (None if dB is None else dB + extra_B)
 
 

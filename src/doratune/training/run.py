@@ -1,7 +1,7 @@
 """One training run: recipe → data → attached model → Trainer → adapter folder, loss curve data and the movement line.
 
-    OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result
-    OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
+OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result
+OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
 """
 
 from __future__ import annotations

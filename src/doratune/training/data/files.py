@@ -48,4 +48,3 @@ def _lines(path: Path, text: str) -> list:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: malformed JSON ({error.msg})") from None
     return examples
-

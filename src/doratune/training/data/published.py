@@ -33,10 +33,16 @@ TEST_SETS = {
     "piqa": Published("dataset/piqa/test.json", 1_838),
     "social_i_qa": Published("dataset/social_i_qa/test.json", 1_954),
     "hellaswag": Published("dataset/hellaswag/test.json", 10_042),
-    "winogrande": Published("dataset/winogrande/test.json", 1_267, "6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9"),
+    "winogrande": Published(
+        "dataset/winogrande/test.json", 1_267, "6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9"
+    ),
     "ARC-Easy": Published("dataset/ARC-Easy/test.json", 2_376, "3f32a84716ca6d57d38728bf80cc8117aecd17445c2cf29a68b571b810eb82dc"),
-    "ARC-Challenge": Published("dataset/ARC-Challenge/test.json", 1_172, "4a89ce368ae01a71d268d9851686738b2a0a1d84271116bab49a1dd2b48ecad7"),
-    "openbookqa": Published("dataset/openbookqa/test.json", 500, "8479930f7b8a26052c78250280b5465a4016ca7fc806af440d0f37e243f3099e"),
+    "ARC-Challenge": Published(
+        "dataset/ARC-Challenge/test.json", 1_172, "4a89ce368ae01a71d268d9851686738b2a0a1d84271116bab49a1dd2b48ecad7"
+    ),
+    "openbookqa": Published(
+        "dataset/openbookqa/test.json", 500, "8479930f7b8a26052c78250280b5465a4016ca7fc806af440d0f37e243f3099e"
+    ),
 }
 ALL = TRAINING_SETS | TEST_SETS
 
@@ -72,9 +78,7 @@ def _download(url: str, path: Path, name: str, target: Path) -> None:
     except (urllib.error.URLError, OSError) as error:
         reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         getattr(error, "close", lambda: None)()
-        raise UserError(
-            f"{name} is not in the cache and {url} cannot be fetched ({reason}); put the file at {target}"
-        ) from None
+        raise UserError(f"{name} is not in the cache and {url} cannot be fetched ({reason}); put the file at {target}") from None
     if expected is not None and path.stat().st_size != int(expected):
         raise UserError(f"{url} broke off after {path.stat().st_size} of {expected} bytes; nothing was kept, try again")
 

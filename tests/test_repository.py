@@ -1,0 +1,156 @@
+"""Rules about the repository itself."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "doratune"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+LAYERS = [
+    {"errors", "config"},
+    {"math", "bases"},
+    {"directions"},
+    {"layers"},
+    {"targets"},
+    {"attachment", "merging", "verification"},
+    {"models", "checkpoint"},
+    {"training"},
+    {"evaluation"},
+    {"demo"},
+    {"cli"},
+]
+"""Rooms from the bottom up: a room imports from its own level and below."""
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path):
+    package = path.relative_to(SOURCE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = package[: len(package) - node.level + 1] + tuple((node.module or "").split("."))
+            names = [parts[0]] if parts[0] else [alias.name for alias in node.names]
+            yield from (name for name in names if name in {r for level in LAYERS for r in level})
+
+
+def test_imports_point_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for path in FILES
+        if room(path) in level
+        for other in imported_rooms(path)
+        if level[other] > level[room(path)]
+    ]
+    assert wrong == []
+
+
+def test_files_and_functions_stay_small():
+    long = []
+    for path in FILES:
+        text = path.read_text()
+        if text.count("\n") > 300:
+            long.append(f"{path.name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 60:
+                long.append(f"{path.name}: {node.name}")
+    assert long == []
+
+
+def test_every_module_opens_with_a_docstring():
+    assert [p.name for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))] == []
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_needs_only_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import doratune\n"
+        "doratune.attach, doratune.save, doratune.merge, doratune.verify, doratune.AdapterConfig\n"
+        "print(' '.join({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    extras = {"transformers", "peft", "accelerate", "datasets", "yaml", "jsonargparse", "matplotlib", "tqdm", "huggingface_hub"}
+    assert not set(run_python(code).split()) & extras
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from doratune.cli.main import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "False"
+    for command in ("demo", "train", "evaluate", "merge"):
+        assert command in result.stdout
+        assert (SOURCE / "cli" / f"{command}.py").is_file()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "merge"])
+def test_every_help_has_an_example(command, capsys):
+    from doratune.cli.main import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example: doratune {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_command_names_near_misses(capsys):
+    from doratune.cli.main import main
+
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_readme_tree_is_the_disk():
+    tree = re.search(r"    src/doratune/\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
+    stack, missing = [(4, SOURCE)], []
+    for line in tree.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        parent = stack[-1][1] if stack else (SOURCE if depth > 4 else ROOT)
+        if not (parent / name).exists():
+            missing.append(name)
+        if name.endswith("/"):
+            stack.append((depth, parent / name))
+    assert missing == []
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    assert {p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")} <= listed
+
+
+def test_recipes_are_valid_and_say_what_to_expect():
+    from doratune.training.recipe import TrainRecipe
+
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert {r.name for r in recipes} >= {"demo.yaml", "commonsense.yaml", "commonsense_qkv_magnitude.yaml"}
+    for path in recipes:
+        recipe = TrainRecipe(**yaml.safe_load(path.read_text()))
+        assert recipe.source and recipe.expected, path.name
+        recipe.data = recipe.data or "x.json"
+        recipe.check()
+
+
+def test_recipe_names_every_adapter_setting():
+    """A setting added to AdapterConfig must be reachable from a recipe, under the same name and with the same default."""
+    import dataclasses
+
+    from doratune import AdapterConfig
+    from doratune.training.recipe import TrainRecipe
+
+    assert TrainRecipe(data="x").adapter() == AdapterConfig()
+    assert {f.name for f in dataclasses.fields(AdapterConfig)} <= {f.name for f in dataclasses.fields(TrainRecipe)}
+
+
+def test_no_paths_of_a_machine():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    pattern = re.compile("/wo" + "rk/|/ro" + "ot/|/ho" + "me/[a-z]")
+    assert [f for f in files if (ROOT / f).is_file() and pattern.search((ROOT / f).read_text(errors="replace"))] == []
