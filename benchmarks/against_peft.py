@@ -2,6 +2,7 @@
 
     python benchmarks/against_peft.py speed RECIPE.yaml --steps 24      three arms, interleaved step by step in one process
     python benchmarks/against_peft.py train RECIPE.yaml --output DIR    PEFT trained on the recipe's batches, saved by PEFT
+    python benchmarks/against_peft.py items OURS THEIRS                 two folders of `doratune evaluate`, item by item
 
 Arms of `speed`: `doratune`, the recipe's length-grouped batches; `peft_grouped`, PEFT over the very same tensors;
 `peft_padded`, PEFT in the plain loop of its examples: shuffled examples padded to the longest of the batch, logits of all
@@ -140,34 +141,60 @@ def train_peft(recipe: TrainRecipe, output: str) -> dict:
     }
 
 
+def items(ours: str, theirs: str) -> dict:
+    """Item by item: how often both, one or none is right, how often the answer is the same, and the sign test's z."""
+    result = {}
+    for path in sorted(Path(ours).glob("*.jsonl")):
+        a, b = ([json.loads(line) for line in (Path(f) / path.name).read_text().splitlines()] for f in (ours, theirs))
+        assert [r["prompt"] for r in a] == [r["prompt"] for r in b], "the folders hold different items"
+        only_a = sum(x["correct"] and not y["correct"] for x, y in zip(a, b))
+        only_b = sum(y["correct"] and not x["correct"] for x, y in zip(a, b))
+        result[path.stem] = {
+            "items": len(a),
+            "ours": sum(r["correct"] for r in a) / len(a),
+            "theirs": sum(r["correct"] for r in b) / len(a),
+            "only_ours_right": only_a,
+            "only_theirs_right": only_b,
+            "same_answer": sum(x["answer"] == y["answer"] for x, y in zip(a, b)) / len(a),
+            "z": (only_a - only_b) / max(1, only_a + only_b) ** 0.5,
+        }
+    return result
+
+
 def facts() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, doratune)}
     return {
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "versions": versions,
-        "commit": commit,
+        "commit": run.stdout.strip(),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "train"])
-    parser.add_argument("recipe")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--output", default="runs/peft")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("speed", "train"):
+        command = commands.add_parser(name)
+        command.add_argument("recipe")
+        command.add_argument("--steps", type=int, default=24)
+        command.add_argument("--output", default="runs/peft")
+    command = commands.add_parser("items")
+    command.add_argument("ours")
+    command.add_argument("theirs")
     arguments = parser.parse_args()
     keep_freed_memory()
-    recipe = read_recipe(arguments.recipe)
-    result = speed(recipe, arguments.steps) if arguments.what == "speed" else train_peft(recipe, arguments.output)
-    record = facts() | {
-        "what": f"against_peft {arguments.what}",
-        "recipe": dataclasses.asdict(recipe),
-        "result": result,
-    }
+    record = facts() | {"what": f"against_peft {arguments.what}"}
+    if arguments.what == "items":
+        record["result"] = items(arguments.ours, arguments.theirs)
+    else:
+        recipe = read_recipe(arguments.recipe)
+        record["recipe"] = dataclasses.asdict(recipe)
+        run = speed(recipe, arguments.steps) if arguments.what == "speed" else train_peft(recipe, arguments.output)
+        record["result"] = run
     results = Path(__file__).parent / "results" / f"against_peft_{arguments.what}.json"
     results.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(result))
+    print(json.dumps(record["result"]))
 
 
 if __name__ == "__main__":

@@ -118,12 +118,31 @@ def test_figures():
     assert result["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert result["unparsable"] == 0.25
     assert result["items_per_second"] == 2.0
-    published = add_published(dict(result), "org/LLaMA-7B-hf", "dora", 8)
-    assert published["difference"] == pytest.approx(0.75 - 0.769)
-    assert "76.9 (-1.9)" in table([published], 2**30)
-    assert "published" not in add_published(dict(result), "org/LLaMA-7B-hf", "dora", 16)
+    beside = add_published(dict(result), "huggyllama/llama-7b", "dora", 8)
+    assert beside["difference"] == pytest.approx(0.75 - 0.699)
+    text = table([beside], 2**30)
+    assert "69.9 (+5.1)" in text
+    assert "boolq: 76.9 % in a public reproduction" in text
+    assert "(-1.9)" in text
+    assert "published" not in add_published(dict(result), "huggyllama/llama-7b", "dora", 12)
+    assert "published" not in add_published(dict(result), "smollm2-135m-instruct", "dora", 8)
+    llama2 = add_published(dict(result), "meta-llama/Llama-2-7b-hf", "dora", 16)
+    assert llama2["published"][0]["accuracy"] == pytest.approx(0.72)
     assert overall([result]) is None
     assert overall([result, result])["standard_error"] == pytest.approx(result["standard_error"] / math.sqrt(2))
+
+
+def test_published_averages_are_those_of_the_paper():
+    """Table 1 and Fig. 5: the averages of the eight tasks."""
+    from doratune.evaluation.published import TASKS, published
+
+    averages = {
+        ("LLaMA-7B", "dora", 4): 61.9, ("LLaMA-7B", "dora", 8): 77.9, ("LLaMA-7B", "dora", 32): 78.4,
+        ("LLaMA-7B", "lora", 4): 39.5, ("LLaMA2-7B", "dora", 16): 80.5, ("LLaMA3-8B", "dora", 32): 85.2,
+    }  # fmt: skip
+    for (base, method, rank), average in averages.items():
+        figures = [100 * published(base, method, rank, task)[0].accuracy for task in TASKS]
+        assert sum(figures) / 8 == pytest.approx(average, abs=0.08)
 
 
 def test_command_line(tiny_folder, tmp_path, capsys):

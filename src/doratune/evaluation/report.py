@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .published import published
 from .tasks import chance, majority
-
-PUBLISHED = {
-    ("LLaMA-7B", "dora", 8, "boolq"): (0.769, "a public reproduction, 2,515 of 3,270, one 24 GB GPU"),
-}
-"""(base model, method, rank, task) → (accuracy, where from), for the `generate` protocol."""
 
 
 def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protocol: str, seconds: float) -> dict:
@@ -36,12 +32,11 @@ def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protoco
 
 
 def add_published(result: dict, model: str, method: str | None, rank: int | None) -> dict:
-    """Put the published figure and the difference beside ours, where there is one."""
-    for (base, known_method, known_rank, task), (figure, source) in PUBLISHED.items():
-        same_base = base.lower().replace("-", "") in model.lower().replace("-", "").replace("_", "")
-        facts = (known_method, known_rank, task, "generate")
-        if same_base and facts == (method, rank, result["task"], result["protocol"]):
-            result |= {"published": figure, "published_source": source, "difference": result["accuracy"] - figure}
+    """Put published figures and the difference from the first beside ours, where there are any (protocol `generate`)."""
+    figures = published(model, method, rank, result["task"]) if result["protocol"] == "generate" else []
+    if figures:
+        listed = [{"accuracy": f.accuracy, "source": f.source} for f in figures]
+        result |= {"published": listed, "difference": result["accuracy"] - figures[0].accuracy}
     return result
 
 
@@ -74,14 +69,18 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
     ]
     rows = [head]
     for r in results:
-        published = f"{100 * r['published']:.1f} ({100 * r['difference']:+.1f})" if "published" in r else "-"
+        figure = f"{100 * r['published'][0]['accuracy']:.1f} ({100 * r['difference']:+.1f})" if "published" in r else "-"
         shown = f"{100 * r['accuracy']:.1f} ± {100 * r['standard_error']:.1f} %"
         counts = [f"{100 * r[key]:.1f} %" for key in ("unparsable", "chance", "majority")]
         speed = [f"{r['seconds']:.0f}", f"{r['items_per_second']:.1f}"]
-        rows.append([r["task"], r["protocol"], f"{r['right']}/{r['total']}", shown, *counts, *speed, published])
+        rows.append([r["task"], r["protocol"], f"{r['right']}/{r['total']}", shown, *counts, *speed, figure])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * len(lines[0]))
+    for r in results:
+        for other in r.get("published", ())[1:]:
+            gap = 100 * (r["accuracy"] - other["accuracy"])
+            lines.append(f"{r['task']}: {100 * other['accuracy']:.1f} % in {other['source']} ({gap:+.1f})")
     if peak_bytes is not None:
         lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)
