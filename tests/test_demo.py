@@ -18,7 +18,7 @@ def words(items):
     for item in items:
         text = item["instruction"]
         found |= {m.strip(" .") for m in re.findall(r"(?:Answer|Option)\d: (.*?)(?= Answer| Option|\n|$)", text)}
-        if m := re.search(r"question: is (?:an? )?(\S+) ", text):
+        if m := re.search(r"question: (?:is|would you call|can you say that) (?:an? )?(\S+) ", text):
             found.add(m[1])
     return found
 

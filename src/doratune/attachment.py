@@ -30,7 +30,9 @@ class Attachment:
     left_out: dict[str, str]
     also_train: tuple[str, ...]
     requires_grad: dict[str, bool]
+    alphas: dict[str, float]
     replaced: dict[str, nn.Parameter]  # original parameters of the modules that are trained whole
+    buffers: dict[str, torch.Tensor]  # copies of their buffers
     merged: dict | None = None
 
 
@@ -48,6 +50,9 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     if (record := vars(model).get(RECORD)) is not None:
         state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
         raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted) or vars(module).get(RECORD) is not None:
+            raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
     return attach_selection(model, config, select(model, config), trainable)
 
 
@@ -65,7 +70,16 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
             p.requires_grad_(trainable and p.is_floating_point())
     for name, rank in selection.ranks.items():
         adapt(modules[name], name, config, rank, selection.alphas[name], trainable)
-    record = Attachment(config, tuple(selection.ranks), selection.left_out, selection.also_train, requires_grad, replaced)
+    record = Attachment(
+        config=config,
+        names=tuple(selection.ranks),
+        left_out=selection.left_out,
+        also_train=selection.also_train,
+        requires_grad=requires_grad,
+        alphas=selection.alphas,
+        replaced=replaced,
+        buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
+    )
     setattr(model, RECORD, record)
     return model
 
@@ -89,21 +103,31 @@ def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha:
     module.register_parameter("magnitude", m)
     for p in own_parameters(module).values():
         p.requires_grad_(trainable)
-    module.__class__ = adapted_class(type(module))
+    become(module, adapted_class(type(module)))
+
+
+def become(module: nn.Module, cls: type) -> None:
+    """Give a module another class. accelerate's hooks keep the old class's forward on the module: they get the new one."""
+    hooked = vars(module).get("_old_forward")
+    if hooked is not None and getattr(hooked, "__func__", None) is type(module).forward:
+        module._old_forward = cls.forward.__get__(module)
+    module.__class__ = cls
 
 
 def _train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
     """Give modules that are trained whole parameters of their own; the originals (perhaps tied elsewhere) are kept."""
-    replaced = {}
+    replaced, own = {}, {}
     for name in names:
-        for path, p in list(modules[name].named_parameters()):
+        for path, p in list(modules[name].named_parameters(remove_duplicate=False)):
             owner, _, leaf = path.rpartition(".")
-            parent = modules[name].get_submodule(owner)
+            if id(p) not in own:  # a tie inside the module stays a tie
+                own[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=trainable)
             replaced[f"{name}.{path}"] = p
-            parent._parameters[leaf] = nn.Parameter(p.detach().clone(), requires_grad=trainable)
+            modules[name].get_submodule(owner)._parameters[leaf] = own[id(p)]
     return replaced
 
 
+@torch.no_grad()
 def detach(model: nn.Module) -> nn.Module:
     """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`.
 
@@ -117,10 +141,14 @@ def detach(model: nn.Module) -> nn.Module:
         for name in ("lora_A", "lora_B", "magnitude"):
             module._parameters.pop(name, None)
         del module.adaptation
-        module.__class__ = type(module).__mro__[2]
+        become(module, type(module).plain_class)
     for path, p in record.replaced.items():
         owner, _, leaf = path.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = p
+        parameters = model.get_submodule(owner)._parameters
+        p.data = p.data.to(parameters[leaf].device, parameters[leaf].dtype)  # where the model moved to meanwhile
+        parameters[leaf] = p
+    for path, buffer in record.buffers.items():
+        model.get_buffer(path).copy_(buffer)
     for name, p in model.named_parameters():
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
     delattr(model, RECORD)
@@ -133,7 +161,9 @@ def record_of(model: nn.Module) -> Attachment:
     Raises:
         UserError: nothing is attached.
     """
-    record = vars(model).get(RECORD)
+    record = getattr(model, "__dict__", {}).get(RECORD)
+    if record is None and not isinstance(model, nn.Module):
+        raise UserError(f"expected a model with an adapter, got {model!r}; load it, call doratune.attach, and pass the model")
     if record is None:
         hint = ""
         if any(isinstance(m, Adapted) for m in model.modules()):

@@ -38,7 +38,7 @@ class AdapterConfig:
     """A list of module names or name suffixes; or a string: a regex that must match a whole module name, or
     `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses)."""
     exclude: str | tuple[str, ...] = ()
-    """Modules to leave out, in the same forms as `targets`."""
+    """Modules to leave out: a list of names or suffixes, or a regex."""
     magnitude_only: str | tuple[str, ...] = ()
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class AdapterConfig:
             object.__setattr__(self, "also_train", (self.also_train,))
         for name, kind in (("rank_overrides", int), ("alpha_overrides", (int, float))):
             value = getattr(self, name)
-            if not isinstance(value, Mapping) or not all(_is_number(v, kind) and v > 0 for v in value.values()):
+            if not isinstance(value, Mapping) or not all(_is_number(v, kind) and 0 < v < float("inf") for v in value.values()):
                 raise UserError(f"{name} is {value!r}; expected a mapping from module names to positive numbers")
             object.__setattr__(self, name, dict(value))
         _choice("method", self.method, METHODS)
@@ -76,8 +76,8 @@ class AdapterConfig:
             raise UserError(f"alpha is {self.alpha!r}; expected a positive number (2 * rank is usual)")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}; expected a number from 0 up to, not including, 1")
-        if not _is_number(self.seed, int):
-            raise UserError(f"seed is {self.seed!r}; expected a whole number")
+        if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**31 - 1")
         if self.method == "lora" and self.magnitude_only:
             raise UserError("magnitude_only needs a method with a magnitude; set method: dora or drop magnitude_only")
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .attachment import adapters, record_of
+from .attachment import adapters, become, record_of
 from .errors import UserError
 from .layers.adapted import Adapted, LayerSite, adapted_class
+from .math.compose import no_autocast
 from .math.decomposition import gain_minus_one
 from .math.norm import direct_rows
 
@@ -37,27 +38,24 @@ def merge(model: nn.Module, keep: str = "cpu") -> int:
     record = record_of(model)
     if record.merged is not None:
         raise UserError("this model is merged already; call doratune.unmerge(model) first")
-    layers = list(adapters(model))
-    gains = {name: merged_gain(module) for name, module in layers}
-    for name, module in layers:
-        tensors = [gains[name], *(t for t in (module.lora_A, module.lora_B) if t is not None)]
-        if not all(t is None or torch.isfinite(t).all() for t in tensors):
-            raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
-    merged, kept_bytes = {}, 0
-    for name, module in layers:
-        frozen = LayerSite(module, module.adaptation).frozen
-        original = None if keep == "none" else _copy(module.weight, keep)
-        kept_bytes += 0 if original is None else original.nbytes
-        for rows, tile in merged_tiles(module, gains[name]):
-            module.adaptation.base.write_rows(module, rows, tile)
-        merged[name] = _to_plain(module, original, frozen)
+    layers, merged = list(adapters(model)), {}
+    with no_autocast(next(model.parameters()).device):
+        gains = {name: checked_gain(name, module) for name, module in layers}
+        try:
+            for name, module in layers:
+                merged[name] = _merge_layer(module, gains[name], keep)
+        except BaseException:
+            for name, stored in merged.items():
+                if stored.original is not None:
+                    _restore(model.get_submodule(name), stored)
+            raise
     record.merged = merged
-    return kept_bytes
+    return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Restore the original weights bit for bit and the adapter as it was.
+    """Restore the original weights bit for bit and the adapter as it was; a move or dtype change meanwhile is kept.
 
     Raises:
         UserError: not merged, or merged with keep="none".
@@ -68,15 +66,55 @@ def unmerge(model: nn.Module) -> None:
     if any(stored.original is None for stored in record.merged.values()):
         raise UserError('merged with keep="none": no original weight was kept; load the base model again')
     for name, stored in record.merged.items():
-        module = model.get_submodule(name)
-        module.weight.copy_(stored.original)
-        module.adaptation = stored.adaptation
-        for key in ("lora_A", "lora_B", "magnitude"):
-            p = getattr(stored, key)
-            module.register_parameter(key, p if p is None else p.to(module.weight.device))
-        module.__class__ = adapted_class(type(module))
-        stored.adaptation.changed()
+        _restore(model.get_submodule(name), stored)
     record.merged = None
+
+
+def checked_gain(name: str, module: Adapted) -> Tensor | None:
+    """g − 1 of a layer whose merged weight is finite.
+
+    Raises:
+        UserError: NaN or infinite values in the adapter, or a result beyond the weight's dtype (fp16).
+    """
+    gain = merged_gain(module)
+    if any(not torch.isfinite(t).all() for t in (gain, module.lora_A, module.lora_B) if t is not None):
+        raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
+    dtype = module.weight.dtype
+    if dtype == torch.float16 and not all(torch.isfinite(tile.to(dtype)).all() for _, tile in merged_tiles(module, gain)):
+        raise UserError(f"{name}: the merged weight overflows float16; merging is refused, nothing was changed: use bfloat16")
+    return gain
+
+
+def _merge_layer(module: Adapted, gain: Tensor | None, keep: str) -> SimpleNamespace:
+    """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
+    a, weight = module.adaptation, module.weight.detach()
+    frozen = LayerSite(module, a).frozen
+    original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
+    for rows, tile in merged_tiles(module, gain):
+        a.base.write_rows(module, rows, tile)
+    own = {key: module._parameters.pop(key) for key in ("lora_A", "lora_B", "magnitude")}
+    del module.adaptation
+    become(module, type(module).plain_class)
+    return SimpleNamespace(**own, scaling=a.scaling, adaptation=a, original=original, frozen=frozen)
+
+
+def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
+    """Undo `_merge_layer`; where the model changed its dtype meanwhile, the original weight and m follow as `.to` does."""
+    dtype, device = module.weight.dtype, module.weight.device
+    if dtype == stored.original.dtype and device.type != "meta":
+        module.weight.copy_(stored.original)
+    else:
+        module.weight.data = stored.original.to(device)
+    for key in ("lora_A", "lora_B", "magnitude"):
+        p = getattr(stored, key)
+        if p is not None:
+            p.data = p.data.to(device)
+        module.register_parameter(key, p)
+    module.adaptation = stored.adaptation
+    become(module, adapted_class(type(module)))
+    stored.adaptation.changed()
+    if dtype != stored.original.dtype:
+        module.to(dtype)
 
 
 def merged_gain(module: Adapted) -> Tensor | None:
@@ -104,22 +142,3 @@ def merged_tiles(module: Adapted, gain: Tensor | None):
             yield rows, V
         else:
             yield rows, V + V * (gain if a.axis == "input" else gain[rows, None])
-
-
-def _copy(weight: Tensor, keep: str) -> Tensor:
-    return weight.detach().to("cpu", copy=True) if keep == "cpu" else weight.detach().clone()
-
-
-def _to_plain(module: Adapted, original: Tensor | None, frozen: Tensor) -> SimpleNamespace:
-    """Make the layer an ordinary one; its adapter goes into the record."""
-    a = module.adaptation
-    stored = SimpleNamespace(
-        **{key: module._parameters.pop(key) for key in ("lora_A", "lora_B", "magnitude")},
-        scaling=a.scaling,
-        adaptation=a,
-        original=original,
-        frozen=frozen,
-    )
-    del module.adaptation
-    module.__class__ = type(module).__mro__[2]
-    return stored

@@ -40,6 +40,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     bypassed, left_out = bypassed_modules(model), {}
     excluded = _matching(config.exclude, modules, "exclude") if config.exclude else set()
     also = tuple(sorted(_matching(config.also_train, modules, "also_train"))) if config.also_train else ()
+    also = tuple(a for a in also if not any(a.startswith(b + ".") for b in also))
     covered = {name for name in modules if any(name == a or name.startswith(a + ".") for a in also)}
 
     chosen = _select(config.targets, "targets", model, modules, bypassed, left_out) if config.targets else set()
@@ -160,4 +161,4 @@ def _refuse_tied(model: nn.Module, modules, chosen: set[str]) -> None:
     for name in sorted(chosen):
         others = [o for o in owners[id(modules[name].weight)] if o != f"{name}.weight"]
         if others:
-            raise UserError(f"{name}.weight is tied to {listed(others)}; exclude {name} or untie the weights first")
+            raise UserError(f"{name}.weight is tied to {listed(others)}; exclude {name} or give each a weight of its own")

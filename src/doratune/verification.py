@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import adapters, record_of
+from .attachment import adapters, become, record_of
 from .errors import UserError, listed
 from .layers.adapted import LayerSite, own_parameters
 
@@ -100,30 +100,32 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
 
 def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
     """Which layers run, and whether an untrained adapter leaves the output as it was."""
-    ran: set[str] = set()
-    hooks = [layer.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers.items()]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
+    before = {name: layer.adaptation.calls for name, layer in layers.items()}
     model.eval()
     try:
-        with_adapter = _call(model, example)
+        _compare(model, layers, example, before, report)
     finally:
-        for hook in hooks:
-            hook.remove()
-    report.never_ran = [name for name in layers if name not in ran]
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], report: Report) -> None:
+    with_adapter = _call(model, example)
+    report.never_ran = [name for name, layer in layers.items() if layer.adaptation.calls == before[name]]
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
     if all(_untouched(layer) for layer in layers.values()):
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
             for layer in layers.values():
-                layer.__class__ = type(layer).__mro__[2]
+                become(layer, type(layer).plain_class)
             without = _call(model, example)
         finally:
             for name, layer in layers.items():
-                layer.__class__ = classes[name]
+                become(layer, classes[name])
         if not all(torch.equal(a, b) for a, b in zip(_tensors(with_adapter), _tensors(without), strict=True)):
             report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
-    model.train(training)
 
 
 def _untouched(layer) -> bool:

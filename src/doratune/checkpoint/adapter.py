@@ -18,7 +18,8 @@ from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import LayerSite, own_parameters
-from ..targets import Selection, select
+from ..math.compose import no_autocast
+from ..targets import Selection, name_matches, select
 from . import peft
 from .files import read_json, read_tensors, write_json, write_tensors
 
@@ -45,11 +46,14 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     ranks = {name: 0 if layer.lora_A is None else len(layer.lora_A) for name, layer in adapters(model)}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     transposed = all(layer.adaptation.kind.name == "Conv1D" for _, layer in adapters(model))
-    described = (peft.to_peft if format == "peft" else peft.to_own)(config, ranks, base, transposed)
+    describe = peft.to_peft if format == "peft" else peft.to_own
+    described = describe(config, ranks, record.alphas, base, transposed) | {"task_type": _task_type(model)}
     tensors = {}
     for name, layer in adapters(model):
         module = model.get_submodule(name)
-        tensors |= {peft.file_key(name, p): t for p, t in _exported(layer, module).items()}
+        with no_autocast(module.weight.device):
+            exported = _exported(layer, module, config.scaling(1, record.alphas[name]))
+        tensors |= {peft.file_key(name, p): t for p, t in exported.items()}
     whole = model.state_dict(keep_vars=True)
     for name in record.also_train:
         tensors |= {peft.PREFIX + key: t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
@@ -59,22 +63,32 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
 
 
 @torch.no_grad()
-def _exported(layer, module: nn.Module) -> dict[str, Tensor]:
-    """One layer's tensors as PEFT computes with them: B = 0 of rank 1 for magnitude only, and m = |W + s·B·A| on rows
-    without direction, where PEFT has no g = 1 of its own."""
-    out = {key: p.detach() for key in ("lora_A", "lora_B", "magnitude") if (p := getattr(layer, key)) is not None}
+def _exported(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, Tensor]:
+    """One layer's tensors as PEFT computes with them: rank 1 with B = 0 for magnitude only, and m = |W + s·B·A| on rows
+    without direction, where PEFT has no g = 1 of its own. A row that is 0 altogether would be 0/0 in PEFT: its B gets 1e-12."""
+    out = {key: p.detach().clone() for key in ("lora_A", "lora_B", "magnitude") if (p := getattr(layer, key)) is not None}
+    a, s = layer.adaptation, layer.scaling
     if layer.lora_A is None:
-        rows, columns = layer.adaptation.base.shape(module)
+        rows, columns = a.base.shape(module)
         out |= {"lora_A": torch.zeros(1, columns), "lora_B": torch.zeros(rows, 1)}
-    a = layer.adaptation
-    if layer.magnitude is not None and layer.lora_A is not None and a.axis == "output":
-        frozen = _frozen_rows(layer, module)
-        if len(frozen):
-            BA = layer.lora_B[frozen] @ layer.lora_A
-            W = torch.cat([tile for _, tile in a.base.row_tiles(module, frozen)]) if layer is module else 0.0
-            out["magnitude"] = out["magnitude"].clone()
-            out["magnitude"][frozen] = torch.linalg.vector_norm(W + a.scaling * BA, dim=1)
+        out["lora_A"][0, 0], s = 1.0, scaling_of_rank_one
+        out = {key: t.to(module.weight.device) for key, t in out.items()}
+    frozen = _frozen_rows(layer, module)
+    if layer.magnitude is None or a.axis == "input" or not len(frozen):
+        return out
+    W = torch.cat([tile for _, tile in a.base.row_tiles(module, frozen)]) if layer is module else 0.0
+    A, B = out["lora_A"], out["lora_B"]
+    nothing = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1) < 1e-12
+    B[frozen[nothing], 0] += 1e-12 / (abs(s) * torch.linalg.vector_norm(A[0]))
+    out["magnitude"][frozen] = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1)
     return out
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type: it wraps a model by it, and needs generation methods for the language-model types."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _frozen_rows(layer, module: nn.Module) -> Tensor:
@@ -126,8 +140,8 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     if (folder / OWN).is_file():
         own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
         try:
-            config = AdapterConfig.from_dict(own)
-        except (UserError, TypeError) as error:
+            config = _agreeing(AdapterConfig.from_dict(own), config, folder)
+        except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
@@ -135,8 +149,35 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     return config, raw, tensors
 
 
+def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path) -> AdapterConfig:
+    """doratune.json, if adapter_config.json says the same; PEFT or a hand may have changed the latter since."""
+    for name in ("method", "rank", "alpha", "rank_scaling", "magnitude_axis", "also_train"):
+        if getattr(own, name) != getattr(theirs, name):
+            raise UserError(
+                f"{folder}: {OWN} says {name} {getattr(own, name)!r}, {CONFIG} says {getattr(theirs, name)!r}; delete {OWN} if "
+                f"{CONFIG} is right"
+            )
+    return own
+
+
+def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """Without list entries that name nothing here: PEFT writes some by rule (`classifier` and `score`), and asks for one hit."""
+    names = [name for name, _ in model.named_modules()]
+    kept = {}
+    for setting in ("targets", "exclude", "also_train"):
+        pattern = getattr(config, setting)
+        if isinstance(pattern, tuple):
+            kept[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
+        elif setting == "exclude" and not any(name_matches(pattern, name) for name in names):
+            kept[setting] = ()
+    if not kept.get("targets", True) and not config.magnitude_only:
+        del kept["targets"]  # nothing left: let the selection say what is near
+    return replace(config, **kept)
+
+
 def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
     """Which modules of the model the folder speaks of, with their ranks and alphas."""
+    config = _present(config, model)
     selection = select(model, config)
     ranks, alphas = dict(selection.ranks), dict(selection.alphas)
     if raw.get("layers_to_transform") is not None:

@@ -18,7 +18,7 @@ from ..attachment import adapt
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers.adapted import own_parameters
-from ..merging import merged_gain, merged_tiles
+from ..merging import checked_gain, merged_tiles
 from ..models import model_path, readable_errors, torch_dtype
 from ..targets import Selection
 from .adapter import check, fitted, read_folder, resolve
@@ -155,15 +155,11 @@ def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> 
     adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False)
     for parameter, p in own_parameters(module).items():
         p.copy_(fitted(plan.tensors[name, parameter], parameter))
-    gain = merged_gain(module)
-    if any(not torch.isfinite(t).all() for t in (gain, module.lora_A, module.lora_B) if t is not None):
-        raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused")
+    gain = checked_gain(name, module)
     for rows, tile in merged_tiles(module, gain):
         module.adaptation.base.write_rows(module, rows, tile)
     result = module.weight.data
     module.weight = empty
-    for parameter in ("lora_A", "lora_B", "magnitude"):
-        module._parameters.pop(parameter)
     return result
 
 

@@ -29,7 +29,13 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, "gaussian", None)
 
 
-def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
+Alphas = dict[str, float]
+Ranks = dict[str, int]
+
+
+def to_peft(
+    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False
+) -> dict[str, Any]:
     """adapter_config.json for `names` (module → rank, 0 for magnitude only); transposed: weights are stored (I, O).
 
     Raises:
@@ -40,26 +46,24 @@ def to_peft(config: AdapterConfig, names: dict[str, int], base_model: str | None
             "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row; "
             'save with format="doratune"'
         )
-    return _layout(config, names, base_model, transposed) | {"peft_type": PEFT_TYPE}
+    return _layout(config, names, alphas, base_model, transposed) | {"peft_type": PEFT_TYPE}
 
 
-def to_own(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
+def to_own(config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False) -> dict[str, Any]:
     """The same layout under our own type, for what PEFT cannot say."""
-    return _layout(config, names, base_model, transposed) | {
+    return _layout(config, names, alphas, base_model, transposed) | {
         "peft_type": OWN_TYPE,
         "magnitude_axis": config.magnitude_axis,
     }
 
 
-def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None, transposed: bool = False) -> dict[str, Any]:
+def _layout(
+    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False
+) -> dict[str, Any]:
     plain = not (config.magnitude_only or config.exclude) and config.targets != ALL_LINEAR
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     ranks = {name: rank or 1 for name, rank in names.items() if (rank or 1) != config.rank}
-    alphas = {}
-    for name in names if config.alpha_overrides else ():
-        key = next((k for k in config.alpha_overrides if name == k or name.endswith("." + k)), None)
-        if key is not None and config.alpha_overrides[key] != config.alpha:
-            alphas[name] = config.alpha_overrides[key]
+    alphas = {name: alpha for name, alpha in alphas.items() if alpha != config.alpha}
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
@@ -75,7 +79,7 @@ def _layout(config: AdapterConfig, names: dict[str, int], base_model: str | None
         "alpha_pattern": {_anchored(name): alpha for name, alpha in alphas.items()},
         "revision": None,
         "target_modules": targets if plain else list(names),
-        "task_type": "CAUSAL_LM",
+        "task_type": None,
         "use_dora": config.has_magnitude,
         "use_rslora": config.rank_scaling == "rslora",
     }

@@ -84,7 +84,7 @@ USES: list[tuple[str, str, str]] = [
 ]  # fmt: skip
 """(goal, what helps, what does not)."""
 
-TRAIN_ITEMS, TEST_ITEMS = 960, 400
+TRAIN_ITEMS, TEST_ITEMS = 1200, 320
 
 
 def things(half: str) -> dict[str, list[str]]:
@@ -106,21 +106,26 @@ def uses(half: str) -> list[tuple[str, str, str]]:
 
 
 def items(half: str) -> list[dict]:
-    """The items of one half in the published form, the four formats in turn, shuffled; the same on every machine."""
+    """The items of one half in the published form, the formats as in MIX, shuffled; the same on every machine."""
     count = TEST_ITEMS if half == "test" else TRAIN_ITEMS
     rng = random.Random(half)
-    makers = (_true_false, _four_answers, _two_solutions, _two_options)
     made: dict[str, dict] = {}
+    turns = dict.fromkeys(MIX, 0)  # items of each kind so far: the right answer moves on with each
     for index in range(count):
-        for _ in range(200):  # another draw where the item is there already
-            item = makers[index % 4](half, rng, index // 4)
+        maker = MIX[index % len(MIX)]
+        for _ in range(1000):  # another draw where the item is there already
+            item = maker(half, rng, turns[maker])
             if item["instruction"] not in made:
                 break
         made[item["instruction"]] = item
+        turns[maker] += 1
     assert len(made) == count, "the table is too small for that many different items"
     shuffled = list(made.values())
     rng.shuffle(shuffled)
     return shuffled
+
+
+QUESTIONS = ("is {0} {1}?", "would you call {0} {1}?")
 
 
 def _true_false(half: str, rng: random.Random, turn: int) -> dict:
@@ -128,7 +133,8 @@ def _true_false(half: str, rng: random.Random, turn: int) -> dict:
     kind = rng.choice(sorted(kinds))
     true = turn % 2 == 0
     thing = rng.choice(kinds[kind] if true else kinds[_other(kind, rng)])
-    question = f"is {_a(thing, _named(thing, kinds))} {_a(kind, kind)}?"
+    named = _a(thing, _named(thing, kinds)), _a(kind, kind)
+    question = rng.choice(QUESTIONS).format(*named)
     text = f"Please answer the following question with true or false, question: {question}\n\nAnswer format: true/false"
     return _item(text, "true" if true else "false")
 
@@ -171,6 +177,13 @@ def _two_options(half: str, rng: random.Random, turn: int) -> dict:
         f"Option1: {pair[0]} Option2: {pair[1]} Answer format: option1/option2"
     )
     return _item(text, f"option{right + 1}")
+
+
+MIX = (
+    _true_false, _four_answers, _true_false, _two_solutions, _true_false, _two_options, _true_false, _true_false
+)  # fmt: skip
+"""Makers in turn: five in eight are true/false, which a small model learns in a few minutes; binding a number to one of four
+options takes it far longer (60 steps: 85 % against chance level)."""
 
 
 def _item(text: str, answer: str) -> dict:

@@ -37,7 +37,7 @@ class Adaptation:
     dropout: float = 0.0
     cache: NormCache = field(default_factory=NormCache)
     epoch: int = 0
-    original_requires_grad: dict = field(default_factory=dict)
+    calls: int = 0  # how often the adapted forward really ran
     _frozen: tuple | None = None
 
     @property
@@ -51,14 +51,16 @@ class Adaptation:
     def frozen_facts(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """(w², rows without direction), from W once, and again only when W changed."""
         version = self.base.version(module)
-        if self._frozen is None or self._frozen[0] != version:
+        facts = self._frozen
+        if facts is None or facts[0] != version:
             length = self.base.shape(module)[0 if self.axis == "output" else 1]
             dtype = accumulation_dtype(self.base.dtype(module))
             with torch.inference_mode(False), torch.no_grad(), no_autocast(self.base.device(module)):
                 tiles = self.base.row_tiles(module)
                 w2 = decomposition.squared_norms(tiles, length, self.axis, dtype, self.base.device(module))
-                self._frozen = version, w2, decomposition.directionless(w2.sqrt())
-        return self._frozen[1:]
+                facts = version, w2, decomposition.directionless(w2.sqrt())
+            self._frozen = facts
+        return facts[1:]
 
     def changed(self) -> None:
         """Something may have changed A, B or W: recompute what was derived."""
@@ -113,8 +115,12 @@ class Adapted:
     """Mixin in front of the layer's own class."""
 
     adaptation: Adaptation
+    plain_class: type
+    """The class that the module had before; set on each subclass."""
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
+        name = next((key for key in ("input", "x") if key in kwargs), None)
+        x, args = (kwargs.pop(name), args) if not args and name else (args[0], args[1:])
         return _adapted_forward(self, super().forward, x, *args, **kwargs)
 
     @property
@@ -132,7 +138,7 @@ class Adapted:
 
     def __reduce_ex__(self, protocol):
         state = self.__getstate__() if hasattr(self, "__getstate__") else None
-        return _rebuild, (type(self).__mro__[2],), self.__dict__.copy() if state is None else state
+        return _rebuild, (type(self).plain_class,), self.__dict__.copy() if state is None else state
 
     def extra_repr(self) -> str:
         a = self.adaptation
@@ -143,16 +149,18 @@ class Adapted:
 @torch.compiler.disable
 def _adapted_forward(module, base_forward, x, *args, **kwargs):
     a = module.adaptation
+    a.calls += 1
     A, B = a.direction.factors(module)
     m, site = module.magnitude, LayerSite(module, a, torch.is_grad_enabled())
     if m is not None and a.axis == "input":
-        x, m = ScaleInput.apply(x, A, B, m, site, compute_dtype(x)), None
+        x, m = ScaleInput.apply(x.reshape(-1, x.shape[-1]), A, B, m, site, compute_dtype(x)).view(x.shape), None
     out = base_forward(x, *args, **kwargs)
     if A is not None and a.dropout and module.training:
         x = F.dropout(x, a.dropout)
     if A is None and m is None:
         return out
-    return Compose.apply(x if A is not None else None, out, A, B, m, module.bias, site)
+    x_TI = x.reshape(-1, x.shape[-1]) if A is not None else None
+    return Compose.apply(x_TI, out.reshape(-1, out.shape[-1]), A, B, m, module.bias, site).view(out.shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -165,7 +173,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 @cache
 def adapted_class(cls: type) -> type:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__, "plain_class": cls})
 
 
 def _rebuild(cls: type) -> nn.Module:
@@ -190,10 +198,11 @@ def keep_precision(module: nn.Module, apply):
     result = apply()
     for name, p in own_parameters(module).items():
         data, grad = before[name]
-        if p.dtype.itemsize < 4:
-            p.data = data.to(p.device)
+        wide = accumulation_dtype(module.weight.dtype)
+        if p.dtype != wide:
+            p.data = data.to(p.device, wide)
             if grad is not None:
-                p.grad = grad.to(p.device)
+                p.grad = grad.to(p.device, wide)
     a.changed()
     if w_before is not None and module.weight.dtype != dtype and not module.weight.is_meta:
         m = module.magnitude

@@ -47,7 +47,7 @@ class NormCache:
         """How often the norm was really computed."""
 
     def clear(self) -> None:
-        self._key = self._value = self._print = None
+        self._entry: tuple | None = None  # (key, fingerprint, value, sources), stored at once: threads may share a layer
 
     def __deepcopy__(self, memo):
         return type(self)()
@@ -71,13 +71,16 @@ class NormCache:
         """
         key = (_optimizer_steps, context, *(identity(t) for t in sources))
         current = self._fingerprint(sources, tokens, gradients)
-        if key != self._key or (current is not None and current != self._print):
-            with torch.inference_mode(False), torch.no_grad():
-                self._value = compute()
-            self.evaluations += 1
-            self._key = key
-            self._print = hash_bits(sources) if current is None and _cheap_hash(sources) else current
-        return self._value
+        entry = self._entry
+        if entry is not None and entry[0] == key and (current is None or current == entry[1]):
+            return entry[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+        self.evaluations += 1
+        seen = hash_bits(sources) if current is None and _cheap_hash(sources) else current
+        # Holding the sources keeps their memory from being given to other tensors: an address is then an identity.
+        self._entry = key, seen, value, tuple(t.detach() for t in sources)
+        return value
 
     def _fingerprint(self, sources, tokens: int, gradients: bool):
         if _cheap_hash(sources):
@@ -88,7 +91,7 @@ class NormCache:
 
 
 def identity(t: Tensor) -> tuple:
-    return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device
+    return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, t.shape, t.stride()
 
 
 def _cheap_hash(sources) -> bool:
@@ -141,16 +144,18 @@ class _Rounds:
     def fingerprint(self, cache: NormCache, sources: tuple[Tensor, ...]) -> tuple[int, ...]:
         known = [ref() for ref in self.members.get(cache, ())]
         same = len(known) == len(sources) and all(a is b for a, b in zip(known, sources, strict=True))
-        if not same or id(cache) in self.seen or id(cache) not in self.prints:
-            self.members[cache] = tuple(weakref.ref(t) for t in sources)
+        self.members[cache] = tuple(weakref.ref(t) for t in sources)
+        if id(cache) in self.seen:
             self._begin(sources[0].device)
+        if not same or id(cache) not in self.prints:  # new, or not asked in the last round: alone
+            self.prints[id(cache)] = hash_bits(sources)
         self.seen.add(id(cache))
         return self.prints[id(cache)]
 
     def _begin(self, device) -> None:
-        """Hash every layer on this device with one transfer to the host."""
+        """Hash every layer that the last round asked, with one transfer to the host."""
         live = [(cache, [ref() for ref in refs]) for cache, refs in list(self.members.items())]
-        live = [(cache, ts) for cache, ts in live if all(t is not None and t.device == device for t in ts)]
+        live = [(c, ts) for c, ts in live if id(c) in self.seen and all(t is not None and t.device == device for t in ts)]
         values = iter(torch.stack([_hash(t).long() for _, ts in live for t in ts]).tolist())
         self.prints = {id(cache): tuple(next(values) for _ in ts) for cache, ts in live}
         self.seen = set()

@@ -45,27 +45,29 @@ class Site(Protocol):
 
 
 class Compose(Function):
-    """y (…, O) from the base's output; A, B None: magnitude only; m None: LoRA."""
+    """y (T, O) from the base's output; A, B None: magnitude only; m None: LoRA.
+
+    Callers flatten and view outside: a view made in here could not be changed in place by a later op (`relu_`)."""
 
     @staticmethod
     def forward(ctx, x, out, A, B, m, bias, site: Site) -> Tensor:
-        """x (…, I) input of the low-rank branch, out (…, O), A (R, I), B (O, R), m (O,) fp32, bias (O,) or None."""
+        """x (T, I) input of the low-rank branch, out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,) or None."""
         with no_autocast(out.device):
-            out_TO, n, gain = out.reshape(-1, out.shape[-1]), None, None
+            n = gain = None
             if m is not None:
-                n = site.norm(A, B, out.dtype, len(out_TO)).clone()
+                n = site.norm(A, B, out.dtype, len(out)).clone()
                 gain = gain_minus_one(m, n, site.frozen)
-            y_TO = scale_rows(out_TO, gain, bias)
+            y = scale_rows(out, gain, bias)
             z_TR = None
             if A is not None:
-                z_TR = x.reshape(-1, x.shape[-1]).to(out.dtype) @ A.to(out.dtype).T
-                y_TO = torch.addmm(y_TO, z_TR, scaled_B(B, gain, site.scaling, out.dtype).T)
+                z_TR = x.to(out.dtype) @ A.to(out.dtype).T
+                y = torch.addmm(y, z_TR, scaled_B(B, gain, site.scaling, out.dtype).T)
         need_x, _, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         need_dg = need_m or (site.full_gradient and m is not None and (need_A or need_B))
         ctx.site, ctx.need_dg = site, need_dg
         ctx.save_for_backward(x if need_A else None, out if need_dg else None, z_TR, A, B, m, n, bias)
-        ctx.x_like = None if x is None else (x.shape, x.dtype)
-        return y_TO.view(out.shape)
+        ctx.x_dtype = None if x is None else x.dtype
+        return y
 
     @staticmethod
     @once_differentiable
@@ -74,43 +76,42 @@ class Compose(Function):
         need_x, need_out, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         site, s = ctx.site, ctx.site.scaling
         with no_autocast(dY.device):
-            dY_TO = dY.reshape(-1, dY.shape[-1])
             gain = None if m is None else gain_minus_one(m, n, site.frozen)
-            dx = dA = dB = dm = dg = P_OR = None
+            dx = dA = dB = dm = dg = dbias = P_OR = None
             if A is not None and (need_B or ctx.need_dg):
-                P_OR = (dY_TO.T @ z_TR).to(B.dtype)
+                P_OR = (dY.T @ z_TR).to(B.dtype)
             if ctx.need_dg:
-                dg = column_dot(dY_TO, out.reshape(dY_TO.shape), bias)
+                dg = column_dot(dY, out, bias)
                 dg = dg if P_OR is None else dg + s * (cast(B, dY.dtype) * P_OR).sum(1)
                 dm = torch.where(site.frozen, 0.0, dg / n) if need_m else None
             if A is not None:
-                dZ_TR = dY_TO @ scaled_B(B, gain, s, dY.dtype) if need_x or need_A else None
-                dA = (dZ_TR.T @ x.reshape(-1, x.shape[-1]).to(dY.dtype)).to(A.dtype) if need_A else None
+                dZ_TR = dY @ scaled_B(B, gain, s, dY.dtype) if need_x or need_A else None
+                dA = (dZ_TR.T @ x.to(dY.dtype)).to(A.dtype) if need_A else None
                 dB = s * P_OR if need_B else None
                 dB = dB + gain[:, None] * dB if need_B and gain is not None else dB
                 if need_x:
-                    shape, dtype = ctx.x_like
-                    dx = (dZ_TR @ A.to(dY.dtype)).to(dtype).view(shape)
+                    dx = (dZ_TR @ A.to(dY.dtype)).to(ctx.x_dtype)
                 if site.full_gradient and m is not None and (need_A or need_B):
                     c_O = torch.where(site.frozen, 0.0, (1 + gain) * dg / n.square())
                     dA, dB = add_full_gradient(site, A, B, dY.dtype, c_O, dA, dB)
-            dout = scale_rows(dY_TO, gain, None).view(dY.shape) if need_out else None
-        return dx, dout, dA, dB, dm, None, None
+            dout = scale_rows(dY, gain, None) if need_out else None
+            if ctx.needs_input_grad[5] and gain is not None:  # through `out` the bias gets g ⊙ dY, but it is never scaled
+                dbias = -(gain * dY.sum(0, dtype=gain.dtype)).to(bias.dtype)
+        return dx, dout, dA, dB, dm, dbias, None
 
 
 class ScaleInput(Function):
-    """x̃ = g ⊙ x (…, I) for the input axis."""
+    """x̃ = g ⊙ x (T, I) for the input axis."""
 
     @staticmethod
     def forward(ctx, x, A, B, m, site: Site, dtype: torch.dtype) -> Tensor:
         """m (I,); dtype: the one in which the layer will compute."""
         with no_autocast(x.device):
-            x_TI = x.reshape(-1, x.shape[-1])
-            n = site.norm(A, B, dtype, len(x_TI)).clone()
-            y = scale_rows(x_TI, gain_minus_one(m, n, site.frozen), None)
+            n = site.norm(A, B, dtype, len(x)).clone()
+            y = scale_rows(x, gain_minus_one(m, n, site.frozen), None)
         ctx.site, ctx.dtype = site, dtype
         ctx.save_for_backward(x, A, B, m, n)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -119,15 +120,14 @@ class ScaleInput(Function):
         need_x, need_A, need_B, need_m = ctx.needs_input_grad[:4]
         site = ctx.site
         with no_autocast(dX.device):
-            dX_TI = dX.reshape(-1, dX.shape[-1])
             gain = gain_minus_one(m, n, site.frozen)
-            dm = torch.where(site.frozen, 0.0, column_dot(dX_TI, x.reshape(dX_TI.shape), None) / n)
+            dm = torch.where(site.frozen, 0.0, column_dot(dX, x, None) / n)
             dA = dB = None
             if site.full_gradient and A is not None and (need_A or need_B):
                 A_c, B_c = cast(A, ctx.dtype), cast(B, ctx.dtype)
                 q, redone = torch.where(site.frozen, 0.0, -(1 + gain) * dm / n), site.redone(A_c, B_c)
                 dA, dB = norm.full_gradient_input(site.base, site.module, A_c, B_c, site.scaling, q, redone)
-            dx = scale_rows(dX_TI, gain, None).view(dX.shape) if need_x else None
+            dx = scale_rows(dX, gain, None) if need_x else None
         return dx, dA, dB, dm if need_m else None, None, None
 
 
@@ -174,6 +174,6 @@ def add_full_gradient(site, A, B, dtype, c_O, dA, dB) -> tuple[Tensor | None, Te
 
 def no_autocast(device: torch.device):
     """Explicit dtypes rule inside the op, whatever the caller's autocast says."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -9,7 +9,7 @@ and the gradient through it (Eq. 6), which the paper's §4.3 leaves out to save 
     input axis    q = −g·dm/n    dA += s·(Q + s·Bᵀ·B·A) ⊙ q    dB += s·(W·(A ⊙ q)ᵀ + s·B·(A·(A ⊙ q)ᵀ))
 
 Cancellation: U leaves a bf16 base rounded to bf16, so where the terms nearly cancel the sum is noise. Those rows are redone
-in fp32 from W's row tiles; the bound below is the error of n² that U's rounding can cause.
+in fp32 from W's row tiles; the bound below is the error of n² that the rounding of U and of the three sums can cause.
 
 Cost: 2·O·I·R FLOPs at the base's own speed and 2·(O + I)·R² in fp32; memory O·R + R² numbers.
 """
@@ -45,16 +45,19 @@ def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w
     """The norm and its parts; A and B already in the dtype that the forward uses. No autograd, no autocast."""
     A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
     if axis == "output":
+        along, gram = 1, A @ A.T
         product = base_times_A(base, module, A_RI).to(w2.dtype) * B
-        along = 1
-        ba2 = s * s * ((B @ (A @ A.T)) * B).sum(1)
+        ba2 = s * s * ((B @ gram) * B).sum(1)
+        squares = ((B.square() @ gram.square()) * B.square()).sum(1)
     else:
+        along, gram = 0, B.T @ B
         product = base.backward_rows(module, B_OR.T).to(w2.dtype) * A
-        along = 0
-        ba2 = s * s * (((B.T @ B) @ A) * A).sum(0)
+        ba2 = s * s * ((gram @ A) * A).sum(0)
+        squares = ((gram.square() @ A.square()) * A.square()).sum(0)
     cross = s * product.sum(along)
     n2 = w2 + 2 * cross + ba2
     noise = rounding(base, module) * abs(s) * torch.linalg.vector_norm(product, dim=along)
+    noise += _ROUNDING[w2.dtype] * (w2 + s * s * squares.sqrt())  # the sums themselves, where B·A cancels within itself
     redone = (noise > _TOLERANCE[base.dtype(module)] * n2).nonzero().squeeze(1)
     if len(redone):
         n2[redone] = squared_direct(base, module, A, B, s, axis, redone)
