@@ -276,3 +276,91 @@ def test_no_output_by_input_temporary():
             doratune.verify(model)
             doratune.detach(model)
     assert Sizes.largest < 512 * 600 / 4
+
+
+def test_fresh_tensors_at_a_freed_address():
+    """functional_call and `.data =` with new tensors each time: memory is reused, the norm must not be."""
+    model, layer = one_layer(64, 64)
+    randomize(model)
+    x = torch.randn(1, 64)
+
+    def fresh(seed):
+        return torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))
+
+    def call(seed):
+        return torch.func.functional_call(model, {"layer.lora_B": fresh(seed)}, (x,))
+
+    with torch.no_grad():
+        first = [call(seed) for seed in range(8)]
+        for seed in range(8):
+            doratune.refresh(model)
+            assert torch.equal(first[seed], call(seed))
+        for seed in range(8):
+            layer.lora_B.data = fresh(seed)
+            assert torch.equal(model(x), first[seed])
+
+
+def test_the_step_token_alone_is_enough():
+    """A fused step bumps no version; a gradient-free call of one token hashes nothing."""
+    model, layer = one_layer(ROWS, COLUMNS)
+    randomize(model)
+    optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=0.1), fused=True)
+    backward(model)
+    optimizer.step()
+    with torch.no_grad():
+        check_norm(layer, 1)
+
+
+def test_one_norm_per_compute_dtype():
+    """Plain and autocast calls by turns: A and B are rounded differently, so the norm differs."""
+    model, layer = one_layer(ROWS, COLUMNS)
+    randomize(model)
+    site = LayerSite(layer, layer.adaptation)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            n = site.norm(layer.lora_A, layer.lora_B, dtype, 1)
+            exact = reference.norm(layer.weight, layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scaling)
+            assert ((n.double() - exact).abs() / exact).max() < 1e-5
+
+
+def test_refresh_after_a_hand_edit_of_the_weight():
+    model, layer = one_layer(ROWS, COLUMNS)
+    randomize(model)
+    check_norm(layer)
+    layer.weight.data.mul_(2)
+    doratune.refresh(model)
+    check_norm(layer)
+
+
+def test_no_grad_calls_of_many_tokens_are_hashed():
+    model, layer = one_layer(ROWS, COLUMNS)
+    randomize(model)
+    with torch.no_grad():
+        for _ in range(3):
+            layer.lora_A.data.mul_(1.5)
+            check_norm(layer, 64)
+
+
+def test_rounds_of_fingerprints():
+    """The CUDA scheme on CPU tensors: one hash of all per round, and a layer that sat out a round is hashed anew."""
+    from doratune.math.cache import NormCache, _Rounds
+
+    rounds = _Rounds()
+    caches = [NormCache(), NormCache()]
+    sources = [(torch.randn(4, 3), torch.randn(5, 4)) for _ in caches]
+
+    def ask(index):
+        return rounds.fingerprint(caches[index], sources[index])
+
+    first = [ask(0), ask(1)]
+    assert [ask(0), ask(1)] == first
+    sources[1][0].data.mul_(2)
+    assert ask(0) == first[0]
+    assert ask(1) != first[1]
+    for _ in range(2):
+        ask(0)
+    before = ask(1)
+    ask(0)
+    ask(0)
+    sources[1][0].data.mul_(2)
+    assert ask(1) != before

@@ -249,3 +249,187 @@ def _ddp_worker(rank, store, folder):
         optimizer.zero_grad()
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("shape", [(4, 10), (2, 3, 10)])
+def test_in_place_operations_after_the_layer(method, shape):
+    model, layer = one_layer(method=method)
+    randomize(model)
+    x = torch.randn(shape)
+    grads = []
+    for in_place in (True, False):
+        model.zero_grad()
+        y = layer(x)
+        y = torch.relu_(y) if in_place else torch.relu(y)
+        y = y.add_(1.0) if in_place else y + 1.0
+        y.square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_a_trainable_bias_is_never_scaled(axis):
+    model, layer = one_layer(magnitude_axis=axis)
+    randomize(model)
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(7, 10)).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((13,), 7.0))
+
+
+def test_accelerate_hooks_run_the_adapter():
+    """accelerate keeps the old forward on the instance; the class alone would be a silent no-op."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = nn.Sequential(nn.Linear(10, 13))
+    add_hook_to_module(model[0], ModelHook())
+    x = torch.randn(3, 10)
+    base = model(x)
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0"]))
+    randomize(model)
+    y = model(x)
+    assert not torch.equal(y, base)
+    doratune.merge(model)
+    torch.testing.assert_close(model(x), y)
+    doratune.unmerge(model)
+    assert torch.equal(model(x), y)
+    remove_hook_from_module(model[0])
+    assert torch.equal(model(x), y)
+    doratune.detach(model)
+    assert torch.equal(model(x), base)
+
+
+def test_subclasses_that_compute_something_else_are_refused():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight * 2, self.bias)
+
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), self.bias
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Scaled(nn.Linear):
+        scaling = 3.0
+
+    for cls, message in ((Doubled, "is not x·Wᵀ"), (Pair, "is not x·Wᵀ"), (Scaled, "attribute 'scaling' of its own")):
+        with pytest.raises(UserError, match=message):
+            doratune.attach(nn.Sequential(cls(4, 4)), doratune.AdapterConfig(targets=["0"]))
+    model = nn.Sequential(Same(4, 4))
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0"]))
+    model[0].forward = lambda x: x
+    doratune.detach(model)
+    with pytest.raises(UserError, match="replaced on the instance"):
+        doratune.attach(model, doratune.AdapterConfig(targets=["0"]))
+
+
+def test_nested_attach_is_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    doratune.attach(model[0], doratune.AdapterConfig(rank=2, targets=["0"]))
+    with pytest.raises(UserError, match="has an adapter already"):
+        doratune.attach(model)
+    doratune.detach(model[0])
+    doratune.attach(model)
+    with pytest.raises(UserError, match="has an adapter already"):
+        doratune.attach(model[0])
+
+
+def test_unmerge_after_a_move_or_a_dtype_change():
+    model, layer = one_layer(33, 29)
+    doratune.merge(model)
+    model.bfloat16()
+    doratune.unmerge(model)
+    x = torch.randn(5, 29).bfloat16()
+    assert torch.equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert layer.magnitude.dtype == torch.float32
+    assert isinstance(layer.lora_A, nn.Parameter)
+
+
+def test_merge_that_overflows_or_fails_changes_nothing(monkeypatch):
+    model, layer = one_layer(dtype=torch.float16)
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.magnitude.mul_(1e6)
+    with pytest.raises(UserError, match="overflows float16"):
+        doratune.merge(model)
+    assert torch.equal(layer.weight, before)
+
+    pair = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    doratune.attach(pair, doratune.AdapterConfig(rank=2, targets=["0", "1"]))
+    randomize(pair)
+    x = torch.randn(3, 6)
+    y, weights = pair(x), [m.weight.clone() for m in pair]
+    real = doratune.merging.merged_tiles
+
+    def fails_on_the_second(module, gain):
+        if module is pair[1]:
+            raise MemoryError
+        return real(module, gain)
+
+    monkeypatch.setattr("doratune.merging.merged_tiles", fails_on_the_second)
+    with pytest.raises(MemoryError):
+        doratune.merge(pair)
+    monkeypatch.undo()
+    assert all(torch.equal(m.weight, w) for m, w in zip(pair, weights))
+    assert torch.equal(pair(x), y)
+
+
+def test_merge_ignores_autocast_and_keeps_on_the_device():
+    model, layer = one_layer(33, 29)
+    randomize(model)
+    doratune.merge(model)
+    expected = layer.weight.clone()
+    doratune.unmerge(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        doratune.merge(model, keep="device")
+    assert torch.equal(layer.weight, expected)
+    doratune.unmerge(model)
+    assert not torch.equal(layer.weight, expected)
+
+
+def test_double_to_bfloat16_keeps_fp32():
+    model, layer = one_layer(dtype=torch.float64)
+    assert layer.magnitude.dtype == torch.float64
+    model.bfloat16()
+    assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.magnitude)} == {torch.float32}
+
+
+def test_verify_leaves_the_modes_as_they_were():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0"]))
+    model.train()
+    model[1].eval()
+    doratune.verify(model, example=torch.randn(3, 4))
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    with pytest.raises(RuntimeError):
+        doratune.verify(model, example=torch.randn(3, 5))
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+def test_keyword_input_and_lazy_modules():
+    model, layer = one_layer()
+    x = torch.randn(2, 10)
+    assert torch.equal(layer(input=x), layer(x))
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+    doratune.attach(lazy, doratune.AdapterConfig(rank=2))
+    assert "lazy" in str(doratune.verify(lazy))
+
+
+def test_small_rows_between_tiny_and_ordinary_train():
+    """1e-4 of the median is a direction like any other."""
+    model, layer = one_layer()
+    doratune.detach(model)
+    with torch.no_grad():
+        model.layer.weight[4] *= 1e-4
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["layer"]))
+    layer(torch.randn(5, 10)).square().sum().backward()
+    assert layer.magnitude.grad[4] != 0
+
+
+def test_modules_of_one_shape_start_differently():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0", "1"]))
+    assert not torch.equal(model[0].lora_A, model[1].lora_A)

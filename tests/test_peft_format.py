@@ -150,6 +150,55 @@ def test_zero_rows_compute_the_same_in_peft(tmp_path):
     torch.testing.assert_close(peft_logits(build, tmp_path), logits(model), **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["magnitude only", "untrained"])
+def test_zero_rows_are_never_nan_in_peft(kind, tmp_path):
+    """A row that is 0 altogether is 0/0 in PEFT; what is saved must not let that happen."""
+
+    def build():
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight[3] = 0
+        return model
+
+    model = build()
+    doratune.attach(
+        model,
+        AdapterConfig(
+            rank=4, **({"targets": ["q_proj"]} if kind == "untrained" else {"targets": [], "magnitude_only": ["q_proj"]})
+        ),
+    )
+    doratune.save(model, tmp_path)
+    torch.testing.assert_close(peft_logits(build, tmp_path), logits(model), **TOLERANCE)
+
+
+def test_a_plain_module_loads_in_peft(tmp_path):
+    """No generation methods: the task type must not be CAUSAL_LM."""
+    build = lambda: one_layer()[0]  # noqa: E731
+    model = randomize(build())
+    doratune.save(model, tmp_path)
+    base = build()
+    doratune.detach(base)
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x), **TOLERANCE)
+
+
+def test_entries_that_name_nothing_here_are_passed_over(tmp_path):
+    """PEFT writes `modules_to_save: [classifier, score]` for every classifier, and asks for one hit among the targets."""
+    expected = save_theirs(tmp_path, use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    edit(tmp_path, modules_to_save=["lm_head", "score"], target_modules=["q_proj", "W_pack"], exclude_modules=["vision"])
+    torch.testing.assert_close(logits(doratune.load(tiny_llama(), tmp_path)), expected, **TOLERANCE)
+
+
+def test_the_two_descriptions_must_agree(tmp_path):
+    model = tiny_llama()
+    doratune.attach(model, AdapterConfig(rank=4, targets=["q_proj"]))
+    doratune.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+    with pytest.raises(UserError, match=r"says alpha 8, adapter_config\.json says 64"):
+        doratune.load(tiny_llama(), tmp_path)
+
+
 def test_input_axis_is_never_written_as_peft(tmp_path):
     model = tiny_llama()
     doratune.attach(model, AdapterConfig(rank=4, targets=["q_proj"], magnitude_axis="input"))

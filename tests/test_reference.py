@@ -103,6 +103,63 @@ def test_cancellation(axis, mode, dtype):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_cancellation_within_the_update(axis):
+    """Near-collinear factors with opposite signs: B·A is small, its factored square is a difference of large numbers."""
+    model, layer = one_layer(32, 64, rank=2, alpha=2.0, magnitude_axis=axis)
+    for size in (10.0, 1000.0):
+        with torch.no_grad():
+            if axis == "output":
+                layer.lora_A[1] = layer.lora_A[0] + torch.randn(64) / 400
+                layer.lora_B[:, 0], layer.lora_B[:, 1] = size, -size
+            else:
+                layer.lora_B[:, 0] = size
+                layer.lora_B[:, 1] = size + torch.randn(32) / 400
+                layer.lora_A[1] = -layer.lora_A[0]
+        n = LayerSite(layer, layer.adaptation).terms(layer.lora_A, layer.lora_B).n
+        exact = reference.norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, axis)
+        dense = reference.row_norm(layer.weight + layer.scaling * layer.lora_B @ layer.lora_A, axis)
+        ours, theirs = (((t.double() - exact).abs() / exact).max().item() for t in (n, dense))
+        assert ours <= max(FACTOR * theirs, 1e-5)
+
+
+def test_a_norm_that_vanishes_is_clamped():
+    """V = 0 in an ordinary row: n is held at 1e-6·w, everything stays finite."""
+    model, layer = one_layer(6, 6, rank=6, alpha=6.0)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(6))
+        layer.lora_B[4] = -layer.weight[4]
+    terms = LayerSite(layer, layer.adaptation).terms(layer.lora_A, layer.lora_B)
+    assert terms.clamped.tolist() == [i == 4 for i in range(6)]
+    torch.testing.assert_close(terms.n[4], 1e-6 * layer.weight[4].norm(), rtol=1e-4, atol=0)
+    y, grads = run(layer, torch.randn(3, 6), torch.randn(3, 6))
+    assert all(torch.isfinite(t).all() for t in (y, *grads.values()))
+
+
+def test_tiny_gradients_survive_in_fp16():
+    """The full gradient sends (c ⊙ B)ᵀ through an fp16 base: without bringing it to unit size first it would be 0."""
+    model, layer = one_layer(16, 12, True, torch.float16, norm_gradient="full")
+    randomize(model)
+    A, B = layer.lora_A.half(), layer.lora_B.half()
+    from doratune.math.norm import full_gradient_output
+
+    c = torch.full((16,), 1e-9)
+    none = torch.zeros(0, dtype=torch.long)
+    small = full_gradient_output(layer.adaptation.base, layer, A, B, layer.scaling, c, none)
+    large = full_gradient_output(layer.adaptation.base, layer, A, B, layer.scaling, c * 1e9, none)
+    for a, b in zip(small, large):
+        torch.testing.assert_close(a * 1e9, b, rtol=2e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_square_layers_keep_their_axis(axis):
+    model, layer = one_layer(12, 12, rank=3, magnitude_axis=axis)
+    randomize(model)
+    W, _, A, B, m, s = (t.detach().clone().double() if torch.is_tensor(t) else t for t in tensors(layer))
+    doratune.merge(model)
+    torch.testing.assert_close(layer.weight.double(), reference.merged(W, A, B, m, s, axis), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_norm_is_exact(axis):
     model, layer = one_layer(64, 48, dtype=torch.bfloat16, rank=7, magnitude_axis=axis)
     randomize(model, scale=0.02)

@@ -82,6 +82,8 @@ MISTAKES = [
     ({"targets": 7}, "targets is 7"),
     ({"method": "lora", "magnitude_only": ["o_proj"]}, "magnitude_only needs"),
     ({"seed": "x"}, "seed is 'x'"),
+    ({"seed": 2**32}, "seed is 4294967296"),
+    ({"alpha_overrides": {"q_proj": float("inf")}}, "alpha_overrides"),
 ]
 
 
@@ -154,6 +156,36 @@ def test_also_train_is_restored_by_detach():
     doratune.detach(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_detach_after_a_dtype_change_with_whole_modules():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    base = model(torch.randn(6, 4)).detach() * 0 + model[1].running_mean
+    doratune.attach(model, AdapterConfig(rank=2, targets=["0"], also_train=["1", "2"]))
+    model.train()
+    model(torch.randn(6, 4))
+    model.bfloat16()
+    doratune.detach(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model[1].running_mean.float(), base[0].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_ties_inside_a_whole_module_and_overlapping_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = nn.ModuleDict({"block": Tied(), "other": nn.Linear(4, 4)})
+    original = model["block"].a.weight
+    doratune.attach(model, AdapterConfig(rank=2, targets=["other"], also_train=["block", "head"]))
+    assert model["block"].a.weight is model["block"].b.weight is not original
+    doratune.detach(model)
+    assert model["block"].a.weight is model["block"].b.weight is original
 
 
 def test_verify_finds_what_is_wrong():

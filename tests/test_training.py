@@ -245,6 +245,11 @@ def test_mixin_with_a_plain_trainer(tmp_path, tiny_tokenizer):
     assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
+def test_mixin_wants_a_model():
+    with pytest.raises(doratune.UserError, match="expected a model with an adapter, got None"):
+        PlainTrainer(model_init=tiny_llama)
+
+
 def test_mixin_with_trl(tmp_path, tiny_tokenizer):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
