@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .config import AdapterConfig
 from .errors import UserError, listed
@@ -50,6 +51,8 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     if (record := vars(model).get(RECORD)) is not None:
         state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
         raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
+    if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
+        raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in model.named_modules():
         if isinstance(module, Adapted) or vars(module).get(RECORD) is not None:
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
@@ -108,9 +111,9 @@ def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha:
 
 def become(module: nn.Module, cls: type) -> None:
     """Give a module another class. accelerate's hooks keep the old class's forward on the module: they get the new one."""
-    hooked = vars(module).get("_old_forward")
-    if hooked is not None and getattr(hooked, "__func__", None) is type(module).forward:
-        module._old_forward = cls.forward.__get__(module)
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
+            setattr(module, name, cls.forward.__get__(module))
     module.__class__ = cls
 
 
@@ -182,6 +185,8 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if record is not None and record.merged is not None:
         yield from record.merged.items()
         return
+    if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
+        raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module

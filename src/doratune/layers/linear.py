@@ -6,7 +6,6 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..bases.dense import DenseBase
 
@@ -42,11 +41,9 @@ class LinearKind:
     def refusal(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""
         weight = module.weight
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialized yet (a lazy module); run the model once first"
         if taken := [name for name in RESERVED if hasattr(module, name)]:
             return f"its class {type(module).__name__} has an attribute {taken[0]!r} of its own"
-        if "forward" in vars(module) and getattr(vars(module).get("_old_forward"), "__func__", None) is not type(module).forward:
+        if "forward" in vars(module) and not _calls_its_class(module):
             return "its forward was replaced on the instance, so an adapter there would do nothing"
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or weight.dim() != 2:
             return f"its weight is a {type(weight.data).__name__} of a storage that this version cannot adapt"
@@ -72,6 +69,12 @@ class LinearKind:
     def plain_forwards(self) -> tuple:
         conv1d = _conv1d()
         return (nn.Linear.forward, conv1d.forward) if conv1d else (nn.Linear.forward,)
+
+
+def _calls_its_class(module: nn.Module) -> bool:
+    """Does a forward that was put on the instance (by accelerate's hooks) end in the class's own?"""
+    held = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return any(getattr(f, "__func__", None) is type(module).forward for f in held)
 
 
 def _conv1d() -> type | None:
