@@ -6,6 +6,7 @@ converted once into the cache folder. Everything else is `from_pretrained` with 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -79,6 +80,19 @@ def load_tokenizer(name: str):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def contiguous_head(model):
+    """Give the output head a contiguous input. On the last few positions of a batch, which are a view, PyTorch would copy a frozen
+    head's weight once per example (SmolLM2 on CPU: 1.8 s of a 5 s training step, 8 s of a 12 s prompt pass of 40)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = head and head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
 
 
 class quiet_loading:

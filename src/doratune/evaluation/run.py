@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint.files import replacing, write_json
 from ..errors import UserError, near_misses
+from ..models import contiguous_head
 from .generate import generate
 from .likelihood import likelihood
 from .report import add_published, overall, summarize, table
@@ -58,10 +59,11 @@ def evaluate(
         for name, items in tasks:
             advance, close = progress(f"{name} {protocol}", len(items)) if progress else (lambda n: None, lambda: None)
             started = time.perf_counter()
-            if protocol == "generate":
-                records = generate(model, tokenizer, items, batch_size, beams, max_new_tokens, advance)
-            else:
-                records = likelihood(model, tokenizer, items, batch_size, advance)
+            with contiguous_head(model):
+                if protocol == "generate":
+                    records = generate(model, tokenizer, items, batch_size, beams, max_new_tokens, advance)
+                else:
+                    records = likelihood(model, tokenizer, items, batch_size, advance)
             close()
             result = summarize(name, items, records, protocol, time.perf_counter() - started)
             results.append(add_published(result, *facts))
