@@ -80,3 +80,13 @@ def test_all_stages_on_the_real_model(smollm2, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(output / "merged").dtype is not None
     assert main(["demo", "--output", str(output)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_mistakes_leave_nothing_behind(tmp_path, capsys):
+    output = tmp_path / "run"
+    for options, message in ((["--items", "0"], "items is 0"), (["--model", "/no/model"], "no such model folder")):
+        assert main(["demo", "--output", str(output), *options]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert not output.exists()

@@ -283,6 +283,10 @@ def test_broken_files(tmp_path):
     with pytest.raises(UserError, match="not valid JSON"):
         doratune.load(tiny_llama(), tmp_path)
     shutil.rmtree(tmp_path)
+    doratune.save(one_layer()[0], tmp_path / "run" / "adapter")
+    with pytest.raises(UserError, match=r"did you mean .*adapter"):
+        doratune.load(tiny_llama(), tmp_path / "run")
+    shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="not a folder"):
         doratune.load(tiny_llama(), tmp_path)
 

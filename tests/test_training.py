@@ -100,6 +100,38 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path, capsys):
     assert len(list(doratune.adapters(model))) == 6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--checkpointing", "reentrant", "--dtype", "bfloat16", "--gradient_accumulation", "2"],
+        ["--magnitude_axis", "input", "--norm_gradient", "full", "--weight_decay", "0.1", "--magnitude_lr_ratio", "0.5"],
+        ["--targets", "[q_proj]", "--magnitude_only", "[o_proj, up_proj]", "--too_long", "skip", "--group_by_length", "false"],
+        ["--method", "lora", "--rank_scaling", "rslora", "--train_on_prompt", "--optimizer", "adamw_torch_fused"],
+        ["--also_train", "[lm_head]", "--rank_overrides", "{q_proj: 2}", "--schedule", "constant", "--tensorboard", "false"],
+    ],
+)
+def test_settings_reach_the_run(options, recipe, tmp_path, capsys):
+    """Each combination trains, saves and loads; the resolved recipe says what was asked for."""
+    output = tmp_path / "run"
+    assert main(["train", str(recipe), "--output", str(output), "--max_steps", "3", *options]) == 0
+    saved = yaml.safe_load((output / "recipe.yaml").read_text())
+    given = {k[2:]: v for k, v in zip(options, [*options[1:], "--"]) if k.startswith("--")}
+    for key, value in given.items():
+        assert saved[key] == (True if value.startswith("--") else yaml.safe_load(value))
+    model = doratune.load(tiny_llama(), output / "adapter")
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    assert "warning" not in capsys.readouterr().out.replace("warning: null", "")
+
+
+def test_chat_data(recipe, tmp_path, capsys):
+    turns = [[("user", f"{i}?"), ("assistant", ANSWERS[i % 2])] for i in range(12)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) for turn in turns]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    options = ["--data", str(tmp_path / "chat.jsonl"), "--output", str(tmp_path / "run"), "--max_steps", "2"]
+    assert main(["train", str(recipe), *options]) == 0
+    assert "12 examples, none too long" in capsys.readouterr().out
+
+
 def start(recipe, output, *options):
     command = [sys.executable, "-m", "doratune.cli", "train", str(recipe), "--output", str(output), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -135,7 +135,8 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
-    raw = read_json(folder / CONFIG, "an adapter folder needs it")
+    inner = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
+    raw = read_json(folder / CONFIG, f"an adapter folder needs it{inner}")
     config = peft.from_peft(raw, str(folder / CONFIG))
     if (folder / OWN).is_file():
         own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})

@@ -20,6 +20,7 @@ from ..attachment import detach
 from ..checkpoint.files import refuse_existing, replacing, write_json
 from ..checkpoint.logits import agreement
 from ..checkpoint.merge import merge_checkpoint
+from ..errors import UserError
 from ..evaluation.run import evaluate, show
 from ..evaluation.tasks import load_task
 from ..models import WHEEL_MODEL, load_model, load_tokenizer
@@ -69,12 +70,15 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     """
     output, watch = Path(settings.output), Stopwatch()
     refuse_existing(output, settings.overwrite)
+    if settings.items is not None and settings.items < 1:
+        raise UserError(f"items is {settings.items}; expected at least 1")
+    tokenizer = load_tokenizer(settings.model)
     for half in ("train", "test"):
         write_json(output / "data" / f"{half}.json", facts.items(half))
     recipe.model, recipe.data, recipe.output = settings.model, str(output / "data" / "train.json"), str(output)
     recipe.max_steps, recipe.overwrite = settings.max_steps, True
     tasks = [("demo", load_task(str(output / "data" / "test.json"), limit=settings.items)[1])]
-    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, recipe.dtype)
+    model = load_model(settings.model, recipe.dtype)
     watch.lap("load")
 
     say(f"\n1/4 scoring {settings.model} on {len(tasks[0][1])} test items")

@@ -55,7 +55,6 @@ class TrainRecipe:
         group_by_length: batches of like length, so that little is padding
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
-        compile: torch.compile the model
         seed: for data order, dropout and the start of A
         log_steps: log the loss every so many steps
         eval_steps: evaluate every so many steps; 0 for once an epoch
@@ -108,7 +107,6 @@ class TrainRecipe:
     group_by_length: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
-    compile: bool = False
     seed: int = 0
     log_steps: int = 10
     eval_steps: int = 0

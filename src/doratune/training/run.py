@@ -136,7 +136,6 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         max_steps=recipe.max_steps,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         length_column_name="length",
-        torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
