@@ -164,13 +164,14 @@ def test_command_line(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "bolq"], "did you mean 'boolq'"),
-        (["--task", ""], "task is not set"),
-        (["--task", "x.json", "--batch_size", "0"], "batch_size is 0"),
+        (["--model", "m", "--task", "bolq"], "did you mean 'boolq'"),
+        (["--model", "m", "--task", ""], "task is not set"),
+        (["--task", "boolq"], "neither model nor adapter is set"),
+        (["--model", "m", "--task", "x.json", "--batch_size", "0"], "batch_size is 0"),
         (["--task", "x.json", "--protocol", "guess"], "protocol"),
         (["--tsk", "boolq"], "did you mean 'task'"),
-        (["--task", "none.json"], "no such data file"),
-        (["--task", "boolq", "--mirror", "http://127.0.0.1:9"], "cannot be fetched"),
+        (["--model", "m", "--task", "none.json"], "no such data file"),
+        (["--model", "m", "--task", "boolq", "--mirror", "http://127.0.0.1:9"], "cannot be fetched"),
     ],
 )
 def test_mistakes(options, message, tmp_path, capsys, monkeypatch):

@@ -80,6 +80,24 @@ def test_any_dtype_and_the_check(base_dtype, dtype, tmp_path, tiny_tokenizer, ca
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == getattr(torch, expected)
 
 
+def test_the_adapter_knows_its_base(tmp_path, tiny_tokenizer, capsys):
+    from doratune.models import load_model
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model = load_model(str(tmp_path / "base"))
+    doratune.attach(model, AdapterConfig(rank=2))
+    doratune.save(model, tmp_path / "adapter")
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "m")]) == 0
+    doratune.detach(model)
+    doratune.attach(model, AdapterConfig(rank=2))
+    model.config._name_or_path = ""
+    doratune.save(model, tmp_path / "nameless")
+    capsys.readouterr()
+    assert main(["merge", "--adapter", str(tmp_path / "nameless"), "--output", str(tmp_path / "n")]) == 2
+    assert "records no base model; give --model" in capsys.readouterr().err
+
+
 def test_a_wrong_merge_is_found(tmp_path, tiny_tokenizer):
     """The check must be able to fail: compare with another adapter."""
     from doratune.checkpoint.logits import agreement

@@ -61,7 +61,9 @@ def load_model(name: str, dtype: str | torch.dtype = "float32"):
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     path = model_path(name)
     with quiet_loading(), readable_errors(name):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
+    return model
 
 
 def load_tokenizer(name: str):

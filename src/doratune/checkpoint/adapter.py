@@ -98,6 +98,21 @@ def _frozen_rows(layer, module: nn.Module) -> Tensor:
     return layer.frozen.nonzero().squeeze(1)
 
 
+def base_model_of(folder: str | Path) -> str:
+    """Name of the base model that an adapter folder records.
+
+    Raises:
+        UserError: no adapter folder, or none recorded.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        read_folder(Path(folder))  # says what is wrong
+    name = read_json(path, "an adapter folder needs it").get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path} records no base model; give --model")
+    return name
+
+
 def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Module:
     """Attach the adapter in `folder` to a model, in place; ours or PEFT's own (DoRA or LoRA). Returns the model.
 

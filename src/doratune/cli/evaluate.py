@@ -16,7 +16,7 @@ class EvaluateSettings:
     """Score a model, or a model with an adapter.
 
     Args:
-        model: hub id, local folder, or smollm2-135m-instruct; also a merged model
+        model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, a .json file, or a list
         protocol: generate (the model writes), likelihood (the most probable answer), or both
@@ -30,7 +30,7 @@ class EvaluateSettings:
         overwrite: replace an output folder that exists
     """
 
-    model: str = "smollm2-135m-instruct"
+    model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
     protocol: Literal["generate", "likelihood", "both"] = "both"
@@ -50,12 +50,14 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from ..attachment import record_of
-    from ..checkpoint import load
+    from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.files import refuse_existing
     from ..errors import UserError
     from ..evaluation.run import PROTOCOLS, evaluate, load_tasks, show
     from ..models import load_model, load_tokenizer
 
+    if not settings.model and not settings.adapter:
+        raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
     for name in ("batch_size", "beams", "max_new_tokens", "limit"):
@@ -64,11 +66,12 @@ def main(argv: list[str]) -> int:
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
     tasks = load_tasks(names, settings.mirror, settings.limit)
-    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, settings.dtype)
-    facts = settings.model, None, None
+    name = settings.model or base_model_of(settings.adapter)
+    tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype)
+    facts = name, None, None
     if settings.adapter:
         config = record_of(load(model, settings.adapter)).config
-        facts = settings.model, config.method, config.rank
+        facts = name, config.method, config.rank
     summary = evaluate(
         model,
         tokenizer,

@@ -17,7 +17,7 @@ class MergeSettings:
     """Merge an adapter into its base model: an ordinary transformers folder, no adapter code needed to run it.
 
     Args:
-        model: base model: hub id, local folder, or smollm2-135m-instruct
+        model: base model: hub id, local folder, or smollm2-135m-instruct; default: the one that the adapter records
         adapter: adapter folder, ours or PEFT's
         output: folder of the merged model
         dtype: dtype of the result; none keeps the base's
@@ -25,7 +25,7 @@ class MergeSettings:
         overwrite: replace an output folder that exists
     """
 
-    model: str = "smollm2-135m-instruct"
+    model: str | None = None
     adapter: str = ""
     output: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -36,6 +36,7 @@ class MergeSettings:
 def main(argv: list[str]) -> int:
     settings, as_json = parse(MergeSettings, argv, "merge", EXAMPLE)
     keep_freed_memory()
+    from ..checkpoint.adapter import base_model_of
     from ..checkpoint.files import read_json
     from ..checkpoint.logits import agreement
     from ..checkpoint.merge import base_folder, merge_checkpoint
@@ -44,13 +45,14 @@ def main(argv: list[str]) -> int:
     for name in ("adapter", "output"):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} FOLDER")
-    output = merge_checkpoint(settings.model, settings.adapter, settings.output, settings.dtype, settings.overwrite)
+    base = settings.model or base_model_of(settings.adapter)
+    output = merge_checkpoint(base, settings.adapter, settings.output, settings.dtype, settings.overwrite)
     say(f"merged model written to {output}")
     result = {"output": str(output)}
     if settings.check:
-        config = read_json(base_folder(settings.model) / "config.json", "a model folder needs it")
+        config = read_json(base_folder(base) / "config.json", "a model folder needs it")
         dtype = settings.dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-        compared = agreement(settings.model, settings.adapter, output, dtype)
+        compared = agreement(base, settings.adapter, output, dtype)
         say(str(compared))
         result |= {**compared.__dict__, "ok": compared.ok}
         if not compared.ok:
