@@ -136,31 +136,26 @@ def test_both_spellings_of_the_magnitude(spelling, tmp_path):
     torch.testing.assert_close(logits(doratune.load(tiny_llama(), tmp_path)), expected, **TOLERANCE)
 
 
-def test_zero_rows_compute_the_same_in_peft(tmp_path):
-    def build():
-        model = tiny_llama()
-        with torch.no_grad():
-            model.model.layers[0].self_attn.q_proj.weight[3] = 0
-        return model
+def llama_with_a_zero_row():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3] = 0
+    return model
 
-    model = build()
+
+def test_zero_rows_compute_the_same_in_peft(tmp_path):
+    model = llama_with_a_zero_row()
     doratune.attach(model, AdapterConfig(rank=4, targets=["q_proj"]))
     randomize(model)
     doratune.save(model, tmp_path)
-    torch.testing.assert_close(peft_logits(build, tmp_path), logits(model), **TOLERANCE)
+    torch.testing.assert_close(peft_logits(llama_with_a_zero_row, tmp_path), logits(model), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["magnitude only", "untrained"])
 def test_zero_rows_are_never_nan_in_peft(kind, tmp_path):
     """A row that is 0 altogether is 0/0 in PEFT; what is saved must not let that happen."""
 
-    def build():
-        model = tiny_llama()
-        with torch.no_grad():
-            model.model.layers[0].self_attn.q_proj.weight[3] = 0
-        return model
-
-    model = build()
+    model = llama_with_a_zero_row()
     doratune.attach(
         model,
         AdapterConfig(
@@ -168,7 +163,7 @@ def test_zero_rows_are_never_nan_in_peft(kind, tmp_path):
         ),
     )
     doratune.save(model, tmp_path)
-    torch.testing.assert_close(peft_logits(build, tmp_path), logits(model), **TOLERANCE)
+    torch.testing.assert_close(peft_logits(llama_with_a_zero_row, tmp_path), logits(model), **TOLERANCE)
 
 
 def test_a_plain_module_loads_in_peft(tmp_path):

@@ -103,6 +103,25 @@ def test_cancellation(axis, mode, dtype):
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_redone_rows_count_in_the_full_gradient(axis):
+    """Where V almost vanishes, V·Aᵀ from a bf16 U is noise; from fp32 tiles it is not."""
+    from doratune.math import norm
+
+    _, layer = one_layer(16, 12, True, torch.bfloat16, rank=12, alpha=12.0, magnitude_axis=axis, norm_gradient="full")
+    W = layer.weight.detach()
+    A = torch.linalg.qr(torch.randn(12, 12)).Q.bfloat16()
+    B = (-0.98 * W.float() @ torch.linalg.inv(A.float())).bfloat16()
+    site = LayerSite(layer, layer.adaptation)
+    index = site.terms(A, B).redone
+    assert len(index) == (16 if axis == "output" else 12)
+    V, c = W.double() + B.double() @ A.double(), torch.ones(16 if axis == "output" else 12)
+    exact = -V @ A.double().T if axis == "output" else V @ A.double().T
+    gradient = norm.full_gradient_output if axis == "output" else norm.full_gradient_input
+    _, dB = gradient(layer.adaptation.base, layer, A, B, 1.0, c, index)
+    assert error(dB, exact) < 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_cancellation_within_the_update(axis):
     """Near-collinear factors with opposite signs: B·A is small, its factored square is a difference of large numbers."""
     model, layer = one_layer(32, 64, rank=2, alpha=2.0, magnitude_axis=axis)
