@@ -11,7 +11,7 @@ from conftest import one_layer, randomize, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
 import doratune
-from doratune.layers.adapted import LayerSite
+from doratune.layers.site import LayerSite
 
 ROWS, COLUMNS = 13, 10
 
@@ -231,7 +231,7 @@ def test_never_by_a_decode():
 
 
 def test_bytes_kept_for_backward():
-    """Counted with saved-tensor hooks: x, the base's output, T·R and 2·O numbers; LoRA keeps no output-sized tensor."""
+    """Counted with saved-tensor hooks: x, y, R·(T + O) and O numbers; LoRA keeps no output-sized tensor."""
     T, O, I, R = 64, 40, 24, 4
     kept = {}
     for method in ("lora", "dora"):
@@ -248,8 +248,8 @@ def test_bytes_kept_for_backward():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             layer(x)
         kept[method] = sum(seen.values())
-    assert kept["lora"] == 4 * (T * I + T * R)
-    assert kept["dora"] == 4 * (T * I + T * R + T * O + O)
+    assert kept["lora"] == 4 * (T * I + T * R + O * R)
+    assert kept["dora"] == 4 * (T * I + T * R + O * R + T * O + O)
 
 
 def test_no_output_by_input_temporary():

@@ -265,7 +265,8 @@ def test_in_place_operations_after_the_layer(method, shape):
         y = torch.relu_(y) if in_place else torch.relu(y)
         y.square().sum().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    for name in grads[0]:  # m's gradient comes from y, or from the base's output once y was changed
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])

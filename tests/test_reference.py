@@ -8,7 +8,7 @@ import torch
 from conftest import one_layer, randomize
 
 import doratune
-from doratune.layers.adapted import LayerSite
+from doratune.layers.site import LayerSite
 
 AXES, MODES = ("output", "input"), ("detached", "full")
 FACTOR = 3.0

@@ -134,7 +134,7 @@ def test_chat_data(recipe, tmp_path, capsys):
 
 def start(recipe, output, *options):
     command = [sys.executable, "-m", "doratune.cli", "train", str(recipe), "--output", str(output), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}  # sums depend on it
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

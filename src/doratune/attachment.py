@@ -16,7 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from .config import AdapterConfig
 from .errors import UserError, listed
 from .layers import kind_of
-from .layers.adapted import Adaptation, Adapted, adapted_class, own_parameters
+from .layers.adapted import Adapted, adapted_class, own_parameters
+from .layers.site import Adaptation
 from .targets import Selection, select
 
 RECORD = "_doratune"
@@ -102,11 +103,12 @@ def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha:
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adaptation = a
     a.direction.create(module, a.base.shape(module), rank, seed, dtype, a.base.device(module))
-    m = nn.Parameter(a.frozen_facts(module)[0].sqrt().to(dtype)) if a.magnitude else None
+    m = nn.Parameter(a.frozen_facts(module).w2.sqrt().to(dtype)) if a.magnitude else None
     module.register_parameter("magnitude", m)
     for p in own_parameters(module).values():
         p.requires_grad_(trainable)
     become(module, adapted_class(type(module)))
+    a.handle.bind(module)
 
 
 def become(module: nn.Module, cls: type) -> None:

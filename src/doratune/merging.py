@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .attachment import adapters, become, record_of
 from .errors import UserError
-from .layers.adapted import Adapted, LayerSite, adapted_class
+from .layers.adapted import Adapted, adapted_class
+from .layers.site import LayerSite
 from .math.compose import no_autocast
 from .math.decomposition import gain_minus_one
 from .math.norm import direct_rows
@@ -88,7 +89,7 @@ def checked_gain(name: str, module: Adapted) -> Tensor | None:
 def _merge_layer(module: Adapted, gain: Tensor | None, keep: str) -> SimpleNamespace:
     """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
     a, weight = module.adaptation, module.weight.detach()
-    frozen = LayerSite(module, a).frozen
+    frozen = a.frozen_facts(module).directionless
     original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
     for rows, tile in merged_tiles(module, gain):
         a.base.write_rows(module, rows, tile)

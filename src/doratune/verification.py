@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .attachment import adapters, become, record_of
 from .errors import UserError, listed
-from .layers.adapted import LayerSite, own_parameters
+from .layers.adapted import own_parameters
+from .layers.site import LayerSite
 
 
 @dataclass
@@ -89,12 +90,13 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
         report.problems.append(f"{name} has lost its magnitude")
     if not a.magnitude or layer.magnitude is None:
         return
-    if zero := int(site.frozen.sum()):
+    directionless = a.frozen_facts(layer).directionless
+    if zero := int(directionless.sum()):
         report.zero_rows[name] = zero
     A, B = a.direction.factors(layer)
     dtype = a.base.dtype(layer)
     if A is not None and torch.isfinite(A).all() and torch.isfinite(B).all():
-        if clamped := int((site.terms(A.to(dtype), B.to(dtype)).clamped & ~site.frozen).sum()):
+        if clamped := int((site.terms(A.to(dtype), B.to(dtype)).clamped & ~directionless).sum()):
             report.clamped_rows[name] = clamped
 
 
@@ -132,7 +134,7 @@ def _untouched(layer) -> bool:
     """B = 0 and m = w: the adapter has not been trained."""
     if layer.lora_B is not None and layer.lora_B.any():
         return False
-    w = layer.adaptation.frozen_facts(layer)[0].sqrt()
+    w = layer.adaptation.frozen_facts(layer).w2.sqrt()
     return layer.magnitude is None or bool((layer.magnitude == w.to(layer.magnitude.dtype)).all())
 
 

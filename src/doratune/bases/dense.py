@@ -36,7 +36,7 @@ class DenseBase:
 
     def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
         W_OI = self.matrix(module).detach()
-        return rows_KI.to(W_OI.dtype) @ W_OI.T
+        return (W_OI @ rows_KI.to(W_OI.dtype).T).T if len(rows_KI) < W_OI.shape[0] else rows_KI.to(W_OI.dtype) @ W_OI.T
 
     def backward_rows(self, module: nn.Module, rows_KO: Tensor) -> Tensor:
         W_OI = self.matrix(module).detach()

@@ -17,7 +17,7 @@ from ..attachment import RECORD, adapters, attach_selection, record_of
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
-from ..layers.adapted import LayerSite, own_parameters
+from ..layers.adapted import own_parameters
 from ..math.compose import no_autocast
 from ..targets import Selection, name_matches, select
 from . import peft
@@ -94,7 +94,7 @@ def _task_type(model: nn.Module) -> str | None:
 def _frozen_rows(layer, module: nn.Module) -> Tensor:
     """Indices of rows without direction; a merged layer remembers them."""
     if layer is module:
-        return LayerSite(module, layer.adaptation).frozen.nonzero().squeeze(1)
+        return layer.adaptation.frozen_facts(module).directionless.nonzero().squeeze(1)
     return layer.frozen.nonzero().squeeze(1)
 
 

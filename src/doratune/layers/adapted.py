@@ -3,112 +3,23 @@
     class AdaptedLinear(Adapted, nn.Linear)        forward(x) = compose(x, nn.Linear.forward(x), A, B, m)
 
 Nothing is renamed or wrapped: the frozen weight stays `<module>.weight`, the new parameters are `<module>.lora_A`,
-`.lora_B`, `.magnitude`. Undoing is giving the module its class back. `Adaptation` composes the three independent choices:
-layer kind × base storage × direction.
+`.lora_B`, `.magnitude`. Undoing is giving the module its class back.
+
+One forward, three ways through the same maths: with gradients the autograd functions of `math/compose.py`, without them
+`infer` with ready factors, under torch.compile the ops of `math/op.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..bases import accumulation_dtype
-from ..directions.lora import LORA, NONE
-from ..math import decomposition, norm
-from ..math.cache import NormCache
-from ..math.compose import Compose, ScaleInput, no_autocast
-
-
-@dataclass
-class Adaptation:
-    """What one layer is adapted with. Picklable, copied with the module; never shared between layers."""
-
-    kind: object
-    rank: int  # 0: magnitude only
-    scaling: float
-    magnitude: bool
-    axis: str = "output"
-    full_gradient: bool = False
-    dropout: float = 0.0
-    cache: NormCache = field(default_factory=NormCache)
-    epoch: int = 0
-    calls: int = 0  # how often the adapted forward really ran
-    _frozen: tuple | None = None
-
-    @property
-    def base(self):
-        return self.kind.base
-
-    @property
-    def direction(self):
-        return LORA if self.rank else NONE
-
-    def frozen_facts(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """(w², rows without direction), from W once, and again only when W changed."""
-        version = self.base.version(module)
-        facts = self._frozen
-        if facts is None or facts[0] != version:
-            length = self.base.shape(module)[0 if self.axis == "output" else 1]
-            dtype = accumulation_dtype(self.base.dtype(module))
-            with torch.inference_mode(False), torch.no_grad(), no_autocast(self.base.device(module)):
-                tiles = self.base.row_tiles(module)
-                w2 = decomposition.squared_norms(tiles, length, self.axis, dtype, self.base.device(module))
-                facts = version, w2, decomposition.directionless(w2.sqrt())
-            self._frozen = facts
-        return facts[1:]
-
-    def changed(self) -> None:
-        """Something may have changed A, B or W: recompute what was derived."""
-        self.epoch += 1
-        self.cache.clear()
-        self._frozen = None
-
-
-class LayerSite(NamedTuple):
-    """A layer in one call: what the op asks (see `math.compose.Site`)."""
-
-    module: nn.Module
-    adaptation: Adaptation
-    gradients: bool = False  # were gradients enabled where the layer was called?
-
-    @property
-    def base(self):
-        return self.adaptation.base
-
-    @property
-    def scaling(self) -> float:
-        return self.adaptation.scaling
-
-    @property
-    def full_gradient(self) -> bool:
-        return self.adaptation.full_gradient
-
-    @property
-    def frozen(self) -> Tensor:
-        return self.adaptation.frozen_facts(self.module)[1]
-
-    def norm(self, A: Tensor | None, B: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor:
-        """n in fp32, of A and B rounded to `dtype`; cached."""
-        a = self.adaptation
-        w2, _ = a.frozen_facts(self.module)
-        if A is None:
-            return a.cache.get((), (a.epoch, self.base.version(self.module)), 0, w2.sqrt)
-        context = a.epoch, dtype, self.base.version(self.module)
-        return a.cache.get((A, B), context, tokens, lambda: self.terms(A.to(dtype), B.to(dtype)).n, self.gradients)
-
-    def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
-        """The norm's parts, uncached. A and B already in the dtype of the forward."""
-        a = self.adaptation
-        with torch.no_grad(), no_autocast(A.device):
-            return norm.terms(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module)[0], a.axis)
-
-    def redone(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.terms(A, B).redone
+from ..math import op
+from ..math.compose import Compose, ScaleInput, infer
+from .site import Adaptation, LayerSite
 
 
 class Adapted:
@@ -123,6 +34,11 @@ class Adapted:
         x, args = (kwargs.pop(name), args) if not args and name else (args[0], args[1:])
         return _adapted_forward(self, super().forward, x, *args, **kwargs)
 
+    def op_site(self, gradients: bool, count: bool = False) -> LayerSite:
+        """This layer as the op sees it; count: this call is a forward."""
+        self.adaptation.calls += count
+        return LayerSite(self, self.adaptation, gradients)
+
     @property
     def scaling(self) -> float:
         """s, the factor of B·A."""
@@ -136,6 +52,10 @@ class Adapted:
         restore_precision(self)
         self.adaptation.changed()
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.adaptation.handle.bind(self)
+
     def __reduce_ex__(self, protocol):
         state = self.__getstate__() if hasattr(self, "__getstate__") else None
         return _rebuild, (type(self).plain_class,), self.__dict__.copy() if state is None else state
@@ -146,21 +66,46 @@ class Adapted:
         return ", ".join(parts + ([f"magnitude per {a.axis}"] if a.magnitude else []))
 
 
-@torch.compiler.disable
 def _adapted_forward(module, base_forward, x, *args, **kwargs):
-    a = module.adaptation
-    a.calls += 1
+    a, m = module.adaptation, module.magnitude
     A, B = a.direction.factors(module)
-    m, site = module.magnitude, LayerSite(module, a, torch.is_grad_enabled())
+    traced, gradients = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    site = None if traced else module.op_site(gradients, count=True)
     if m is not None and a.axis == "input":
-        x, m = ScaleInput.apply(x.reshape(-1, x.shape[-1]), A, B, m, site, compute_dtype(x)).view(x.shape), None
+        x, m = _scaled_input(module, site, x, A, B, m, gradients), None
     out = base_forward(x, *args, **kwargs)
-    if A is not None and a.dropout and module.training:
-        x = F.dropout(x, a.dropout)
     if A is None and m is None:
         return out
     x_TI = x.reshape(-1, x.shape[-1]) if A is not None else None
-    return Compose.apply(x_TI, out.reshape(-1, out.shape[-1]), A, B, m, module.bias, site).view(out.shape)
+    out_TO, mask, keep = out.reshape(-1, out.shape[-1]), None, 1.0
+    if A is not None and a.dropout and module.training:
+        keep = 1.0 - a.dropout
+        mask = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(keep)
+    if traced:
+        y = _traced(a, x_TI, out_TO, A, B, m, module.bias, mask, keep, gradients)
+    elif gradients or mask is not None:
+        y = Compose.apply(x_TI, out_TO, A, B, m, module.bias, mask, keep, site)
+    else:
+        y = infer(site, x_TI, out_TO, A, B, m, module.bias)
+    return y.view(out.shape)
+
+
+def _scaled_input(module, site, x, A, B, m, gradients: bool) -> Tensor:
+    """x̃ of the input axis."""
+    x_TI, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
+    if site is None:
+        return op.scaled_input(x_TI, A, B, m, dtype, module.adaptation.handle.number, gradients)[0].view(x.shape)
+    return ScaleInput.apply(x_TI, A, B, m, site, dtype).view(x.shape)
+
+
+def _traced(a: Adaptation, x_TI, out_TO, A, B, m, bias, mask, keep: float, gradients: bool) -> Tensor:
+    """What torch.compile sees: the opaque op, or for LoRA plain products that it can fuse."""
+    if m is not None:
+        return op.compose(x_TI, out_TO, A, B, m, bias, mask, keep, a.handle.number, gradients)[0]
+    dtype = out_TO.dtype
+    with torch.autocast(out_TO.device.type, enabled=False):
+        x_TI = x_TI.to(dtype) if mask is None else x_TI.to(dtype) * mask
+        return out_TO + (x_TI @ A.to(dtype).T) @ (B.to(dtype) * (a.scaling / keep)).T
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -194,7 +139,7 @@ def keep_precision(module: nn.Module, apply):
     """
     before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in own_parameters(module).items()}
     a, dtype = module.adaptation, module.weight.dtype
-    w_before = a.frozen_facts(module)[0].sqrt() if a.magnitude and not module.weight.is_meta else None
+    w_before = a.frozen_facts(module).w2.sqrt() if a.magnitude and not module.weight.is_meta else None
     result = apply()
     for name, p in own_parameters(module).items():
         data, grad = before[name]
@@ -206,7 +151,7 @@ def keep_precision(module: nn.Module, apply):
     a.changed()
     if w_before is not None and module.weight.dtype != dtype and not module.weight.is_meta:
         m = module.magnitude
-        w = a.frozen_facts(module)[0].sqrt().to(m.dtype)
+        w = a.frozen_facts(module).w2.sqrt().to(m.dtype)
         m.data = torch.where(before["magnitude"][0].to(m.device) == w_before.to(m), w, m.data)
     return result
 

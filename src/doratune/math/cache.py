@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class NormCache:
         """How often the norm was really computed."""
 
     def clear(self) -> None:
-        self._entry: tuple | None = None  # (key, fingerprint, value, sources), stored at once: threads may share a layer
+        self._entry: _Entry | None = None
 
     def __deepcopy__(self, memo):
         return type(self)()
@@ -70,24 +71,36 @@ class NormCache:
         `torch.is_grad_enabled()` does not tell), which decide whether the full hash is worth it.
         """
         key = (_optimizer_steps, context, *(identity(t) for t in sources))
-        current = self._fingerprint(sources, tokens, gradients)
         entry = self._entry
-        if entry is not None and entry[0] == key and (current is None or current == entry[1]):
-            return entry[2]
+        same = entry is not None and entry.key == key
+        current = self._fingerprint(sources, tokens, gradients, entry.bits if same else None)
+        if same and (current is None or current == entry.fingerprint):
+            return entry.value
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
         self.evaluations += 1
-        seen = hash_bits(sources) if current is None and _cheap_hash(sources) else current
         # Holding the sources keeps their memory from being given to other tensors: an address is then an identity.
-        self._entry = key, seen, value, tuple(t.detach() for t in sources)
+        bits = tuple(bit_pattern(t) for t in sources) if _cheap_hash(sources) else ()
+        seen = hash_bits(sources, bits) if current is None and _cheap_hash(sources) else current
+        self._entry = _Entry(key, seen, value, tuple(t.detach() for t in sources), bits)
         return value
 
-    def _fingerprint(self, sources, tokens: int, gradients: bool):
+    def _fingerprint(self, sources, tokens: int, gradients: bool, bits):
         if _cheap_hash(sources):
-            return hash_bits(sources) if tokens >= HASH_FROM_TOKENS or gradients else None
+            return hash_bits(sources, bits) if tokens >= HASH_FROM_TOKENS or gradients else None
         if sources and sources[0].is_cuda and gradients:
             return None if torch.cuda.is_current_stream_capturing() else _rounds.fingerprint(self, sources)
         return None
+
+
+class _Entry(NamedTuple):
+    """Stored at once: threads may share a layer."""
+
+    key: tuple
+    fingerprint: tuple[int, ...] | None
+    value: object
+    sources: tuple[Tensor, ...]
+    bits: tuple  # bit patterns over the sources' memory, with their multipliers
 
 
 def identity(t: Tensor) -> tuple:
@@ -98,21 +111,27 @@ def _cheap_hash(sources) -> bool:
     return bool(sources) and sources[0].device.type == "cpu"
 
 
-def hash_bits(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """An integer hash of every bit: dot product with fixed odd multipliers modulo 2**32 or 2**64, so position counts."""
-    return tuple(_hash(t).item() for t in sources)
+def hash_bits(sources: tuple[Tensor, ...], bits: tuple | None = None) -> tuple[int, ...]:
+    """An integer hash of every bit: dot product with fixed odd multipliers modulo 2**32 or 2**64, so position counts.
+
+    bits: the sources' `bit_pattern`s, where they are known."""
+    return tuple(_hash(*(bits[i] if bits and bits[i] else bit_pattern(t, copy=True))).item() for i, t in enumerate(sources))
 
 
-def _hash(t: Tensor) -> Tensor:
+def bit_pattern(t: Tensor, copy: bool = False) -> tuple[Tensor, Tensor] | None:
+    """(t's memory as integers (K,), multipliers (K,)); None, unless `copy`, where that cannot be a view."""
+    if not copy and not (t.is_contiguous() and t.element_size() >= 4):
+        return None
     flat = t.detach().contiguous().view(-1)
-    if not flat.numel():
-        return torch.zeros((), dtype=torch.int64, device=flat.device)
     if flat.element_size() < 4:
         flat = flat.float()
     size = flat.element_size()
     whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
-    bits = flat.view(torch.int64 if whole else torch.int32)
-    multipliers = _multipliers(bits)
+    pattern = flat.view(torch.int64 if whole else torch.int32)
+    return pattern, _multipliers(pattern)
+
+
+def _hash(bits: Tensor, multipliers: Tensor) -> Tensor:
     return torch.dot(bits, multipliers) if bits.device.type == "cpu" else (bits * multipliers).sum()
 
 
@@ -156,7 +175,7 @@ class _Rounds:
         """Hash every layer that the last round asked, with one transfer to the host."""
         live = [(cache, [ref() for ref in refs]) for cache, refs in list(self.members.items())]
         live = [(c, ts) for c, ts in live if id(c) in self.seen and all(t is not None and t.device == device for t in ts)]
-        values = iter(torch.stack([_hash(t).long() for _, ts in live for t in ts]).tolist())
+        values = iter(torch.stack([_hash(*bit_pattern(t, copy=True)).long() for _, ts in live for t in ts]).tolist())
         self.prints = {id(cache): tuple(next(values) for _ in ts) for cache, ts in live}
         self.seen = set()
 

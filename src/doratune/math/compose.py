@@ -1,36 +1,36 @@
 """The adapted output from the base's output: forward and hand-written backward.
 
     output axis   y = out + (g − 1) ⊙ (out − bias) + (x·Aᵀ)·(s·g ⊙ B)ᵀ          out = the base's own output
-                  P = dYᵀ·(x·Aᵀ);  dg = Σ_T dY ⊙ (out − bias) + s·rowsum(B ⊙ P);  dm = dg/n
-                  dB = s·g ⊙ P;  dZ = dY·(s·g ⊙ B);  dA = dZᵀ·x;  dx = dZ·A;  dout = g ⊙ dY
+                  P = dYᵀ·(x·Aᵀ);  dm = Σ_T dY ⊙ (y − bias) / m;  dB = s·g ⊙ P
+                  dZ = dY·(s·g ⊙ B);  dA = dZᵀ·x;  dx = dZ·A;  dout = g ⊙ dY
     LoRA          the same with g = 1 and no m; magnitude only: the same without A and B
     input axis    x̃ = x + (g − 1) ⊙ x in front of the base and of a plain low-rank update; dm = Σ_T dx̃ ⊙ x / n
+    dropout       x ⊙ mask and s/keep in place of x and s in the low-rank branch (not in the norm)
 
 (Eq. 5, 7, 11; Eq. 6 through `norm.full_gradient_*`.) The scale goes into B's rows, which are tiny, so the low-rank output
 is never written and read back: two passes over the output. It enters as g − 1, formed in fp32, because bf16 resolves g near
 1 to only 0.4 %; with B = 0 and the initial m, y equals the base's output bit for bit.
 
-Cost over the base: 2·T·R·(I + O) FLOPs forward, twice that backward; kept for backward: x, the base's output (only if
-m is trained), T·R and O numbers. Once differentiable.
+The magnitude's gradient is read off y, because a later operation (attention, a product) often keeps y anyway. Where that does
+not serve, the base's output is made again from x: rows with |g| < 1e-2, and all rows once y was changed in place.
+
+Cost over the base: 2·T·R·(I + O) FLOPs forward, twice that backward; kept for backward: x, y (only if m is trained; the
+base's output instead where x need not be kept), R·(T + O) and O numbers. Once differentiable. `op.py` shows the same
+functions to torch.compile.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import norm
+from . import kernels, norm
 from .decomposition import gain_minus_one
-
-SMALL_GAIN = 0.25
-"""Below this g, g − 1 in a low precision would be off by more than the result's own rounding."""
-
-CHUNK_NUMBERS = 2**18
 
 
 class Site(Protocol):
@@ -38,66 +38,188 @@ class Site(Protocol):
 
     scaling: float
     full_gradient: bool
-    frozen: Tensor  # rows (columns) without direction, bool
+    frozen: Tensor | None  # rows (columns) without direction, bool; None if there are none
 
     def norm(self, A: Tensor | None, B: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor: ...
+    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors: ...
     def redone(self, A: Tensor, B: Tensor) -> Tensor: ...
+    def small_rows(self, g: Tensor) -> Tensor | tuple: ...
+
+
+class Inputs(NamedTuple):
+    """What the op takes. x (T, I), out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,), mask (T, I) bool of kept inputs."""
+
+    x: Tensor | None
+    out: Tensor
+    A: Tensor | None
+    B: Tensor | None
+    m: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    keep: float
+
+
+class Factors(NamedTuple):
+    """What an inference call needs of A, B and m, ready to use: g − 1 in fp32 and, unless some g is small, in the compute dtype;
+    A and s·g ⊙ B in the compute dtype."""
+
+    gain: Tensor | None
+    gain_low: Tensor | None
+    A: Tensor | None
+    sB: Tensor | None
+
+
+class Made(NamedTuple):
+    """What the forward makes: y (T, O), and z (T, R), s·g ⊙ B (O, R) and n (O,) for the backward; None where there are none."""
+
+    y: Tensor
+    z: Tensor | None
+    sB: Tensor | None
+    n: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    out: bool
+    A: bool
+    B: bool
+    m: bool
+    bias: bool
+
+    def gain(self, site: Site, magnitude: bool) -> bool:
+        """Is dg needed: for m, or for the norm's own gradient?"""
+        return self.m or (site.full_gradient and magnitude and (self.A or self.B))
+
+
+def forward(site: Site, given: Inputs) -> Made:
+    """y and what the backward needs; no autograd, any autocast."""
+    x, out, A, B, m, bias, mask, keep = given
+    with no_autocast(out.device):
+        n = gain = z = sB = None
+        if m is not None:
+            n = site.norm(A, B, out.dtype, len(out)).clone()
+            gain = gain_minus_one(m, n, site.frozen)
+        if A is not None:
+            z = dropped(x.to(out.dtype), mask) @ A.to(out.dtype).T
+            sB = scaled_B(B, gain, site.scaling / keep, out.dtype)
+        return Made(kernels.compose(out, gain, bias, z, sB), z, sB, n)
+
+
+def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias) -> Tensor:
+    """y without anything kept, from factors that are made once per change of A, B and m."""
+    with no_autocast(out.device):
+        f = site.factors(A, B, m, out.dtype, len(out))
+        few = f.gain_low is not None and len(out) < kernels.torch_kernels.FEW_ROWS and out.device.type == "cpu"
+        z = None if f.A is None else x.to(out.dtype) @ f.A.T
+        return kernels.compose(out, f.gain_low if few else f.gain, bias, z, f.sB)
+
+
+def make_factors(site: Site, A, B, m, dtype: torch.dtype, tokens: int) -> Factors:
+    gain = None if m is None else gain_minus_one(m, site.norm(A, B, dtype, tokens), site.frozen)
+    wide = gain is None or bool((gain < kernels.torch_kernels.SMALL_GAIN - 1).any())
+    A_low = None if A is None else A.to(dtype, copy=True)
+    sB = None if A is None else scaled_B(B, gain, site.scaling, dtype)
+    return Factors(gain, None if wide else gain.to(dtype), A_low, sB)
+
+
+def backward(site: Site, needs: Needs, dY: Tensor, given: Inputs, made: Made, read_y: bool) -> tuple[Tensor | None, ...]:
+    """(dx, dout, dA, dB, dm, dbias). `given` and `made` hold what was kept; read_y: made.y is y as the forward left it,
+    else given.out is the base's output, or None: made again from x."""
+    A, B, m, bias, n, s = given.A, given.B, given.m, given.bias, made.n, site.scaling / given.keep
+    with no_autocast(dY.device):
+        gain = None if m is None else gain_minus_one(m, n, site.frozen)
+        dx = dA = dB = dm = dg = dbias = P = None
+        if A is not None and (needs.B or (needs.gain(site, m is not None))):
+            P = dY.T @ made.z
+        dout = dY
+        if needs.gain(site, m is not None):
+            dout, dg = gain_gradient(site, dY, given, made, P, gain, read_y)
+            dm = masked(dg / n, site.frozen) if needs.m else None
+        elif gain is not None and needs.out:
+            dout = kernels.torch_kernels.scale_rows(dY, gain, None)
+        if A is not None:
+            dZ = dY @ made.sB if needs.x or needs.A else None
+            dA = (dZ.T @ dropped(given.x.to(dY.dtype), given.mask)).to(A.dtype) if needs.A else None
+            dx = dropped(dZ @ A.to(dY.dtype), given.mask) if needs.x else None
+            if needs.B:
+                dB = P.to(B.dtype) * s if gain is None else ((1 + gain) * s)[:, None] * P
+            if site.full_gradient and m is not None and (needs.A or needs.B):
+                c_O = masked((1 + gain) * dg / n.square(), site.frozen)
+                dA, dB = add_full_gradient(site, A, B, dY.dtype, c_O, dA, dB)
+        if needs.bias and gain is not None:  # through `out` the bias gets g ⊙ dY, but it is never scaled
+            dbias = -(gain * dY.sum(0, dtype=gain.dtype)).to(bias.dtype)
+    return dx, dout if needs.out else None, dA, dB, dm, dbias
+
+
+def gain_gradient(site, dY, given: Inputs, made: Made, P, gain, read_y: bool) -> tuple[Tensor, Tensor]:
+    """(g ⊙ dY, dg = Σ_T dY ⊙ (x·Wᵀ + s·z·Bᵀ)), from y where that is exact, else from the base's output."""
+    if read_y:
+        dout, dot = kernels.compose_backward(dY, made.y, gain, given.bias)
+        g = 1 + gain
+        small = site.small_rows(g)
+        dg = dot / torch.where(g == 0, 1.0, g) if len(small) else dot / g
+        if len(small):
+            dY_small = dY.index_select(1, small)
+            dot = kernels.torch_kernels.column_dot(dY_small, base_rows(site, given.x, small), None)
+            dg[small] = dot + along_P(site, given, P, dY.dtype)[small]
+        return dout, dg
+    out, bias = (site.base.forward_rows(site.module, given.x), None) if given.out is None else (given.out, given.bias)
+    dout, dg = kernels.compose_backward(dY, out.to(dY.dtype), gain, bias)
+    return dout, dg if P is None else dg + along_P(site, given, P, dY.dtype)
+
+
+def along_P(site, given: Inputs, P, dtype) -> Tensor:
+    """s·rowsum(B ⊙ P): the low-rank half of dg."""
+    return site.scaling / given.keep * (cast(given.B, dtype) * P).sum(1)
+
+
+def base_rows(site, x: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` of x·Wᵀ (T, K), from fp32 row tiles."""
+    return torch.cat([x.to(tile.dtype) @ tile.T for _, tile in site.base.row_tiles(site.module, index)], 1)
 
 
 class Compose(Function):
-    """y (T, O) from the base's output; A, B None: magnitude only; m None: LoRA.
+    """`forward` and `backward` for eager autograd; A, B None: magnitude only; m None: LoRA.
 
     Callers flatten and view outside: a view made in here could not be changed in place by a later op (`relu_`)."""
 
     @staticmethod
-    def forward(ctx, x, out, A, B, m, bias, site: Site) -> Tensor:
-        """x (T, I) input of the low-rank branch, out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,) or None."""
-        with no_autocast(out.device):
-            n = gain = None
-            if m is not None:
-                n = site.norm(A, B, out.dtype, len(out)).clone()
-                gain = gain_minus_one(m, n, site.frozen)
-            y = scale_rows(out, gain, bias)
-            z_TR = None
-            if A is not None:
-                z_TR = x.to(out.dtype) @ A.to(out.dtype).T
-                y = torch.addmm(y, z_TR, scaled_B(B, gain, site.scaling, out.dtype).T)
-        need_x, _, need_A, need_B, need_m = ctx.needs_input_grad[:5]
-        need_dg = need_m or (site.full_gradient and m is not None and (need_A or need_B))
-        ctx.site, ctx.need_dg = site, need_dg
-        ctx.save_for_backward(x if need_A else None, out if need_dg else None, z_TR, A, B, m, n, bias)
-        ctx.x_dtype = None if x is None else x.dtype
-        return y
+    def forward(ctx, x, out, A, B, m, bias, mask, keep: float, site: Site) -> Tensor:
+        given = Inputs(x, out, A, B, m, bias, mask, keep)
+        made = forward(site, given)
+        needs = ctx.needs = Needs(*ctx.needs_input_grad[:6])
+        ctx.site, ctx.keep, ctx.x_dtype = site, keep, None if x is None else x.dtype
+        need_dg = needs.gain(site, m is not None)
+        ctx.read_y = need_dg and needs.A
+        kept_out = out if need_dg and not ctx.read_y else None
+        # `data`: the same memory with a version counter of its own, because a change in place is not an error here
+        ctx.probe = VersionProbe(made.y) if ctx.read_y else None
+        kept_y = made.y.data if ctx.read_y else None
+        ctx.save_for_backward(x if needs.A else None, kept_out, A, B, m, bias, mask, kept_y, *made[1:])
+        return made.y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dY):
-        x, out, z_TR, A, B, m, n, bias = ctx.saved_tensors
-        need_x, need_out, need_A, need_B, need_m = ctx.needs_input_grad[:5]
-        site, s = ctx.site, ctx.site.scaling
-        with no_autocast(dY.device):
-            gain = None if m is None else gain_minus_one(m, n, site.frozen)
-            dx = dA = dB = dm = dg = dbias = P_OR = None
-            if A is not None and (need_B or ctx.need_dg):
-                P_OR = (dY.T @ z_TR).to(B.dtype)
-            if ctx.need_dg:
-                dg = column_dot(dY, out, bias)
-                dg = dg if P_OR is None else dg + s * (cast(B, dY.dtype) * P_OR).sum(1)
-                dm = torch.where(site.frozen, 0.0, dg / n) if need_m else None
-            if A is not None:
-                dZ_TR = dY @ scaled_B(B, gain, s, dY.dtype) if need_x or need_A else None
-                dA = (dZ_TR.T @ x.to(dY.dtype)).to(A.dtype) if need_A else None
-                dB = s * P_OR if need_B else None
-                dB = dB + gain[:, None] * dB if need_B and gain is not None else dB
-                if need_x:
-                    dx = (dZ_TR @ A.to(dY.dtype)).to(ctx.x_dtype)
-                if site.full_gradient and m is not None and (need_A or need_B):
-                    c_O = torch.where(site.frozen, 0.0, (1 + gain) * dg / n.square())
-                    dA, dB = add_full_gradient(site, A, B, dY.dtype, c_O, dA, dB)
-            dout = scale_rows(dY, gain, None) if need_out else None
-            if ctx.needs_input_grad[5] and gain is not None:  # through `out` the bias gets g ⊙ dY, but it is never scaled
-                dbias = -(gain * dY.sum(0, dtype=gain.dtype)).to(bias.dtype)
-        return dx, dout, dA, dB, dm, dbias, None
+        x, out, A, B, m, bias, mask, *made = ctx.saved_tensors
+        read_y = ctx.read_y and not ctx.probe.changed()
+        given = Inputs(x, out, A, B, m, bias, mask, ctx.keep)
+        dx, *rest = backward(ctx.site, ctx.needs, dY, given, Made(*made), read_y)
+        return None if dx is None else dx.to(ctx.x_dtype), *rest, None, None, None
+
+
+class VersionProbe:
+    """Sees whether a tensor was changed in place, without keeping its memory: a detached alias shares the version counter."""
+
+    def __init__(self, t: Tensor):
+        self.alias = t.detach()
+        self.alias.data = t.new_empty(0)
+        self.version = 0 if t.is_inference() else self.alias._version
+
+    def changed(self) -> bool:
+        return self.alias._version != self.version
 
 
 class ScaleInput(Function):
@@ -106,9 +228,7 @@ class ScaleInput(Function):
     @staticmethod
     def forward(ctx, x, A, B, m, site: Site, dtype: torch.dtype) -> Tensor:
         """m (I,); dtype: the one in which the layer will compute."""
-        with no_autocast(x.device):
-            n = site.norm(A, B, dtype, len(x)).clone()
-            y = scale_rows(x, gain_minus_one(m, n, site.frozen), None)
+        y, n = scale_input(site, x, A, B, m, dtype)
         ctx.site, ctx.dtype = site, dtype
         ctx.save_for_backward(x, A, B, m, n)
         return y
@@ -116,53 +236,49 @@ class ScaleInput(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dX):
-        x, A, B, m, n = ctx.saved_tensors
-        need_x, need_A, need_B, need_m = ctx.needs_input_grad[:4]
-        site = ctx.site
-        with no_autocast(dX.device):
-            gain = gain_minus_one(m, n, site.frozen)
-            dm = torch.where(site.frozen, 0.0, column_dot(dX, x, None) / n)
-            dA = dB = None
-            if site.full_gradient and A is not None and (need_A or need_B):
-                A_c, B_c = cast(A, ctx.dtype), cast(B, ctx.dtype)
-                q, redone = torch.where(site.frozen, 0.0, -(1 + gain) * dm / n), site.redone(A_c, B_c)
-                dA, dB = norm.full_gradient_input(site.base, site.module, A_c, B_c, site.scaling, q, redone)
-            dx = scale_rows(dX, gain, None) if need_x else None
-        return dx, dA, dB, dm if need_m else None, None, None
+        return *scale_input_backward(ctx.site, ctx.needs_input_grad[:4], dX, *ctx.saved_tensors, ctx.dtype), None, None
 
 
-def scale_rows(t_TO: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
-    """t + (g − 1) ⊙ (t − bias) in t's dtype; a new tensor unless gain is None. `gain` = g − 1 in fp32."""
-    if gain is None:
-        return t_TO
-    rest = t_TO if bias is None else t_TO - bias.to(t_TO.dtype)
-    if gain.dtype == t_TO.dtype:
-        return torch.addcmul(t_TO, rest, gain)
-    if t_TO.is_cuda or bool((gain < SMALL_GAIN - 1).any()):  # CUDA converts inside the kernel; CPU would copy
-        return torch.addcmul(t_TO, rest, gain, out=torch.empty_like(t_TO))
-    return torch.addcmul(t_TO, rest, gain.to(t_TO.dtype))
+def scale_input(site: Site, x, A, B, m, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x̃ (T, I), n (I,))."""
+    with no_autocast(x.device):
+        n = site.norm(A, B, dtype, len(x)).clone()
+        return kernels.torch_kernels.scale_rows(x, gain_minus_one(m, n, site.frozen), None), n
+
+
+def scale_input_backward(site: Site, needs, dX, x, A, B, m, n, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """(dx, dA, dB, dm)."""
+    need_x, need_A, need_B, need_m = needs
+    with no_autocast(dX.device):
+        gain = gain_minus_one(m, n, site.frozen)
+        dx, dot = kernels.compose_backward(dX, x, gain, None)
+        dm = masked(dot / n, site.frozen)
+        dA = dB = None
+        if site.full_gradient and A is not None and (need_A or need_B):
+            A_c, B_c = cast(A, dtype), cast(B, dtype)
+            q, redone = masked(-(1 + gain) * dm / n, site.frozen), site.redone(A_c, B_c)
+            dA, dB = norm.full_gradient_input(site.base, site.module, A_c, B_c, site.scaling, q, redone)
+    return dx if need_x else None, dA, dB, dm if need_m else None
+
+
+def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def masked(t: Tensor, frozen: Tensor | None) -> Tensor:
+    """t, 0 on rows without direction."""
+    return t if frozen is None else torch.where(frozen, 0.0, t)
 
 
 def scaled_B(B: Tensor, gain: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:
     """s·g ⊙ B (O, R) in `dtype`, from B rounded to `dtype` first: the B that the norm used."""
-    B = cast(B, dtype)
-    return (s * B if gain is None else (s * (1 + gain))[:, None] * B).to(dtype)
+    low = B.to(dtype)
+    return low * s if gain is None else ((s * (1 + gain))[:, None] * low).to(dtype)
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t rounded to `dtype`, kept in its own (fp32) precision."""
     return t if t.dtype == dtype else t.to(dtype).to(t.dtype)
-
-
-def column_dot(a_TO: Tensor, b_TO: Tensor, bias: Tensor | None) -> Tensor:
-    """Σ_T a ⊙ (b − bias) (O,), products and sums in fp32 (fp64), in chunks of rows."""
-    dtype = torch.float64 if a_TO.dtype == torch.float64 else torch.float32
-    total = torch.zeros(a_TO.shape[1], dtype=dtype, device=a_TO.device)
-    step = max(1, CHUNK_NUMBERS // max(1, a_TO.shape[1]))
-    for a, b in zip(a_TO.split(step), b_TO.split(step), strict=True):
-        b = b.to(dtype) if bias is None else b.to(dtype) - bias.to(dtype)
-        total += (a * b).sum(0)
-    return total
 
 
 def add_full_gradient(site, A, B, dtype, c_O, dA, dB) -> tuple[Tensor | None, Tensor | None]:

@@ -35,8 +35,10 @@ def directionless(w: Tensor) -> Tensor:
     return w <= TINY * w.median() if w.numel() else torch.zeros_like(w, dtype=torch.bool)
 
 
-def gain_minus_one(m: Tensor, n: Tensor, frozen: Tensor) -> Tensor:
-    """g − 1 = (m − n)/n, exactly 0 where m = n, 0 on rows without direction."""
+def gain_minus_one(m: Tensor, n: Tensor, frozen: Tensor | None) -> Tensor:
+    """g − 1 = (m − n)/n, exactly 0 where m = n, 0 on rows without direction (frozen None: there are none)."""
+    if frozen is None:
+        return (m - n) / n
     return torch.where(frozen, 0.0, (m - n) / torch.where(frozen, 1.0, n))
 
 

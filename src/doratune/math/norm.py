@@ -41,24 +41,46 @@ class Terms(NamedTuple):
     clamped: Tensor
 
 
+def magnitudes(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, facts, axis: str) -> Tensor:
+    """n alone, in few and small operations where no row can be in danger of cancellation; else `terms(…).n`.
+
+    facts: w² and its smallest directions' mask. The test is a bound on `terms`' own: |U_o ⊙ B_o|₂ ≤ w_o·√b_o and
+    |B_i·G_ij·B_j|₂ ≤ b_o with b_o = Σ_i B_oi²·G_ii, taken at its worst row."""
+    w2 = facts.w2
+    if axis == "output" and facts.frozen is None and len(w2):
+        A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
+        gram = A @ A.T
+        M_OR = torch.addmm(base_times_A(base, module, A_RI).to(w2.dtype), B, gram, beta=2 * s, alpha=s * s)
+        n2 = M_OR.mul_(B).sum(1).add_(w2)
+        worst = s * s * ((B.square() @ gram.diagonal()) / w2).amax().item()
+        noise = rounding(base, module) * worst**0.5 + _ROUNDING[w2.dtype] * (1 + worst)
+        if noise <= _TOLERANCE[base.dtype(module)] * (n2 / w2).amin().item():  # also False for NaN
+            return n2.sqrt_()
+    return terms(base, module, A_RI, B_OR, s, w2, axis).n
+
+
 def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:
     """The norm and its parts; A and B already in the dtype that the forward uses. No autograd, no autocast."""
     A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
     if axis == "output":
-        along, gram = 1, A @ A.T
-        product = base_times_A(base, module, A_RI).to(w2.dtype) * B
-        ba2 = s * s * ((B @ gram) * B).sum(1)
-        squares = ((B.square() @ gram.square()) * B.square()).sum(1)
+        along, gram, factor = 1, A @ A.T, B
+        product = base_times_A(base, module, A_RI).to(w2.dtype).mul_(B)
+        ba2 = (B @ gram).mul_(B).sum(1).mul_(s * s)
     else:
-        along, gram = 0, B.T @ B
-        product = base.backward_rows(module, B_OR.T).to(w2.dtype) * A
-        ba2 = s * s * ((gram @ A) * A).sum(0)
-        squares = ((gram.square() @ A.square()) * A.square()).sum(0)
-    cross = s * product.sum(along)
-    n2 = w2 + 2 * cross + ba2
-    noise = rounding(base, module) * abs(s) * torch.linalg.vector_norm(product, dim=along)
-    noise += _ROUNDING[w2.dtype] * (w2 + s * s * squares.sqrt())  # the sums themselves, where B·A cancels within itself
-    redone = (noise > _TOLERANCE[base.dtype(module)] * n2).nonzero().squeeze(1)
+        along, gram, factor = 0, B.T @ B, A.T
+        product = base.backward_rows(module, B_OR.T).to(w2.dtype).mul_(A)
+        ba2 = (gram @ A).mul_(A).sum(0).mul_(s * s)
+    cross = product.sum(along).mul_(s)
+    n2 = (w2 + ba2).add_(cross, alpha=2)
+    noise = torch.linalg.vector_norm(product, dim=along).mul_(rounding(base, module) * abs(s))
+    # the sums themselves, where B·A cancels within itself: |B_i·G_ij·B_j|₂ ≤ Σ_i B_i²·G_ii, formed exactly only where that matters
+    tolerance = _TOLERANCE[base.dtype(module)]
+    bound = factor.square() @ gram.diagonal()
+    redone = (noise + _ROUNDING[w2.dtype] * (w2 + s * s * bound) > tolerance * n2).nonzero().squeeze(1)
+    if len(redone):
+        squares = ((factor[redone].square() @ gram.square()) * factor[redone].square()).sum(1)
+        own = _ROUNDING[w2.dtype] * (w2[redone] + s * s * squares.sqrt())
+        redone = redone[noise[redone] + own > tolerance * n2[redone]]
     if len(redone):
         n2[redone] = squared_direct(base, module, A, B, s, axis, redone)
     n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..attachment import adapters
-from ..layers.adapted import LayerSite
+from ..layers.site import LayerSite
 from ..math.decomposition import movement
 
 
@@ -43,7 +43,7 @@ def measure(model: nn.Module) -> Movement:
     magnitudes, directions = [], []
     for _, module in adapters(model):
         a, site = module.adaptation, LayerSite(module, module.adaptation)
-        w2, frozen = a.frozen_facts(module)
+        w2, frozen, _ = a.frozen_facts(module)
         A, B = a.direction.factors(module)
         if A is None:
             zero = torch.zeros_like(w2)

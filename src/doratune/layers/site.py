@@ -1,0 +1,146 @@
+"""What one layer is adapted with, and the layer as the op sees it in one call.
+
+`Adaptation` composes the three independent choices, layer kind × base storage × direction, and holds what is derived from
+the layer's tensors: w² and the rows without direction (once per W), the norm (once per change of A and B), and the ready
+factors of inference (once per change of A, B and m).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import accumulation_dtype
+from ..directions.lora import LORA, NONE
+from ..math import decomposition, norm
+from ..math.cache import NormCache
+from ..math.compose import Factors, make_factors, no_autocast
+from ..math.op import Handle
+
+TOO_SMALL = 1e-2
+"""Below this |g| a row's magnitude gradient is not read off the output."""
+
+
+class FrozenFacts(NamedTuple):
+    """w² and the rows (columns) without direction; `frozen` is the same mask, or None where there are none."""
+
+    w2: Tensor
+    directionless: Tensor
+    frozen: Tensor | None
+
+
+@dataclass
+class Adaptation:
+    """What one layer is adapted with. Picklable, copied with the module; never shared between layers."""
+
+    kind: object
+    rank: int  # 0: magnitude only
+    scaling: float
+    magnitude: bool
+    axis: str = "output"
+    full_gradient: bool = False
+    dropout: float = 0.0
+    cache: NormCache = field(default_factory=NormCache)
+    factors: NormCache = field(default_factory=NormCache)
+    handle: Handle = field(default_factory=Handle)
+    epoch: int = 0
+    calls: int = 0  # how often the adapted forward really ran
+    _facts: tuple | None = None
+    _small: tuple | None = None
+
+    @property
+    def base(self):
+        return self.kind.base
+
+    @property
+    def direction(self):
+        return LORA if self.rank else NONE
+
+    def frozen_facts(self, module: nn.Module) -> FrozenFacts:
+        """What is known of W: computed once, and again only when W changed."""
+        version = self.base.version(module)
+        if self._facts is None or self._facts[0] != version:
+            length = self.base.shape(module)[0 if self.axis == "output" else 1]
+            dtype = accumulation_dtype(self.base.dtype(module))
+            with torch.inference_mode(False), torch.no_grad(), no_autocast(self.base.device(module)):
+                tiles = self.base.row_tiles(module)
+                w2 = decomposition.squared_norms(tiles, length, self.axis, dtype, self.base.device(module))
+                directionless = decomposition.directionless(w2.sqrt())
+                some = not directionless.is_meta and bool(directionless.any())
+                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None)
+        return self._facts[1]
+
+    def changed(self) -> None:
+        """Something may have changed A, B or W: recompute what was derived."""
+        self.epoch += 1
+        self.cache.clear()
+        self.factors.clear()
+        self._facts = self._small = None
+
+
+class LayerSite(NamedTuple):
+    """A layer in one call: what the op asks (see `math.compose.Site`)."""
+
+    module: nn.Module
+    adaptation: Adaptation
+    gradients: bool = False  # were gradients enabled where the layer was called?
+
+    @property
+    def base(self):
+        return self.adaptation.base
+
+    @property
+    def scaling(self) -> float:
+        return self.adaptation.scaling
+
+    @property
+    def full_gradient(self) -> bool:
+        return self.adaptation.full_gradient
+
+    @property
+    def frozen(self) -> Tensor | None:
+        return self.adaptation.frozen_facts(self.module).frozen
+
+    def norm(self, A: Tensor | None, B: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor:
+        """n in fp32, of A and B rounded to `dtype`; cached."""
+        a = self.adaptation
+        if A is None:
+            w2 = a.frozen_facts(self.module).w2
+            return a.cache.get((), (a.epoch, self.base.version(self.module)), 0, w2.sqrt)
+        context = a.epoch, dtype, self.base.version(self.module)
+        return a.cache.get((A, B), context, tokens, lambda: self._magnitudes(A.to(dtype), B.to(dtype)), self.gradients)
+
+    def _magnitudes(self, A: Tensor, B: Tensor) -> Tensor:
+        a = self.adaptation
+        with torch.no_grad(), no_autocast(A.device):
+            return norm.magnitudes(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module), a.axis)
+
+    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors:
+        """What inference needs, ready to use; cached."""
+        a = self.adaptation
+        sources = tuple(t for t in (A, B, m) if t is not None)
+        context = a.epoch, dtype, self.base.version(self.module)
+        return a.factors.get(sources, context, tokens, lambda: make_factors(self, A, B, m, dtype, tokens))
+
+    def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
+        """The norm's parts, uncached. A and B already in the dtype of the forward."""
+        a = self.adaptation
+        with torch.no_grad(), no_autocast(A.device):
+            return norm.terms(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module).w2, a.axis)
+
+    def redone(self, A: Tensor, B: Tensor) -> Tensor:
+        return self.terms(A, B).redone
+
+    def small_rows(self, g: Tensor) -> Tensor | tuple:
+        """Indices of the rows with |g| < 1e-2. On CUDA they are looked for once per norm evaluation, with a margin: each look waits
+        for the device."""
+        if not g.is_cuda:
+            size = g.abs()
+            return (size < TOO_SMALL).nonzero().squeeze(1) if not size.numel() or size.amin().item() < TOO_SMALL else ()
+        a = self.adaptation
+        if a._small is None or a._small[0] != a.cache.evaluations:
+            a._small = a.cache.evaluations, (g.abs() < 2 * TOO_SMALL).nonzero().squeeze(1)
+        return a._small[1]

@@ -1,0 +1,116 @@
+"""Which implementation computes the passes over an output and the direct norm: PyTorch, or Triton on CUDA.
+
+`select()` gives (implementation, reason). An explicit request (`use`, or DORATUNE_KERNELS=torch|triton) that cannot be met
+raises; where `auto` has to do without Triton on a CUDA device, that is said once. In `auto`, each shape is timed once in both
+and the faster one kept (`fastest.py`), so Triton is never the slower choice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError, listed, near_misses
+from . import torch_kernels
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+LOW_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+
+_requested: str | None = None
+_said: set[str] = set()
+
+
+class Choice(NamedTuple):
+    implementation: str
+    reason: str
+
+
+def use(name: str) -> None:
+    """Ask for an implementation: auto, torch or triton.
+
+    Raises:
+        UserError: an unknown name, or one that no device of this machine can run.
+    """
+    global _requested
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"kernel is {name!r}; expected {listed(IMPLEMENTATIONS)}{near_misses(name, IMPLEMENTATIONS)}")
+    if name == "triton" and (problem := _no_triton(torch.device("cuda"))):
+        raise UserError(f"kernel 'triton' cannot run here: {problem}; use 'auto' or 'torch'")
+    _requested = name
+
+
+def requested() -> str:
+    """What was asked for: by `use`, else by DORATUNE_KERNELS, else auto."""
+    if _requested is None:
+        use(os.environ.get("DORATUNE_KERNELS", "auto"))
+    return _requested
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The implementation for tensors of this device and dtype, and why.
+
+    Raises:
+        UserError: triton was asked for and cannot run on them.
+    """
+    name = requested()
+    if name == "torch":
+        return Choice("torch", "asked for")
+    problem = _no_triton(device) or (None if dtype in LOW_AND_SINGLE else f"no Triton kernel for {dtype}")
+    if name == "triton":
+        if problem:
+            raise UserError(f"kernel 'triton' cannot run on {device.type} in {str(dtype)[6:]}: {problem}; use 'auto' or 'torch'")
+        return Choice("triton", "asked for")
+    if problem:
+        if device.type == "cuda":
+            _say_once(f"doratune uses PyTorch's own kernels: {problem}")
+        return Choice("torch", problem)
+    return Choice("triton", "a CUDA device, with Triton")
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "Triton needs a CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"its kernels need compute capability 8.0, the device has {major}.{minor}"
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        warnings.warn(line, RuntimeWarning, stacklevel=3)
+
+
+def compose(out_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None, z_TR: Tensor | None, sB_OR: Tensor | None) -> Tensor:
+    """y = out + (g − 1) ⊙ (out − bias) + z·sBᵀ; see `torch_kernels.compose`."""
+    arguments = out_TO, gain_O, bias_O, z_TR, sB_OR
+    rank = 0 if z_TR is None else z_TR.shape[1]
+    return _run("compose", (*out_TO.shape, rank, gain_O is None), out_TO, arguments)
+
+
+def compose_backward(dY_TO: Tensor, kept_TO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(g ⊙ dY, Σ_T dY ⊙ (kept − bias)); see `torch_kernels.compose_backward`."""
+    return _run("compose_backward", tuple(dY_TO.shape), dY_TO, (dY_TO, kept_TO, gain_O, bias_O))
+
+
+def _run(operation: str, shape: tuple, tensor: Tensor, arguments: tuple):
+    plain = getattr(torch_kernels, operation)
+    if tensor.device.type == "cpu" and requested() != "triton":
+        return plain(*arguments)
+    if select(tensor.device, tensor.dtype).implementation == "torch":
+        return plain(*arguments)
+    from . import fastest, triton_kernels
+
+    fused = getattr(triton_kernels, operation)
+    if requested() == "triton":
+        return fused(*arguments)
+    return fastest.call(operation, shape, tensor, (fused, plain), arguments)
