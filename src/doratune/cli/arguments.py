@@ -1,6 +1,7 @@
 """Options of a command from a dataclass, by jsonargparse: defaults < YAML file < flags; types from the annotations.
 
-Unknown keys and flags are found here first, so that the message can name near misses; a boolean flag needs no value.
+Unknown keys and flags are found here first, so that the message can name near misses; a boolean flag needs no value, a
+list takes words (`--arms lora dora`), commas (`--arms lora,dora`) or YAML (`--arms '[lora, dora]'`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: boo
     if recipe and argv and not argv[0].startswith("-"):
         _check_recipe(Path(argv[0]), fields)
         argv = ["--config", *argv]
-    argv = _plain_flags(argv, fields, {"config"} if recipe else set())
+    argv = _one_word_lists(_plain_flags(argv, fields, {"config"} if recipe else set()), fields)
     try:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
@@ -78,4 +79,20 @@ def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:
             if name in fields and fields[name].type in (bool, "bool") and "=" not in argument and following.startswith("--"):
                 argument += "=true"
         out.append(argument)
+    return out
+
+
+def _one_word_lists(argv: list[str], fields) -> list[str]:
+    """Join the words after a flag that takes a list, and nothing else, into one YAML list."""
+    out, rest = [], list(argv)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        field = fields.get(name[2:]) if name.startswith("--") else None
+        if field and str(field.type).startswith("list["):
+            words = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                words.append(rest.pop(0))
+            value = words[0] if len(words) == 1 and words[0].startswith("[") else f"[{','.join(words)}]"
+            equals = "="
+        out.append(name + equals + value)
     return out

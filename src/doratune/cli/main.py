@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
+    "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
 
 USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())

@@ -1,0 +1,8 @@
+"""python benchmarks/report.py: docs/performance.md and the README's table from benchmarks/results/."""
+
+from pathlib import Path
+
+from doratune.benchmarks.report import write_report
+
+if __name__ == "__main__":
+    write_report(Path(__file__).resolve().parents[1])

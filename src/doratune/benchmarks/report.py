@@ -1,0 +1,69 @@
+"""docs/performance.md, and the README's table between its markers, from the JSON files of `doratune bench`.
+
+No figure is written by hand; what was not measured says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.files import read_json, replacing
+from ..errors import UserError
+from .sections import device_sections
+from .settings import MEASUREMENTS
+from .tables import NOT_MEASURED
+from .targets import Results, targets
+
+START, END = "<!-- performance -->", "<!-- /performance -->"
+
+INTRODUCTION = """\
+Written by `python benchmarks/report.py` from the files that `doratune bench` leaves in `benchmarks/results/`; no figure by hand.
+
+Arms run in turn, step by step, in one process; every ratio is formed within a round; shown are the median and the 20th and 80th
+percentile. On CPU targets are about the process's CPU time, with wall time beside it; on a GPU about wall time. `lora` and `dora`
+are this package, `lora_peft` and `dora_peft` are PEFT, unmodified; `frozen` is the base alone with its whole chain of input
+gradients; `dora_dense` is DoRA with W + s·B·A formed in full. Ratios of bytes are of those alive after the forward."""
+
+
+def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
+    """Write docs/performance.md and the README's table of the checkout at `root`; returns both paths.
+
+    Args:
+        results_folder: where the JSON files are; default benchmarks/results.
+
+    Raises:
+        UserError: the README lacks the markers, or a results file cannot be read; nothing is then written.
+    """
+    folder = results_folder or root / "benchmarks" / "results"
+    cpu, gpu = (read_results(folder, device) for device in ("cpu", "cuda"))
+    page, readme = root / "docs" / "performance.md", root / "README.md"
+    contents = {page: performance_page(cpu, gpu), readme: with_table(readme, targets(cpu, gpu))}
+    for path, content in contents.items():
+        with replacing(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return list(contents)
+
+
+def read_results(folder: Path, device: str) -> Results:
+    """The measurements of `folder` on one type of device."""
+    paths = {what: folder / f"{what}_{device}.json" for what in MEASUREMENTS}
+    return {what: read_json(path, "run doratune bench again") for what, path in paths.items() if path.is_file()}
+
+
+def with_table(readme: Path, content: str) -> str:
+    """The README's text with `content` between the markers."""
+    text = readme.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise UserError(f"{readme.name} lacks the markers; put {START} and {END}, in this order, where its table belongs")
+    return f"{before}{START}\n{content}\n{END}{after}"
+
+
+def performance_page(cpu: Results, gpu: Results) -> str:
+    """The whole of docs/performance.md."""
+    parts = ["# Performance", INTRODUCTION, "## Targets", targets(cpu, gpu)]
+    for title, results, device in (("CPU", cpu, "cpu"), ("GPU", gpu, "cuda")):
+        missing = f"{NOT_MEASURED}; `doratune bench --device {device}` measures it"
+        parts += [f"## {title}", *(device_sections(results, device) if results else [missing])]
+    return "\n\n".join(parts) + "\n"
