@@ -117,7 +117,8 @@ def test_a_product_keeps_its_two_factors():
     assert memory.live_bytes(lambda: (a * b).exp()) == 400  # the product is not needed, exp keeps its own output
     assert memory.live_bytes(lambda: (a * b).sin()) == 800
     assert memory.saved_bytes(lambda: a.view(100) * a.view(100), nothing) == 400  # one storage
-    assert memory.saved_bytes(lambda: (a * 2).detach(), nothing) == 0
+    assert memory.saved_bytes(lambda: (a * b).detach(), nothing) == 0
+    assert memory.saved_bytes(lambda: (a * b).detach(), nothing, dropped_too=True) == 800
     model = nn.Module()
     model.a = nn.Parameter(a.detach())
     assert memory.saved_bytes(lambda: model.a * b, model) == 400

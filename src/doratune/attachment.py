@@ -18,6 +18,7 @@ from .errors import UserError, listed
 from .layers import kind_of
 from .layers.adapted import Adapted, adapted_class, own_parameters
 from .layers.site import Adaptation
+from .layers.together import Siblings
 from .targets import Selection, select
 
 RECORD = "_doratune"
@@ -72,8 +73,9 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
     for name in selection.also_train:
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
+    siblings = Siblings()
     for name, rank in selection.ranks.items():
-        adapt(modules[name], name, config, rank, selection.alphas[name], trainable)
+        adapt(modules[name], name, config, rank, selection.alphas[name], trainable, siblings)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -88,7 +90,9 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
     return model
 
 
-def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool) -> None:
+def adapt(
+    module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool, siblings: Siblings | None = None
+) -> None:
     """Adapt one module in place; rank 0 trains the magnitude alone."""
     a = Adaptation(
         kind=kind_of(module),
@@ -98,6 +102,7 @@ def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha:
         axis=config.magnitude_axis,
         full_gradient=config.norm_gradient == "full",
         dropout=config.dropout,
+        siblings=siblings or Siblings(),
     )
     dtype = torch.float64 if a.base.dtype(module) == torch.float64 else torch.float32
     seed = (config.seed << 32) + zlib.crc32(name.encode())
@@ -108,7 +113,7 @@ def adapt(module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha:
     for p in own_parameters(module).values():
         p.requires_grad_(trainable)
     become(module, adapted_class(type(module)))
-    a.handle.bind(module)
+    a.belongs_to(module)
 
 
 def become(module: nn.Module, cls: type) -> None:

@@ -1,6 +1,8 @@
 """Bytes kept for the backward pass after one forward of the training step's loss. Deterministic: counted, not sampled.
 
     saved_bytes    what the graph's saved tensors hold: unique storages, without the model's parameters and buffers
+    packed_bytes   all that was handed to autograd's saved-tensor hooks during the forward, also what was dropped again before
+                   its end (PEFT packs a dense B·A for its norm and then detaches it): the usual way to count, kept beside
     live_bytes     what the forward made and is still alive after it: also sees what contexts, closures and caches hold
 
 Each is counted in a forward after a whole step, so that what is made once (optimizer state, facts of W) is there already,
@@ -88,14 +90,19 @@ class _Saved:
         self.storage = t.untyped_storage()
 
 
-def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that the graph of `forward`'s result holds, without the model's parameters and buffers. It has no backward."""
+def saved_bytes(forward: Callable[[], object], model: nn.Module, dropped_too: bool = False) -> int:
+    """Bytes that the graph of `forward`'s result holds, without the model's parameters and buffers. It has no backward.
+
+    dropped_too: also what was packed and dropped again during the forward."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     everything = weakref.WeakSet()
+    holding: list[_Saved] = []
 
     def pack(t: Tensor) -> _Saved:
         saved = _Saved(t)
         everything.add(saved)
+        if dropped_too:
+            holding.append(saved)
         return saved
 
     with saved_tensors_hooks(pack, lambda _: None):
@@ -136,6 +143,8 @@ def _kept(name: str, base, ids: Tensor, rank: int, settings: BenchSettings, chec
     counts = {"live_bytes": live_bytes(step.loss)}
     step()
     counts["saved_bytes"] = saved_bytes(step.loss, model)
+    step()
+    counts["packed_bytes"] = saved_bytes(step.loss, model, dropped_too=True)
     if ids.is_cuda:
         release(ids.device)
         before = torch.cuda.memory_allocated(ids.device)

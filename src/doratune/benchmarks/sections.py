@@ -58,7 +58,8 @@ def decode_tables(result: dict, device: str) -> list[str]:
 
 def memory_tables(result: dict, device: str) -> list[str]:
     """MiB by arm and kind of count, and the ratios of both counts."""
-    names = {"live_bytes": "alive", "saved_bytes": "saved", "step_peak_bytes": "peak of a step", "step_extra_bytes": "beyond rest"}
+    names = {"live_bytes": "alive", "saved_bytes": "saved", "packed_bytes": "packed"}
+    names |= {"step_peak_bytes": "peak of a step", "step_extra_bytes": "beyond rest"}
     keys = list(names)[: 4 if device == "cuda" else 2]
     parts = ["`alive`: made by the forward and alive after it; `saved`: in the graph's saved tensors; without parameters, buffers."]
     for dtype, ranks in result.items():

@@ -54,7 +54,7 @@ class Adapted:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.adaptation.handle.bind(self)
+        self.adaptation.belongs_to(self)
 
     def __reduce_ex__(self, protocol):
         state = self.__getstate__() if hasattr(self, "__getstate__") else None

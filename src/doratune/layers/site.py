@@ -19,6 +19,7 @@ from ..math import decomposition, norm
 from ..math.cache import NormCache
 from ..math.compose import Factors, make_factors, no_autocast
 from ..math.op import Handle
+from .together import Siblings, norm_and_siblings
 
 TOO_SMALL = 1e-2
 """Below this |g| a row's magnitude gradient is not read off the output."""
@@ -46,6 +47,7 @@ class Adaptation:
     cache: NormCache = field(default_factory=NormCache)
     factors: NormCache = field(default_factory=NormCache)
     handle: Handle = field(default_factory=Handle)
+    siblings: Siblings = field(default_factory=Siblings)
     epoch: int = 0
     calls: int = 0  # how often the adapted forward really ran
     _facts: tuple | None = None
@@ -72,6 +74,15 @@ class Adaptation:
                 some = not directionless.is_meta and bool(directionless.any())
                 self._facts = version, FrozenFacts(w2, directionless, directionless if some else None)
         return self._facts[1]
+
+    def belongs_to(self, module: nn.Module) -> None:
+        """Make the layer known to the ops and to its siblings."""
+        self.handle.bind(module)
+        self.siblings.modules.add(module)
+
+    def context(self, module: nn.Module, dtype: torch.dtype) -> tuple:
+        """What a norm depends on besides A and B."""
+        return self.epoch, dtype, self.base.version(module)
 
     def changed(self) -> None:
         """Something may have changed A, B or W: recompute what was derived."""
@@ -110,19 +121,14 @@ class LayerSite(NamedTuple):
         if A is None:
             w2 = a.frozen_facts(self.module).w2
             return a.cache.get((), (a.epoch, self.base.version(self.module)), 0, w2.sqrt)
-        context = a.epoch, dtype, self.base.version(self.module)
-        return a.cache.get((A, B), context, tokens, lambda: self._magnitudes(A.to(dtype), B.to(dtype)), self.gradients)
-
-    def _magnitudes(self, A: Tensor, B: Tensor) -> Tensor:
-        a = self.adaptation
-        with torch.no_grad(), no_autocast(A.device):
-            return norm.magnitudes(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module), a.axis)
+        context = a.context(self.module, dtype)
+        return a.cache.get((A, B), context, tokens, lambda: norm_and_siblings(self, A, B, dtype), self.gradients)
 
     def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors:
         """What inference needs, ready to use; cached."""
         a = self.adaptation
         sources = tuple(t for t in (A, B, m) if t is not None)
-        context = a.epoch, dtype, self.base.version(self.module)
+        context = a.context(self.module, dtype)
         return a.factors.get(sources, context, tokens, lambda: make_factors(self, A, B, m, dtype, tokens))
 
     def terms(self, A: Tensor, B: Tensor) -> norm.Terms:

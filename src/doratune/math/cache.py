@@ -70,7 +70,7 @@ class NormCache:
         tokens, gradients: size of this call and whether gradients are enabled (inside an autograd function
         `torch.is_grad_enabled()` does not tell), which decide whether the full hash is worth it.
         """
-        key = (_optimizer_steps, context, *(identity(t) for t in sources))
+        key = self._key(sources, context)
         entry = self._entry
         same = entry is not None and entry.key == key
         current = self._fingerprint(sources, tokens, gradients, entry.bits if same else None)
@@ -79,11 +79,30 @@ class NormCache:
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
         self.evaluations += 1
-        # Holding the sources keeps their memory from being given to other tensors: an address is then an identity.
-        bits = tuple(bit_pattern(t) for t in sources) if _cheap_hash(sources) else ()
-        seen = hash_bits(sources, bits) if current is None and _cheap_hash(sources) else current
-        self._entry = _Entry(key, seen, value, tuple(t.detach() for t in sources), bits)
+        self._store(key, sources, value, current)
         return value
+
+    def stale(self, context: tuple) -> bool:
+        """Was there a value of this context, which an optimizer step has made old?"""
+        return self._entry is not None and self._entry.key[0] != _optimizer_steps and self._entry.key[1] == context
+
+    def put(self, sources: tuple[Tensor, ...], context: tuple, value: Tensor) -> None:
+        """Keep a value that was computed for these sources ahead of their call."""
+        self.evaluations += 1
+        self._store(self._key(sources, context), sources, value, None)
+
+    def _key(self, sources, context: tuple) -> tuple:
+        return (_optimizer_steps, context, *(identity(t) for t in sources))
+
+    def _store(self, key: tuple, sources, value, fingerprint) -> None:
+        # Holding the sources keeps their memory from being given to other tensors: an address is then an identity.
+        held, bits = tuple(t.detach() for t in sources), ()
+        if _cheap_hash(sources):
+            old = self._entry
+            same_memory = old is not None and [t[::2] for t in old.key[2:]] == [t[::2] for t in key[2:]]
+            bits = old.bits if same_memory else tuple(bit_pattern(t) for t in held)
+            fingerprint = fingerprint or hash_bits(held, bits)
+        self._entry = _Entry(key, fingerprint, value, held, bits)
 
     def _fingerprint(self, sources, tokens: int, gradients: bool, bits):
         if _cheap_hash(sources):
@@ -104,7 +123,8 @@ class _Entry(NamedTuple):
 
 
 def identity(t: Tensor) -> tuple:
-    return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, t.shape, t.stride()
+    """Every second part says where the memory is and what it holds; the others what may change in place."""
+    return t.data_ptr(), 0 if t.is_inference() else t._version, (t.dtype, t.device, t.shape, t.stride())
 
 
 def _cheap_hash(sources) -> bool:

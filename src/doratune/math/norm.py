@@ -41,22 +41,22 @@ class Terms(NamedTuple):
     clamped: Tensor
 
 
-def magnitudes(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, facts, axis: str) -> Tensor:
-    """n alone, in few and small operations where no row can be in danger of cancellation; else `terms(…).n`.
+def magnitudes(base: Base, modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor):
+    """(n (L, O), which layers' n can be trusted): the output axis of L layers of one shape, in few operations; no zero rows.
 
-    facts: w² and its smallest directions' mask. The test is a bound on `terms`' own: |U_o ⊙ B_o|₂ ≤ w_o·√b_o and
-    |B_i·G_ij·B_j|₂ ≤ b_o with b_o = Σ_i B_oi²·G_ii, taken at its worst row."""
-    w2 = facts.w2
-    if axis == "output" and facts.frozen is None and len(w2):
-        A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
-        gram = A @ A.T
-        M_OR = torch.addmm(base_times_A(base, module, A_RI).to(w2.dtype), B, gram, beta=2 * s, alpha=s * s)
-        n2 = M_OR.mul_(B).sum(1).add_(w2)
-        worst = s * s * ((B.square() @ gram.diagonal()) / w2).amax().item()
-        noise = rounding(base, module) * worst**0.5 + _ROUNDING[w2.dtype] * (1 + worst)
-        if noise <= _TOLERANCE[base.dtype(module)] * (n2 / w2).amin().item():  # also False for NaN
-            return n2.sqrt_()
-    return terms(base, module, A_RI, B_OR, s, w2, axis).n
+    A and B already in the dtype of the forward. A layer is trusted where no row can be in danger of cancellation, by a bound on the
+    noise that `terms` finds: |U_o ⊙ B_o|₂ ≤ w_o·√b_o and |B_i·G_ij·B_j|₂ ≤ b_o with b_o = Σ_i B_oi²·G_ii, at its worst row.
+    The others need `terms`."""
+    U_LOR = torch.stack([base_times_A(base, module, A_RI) for module, A_RI in zip(modules, A_LRI, strict=True)]).to(w2_LO.dtype)
+    A, B = A_LRI.to(w2_LO.dtype), B_LOR.to(w2_LO.dtype)
+    gram_LRR = A @ A.mT
+    M_LOR = torch.baddbmm(U_LOR, B, gram_LRR, beta=2 * s, alpha=s * s)
+    n2_LO = M_LOR.mul_(B).sum(-1).add_(w2_LO)
+    b_LO = (B.square() @ gram_LRR.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
+    worst_L = (b_LO / w2_LO).amax(-1).mul_(s * s)
+    noise_L = worst_L.sqrt().mul_(rounding(base, modules[0])).add_(1 + worst_L, alpha=_ROUNDING[w2_LO.dtype])
+    trusted = noise_L <= _TOLERANCE[base.dtype(modules[0])] * (n2_LO / w2_LO).amin(-1)  # also False for NaN
+    return n2_LO.sqrt_(), trusted.tolist()
 
 
 def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:

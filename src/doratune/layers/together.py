@@ -1,0 +1,71 @@
+"""The norms of many layers at once: the first layer that asks after an optimizer step gets them for its siblings too.
+
+A norm is some twenty operations on small matrices; for 150 layers on CPU their overhead is several per cent of a training step.
+Stacked, layers of one shape share them (`norm.magnitudes`); only U = W·Aᵀ stays one product a layer. What is made ahead is
+kept under the same key as ever (`math/cache.py`): a parameter that changes before its layer is called is still seen.
+
+CPU only: on CUDA the direct norm is one kernel. Memory: at most `BATCH_NUMBERS` numbers of A, B and U each time.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from ..math import norm
+from ..math.compose import no_autocast
+
+BATCH_NUMBERS = 2**21
+
+
+class Siblings:
+    """The adapted layers of one model; copies of the model have siblings of their own."""
+
+    def __init__(self):
+        self.modules = weakref.WeakSet()
+
+    def __deepcopy__(self, memo):
+        return Siblings()
+
+    def __reduce__(self):
+        return Siblings, ()
+
+    def stale(self, module: nn.Module, dtype: torch.dtype, limit: int) -> list[nn.Module]:
+        """At most `limit` layers like `module` whose norm in this compute dtype an optimizer step has made old."""
+        likeness, found = alike(module), []
+        for other in self.modules:
+            a = getattr(other, "adaptation", None)
+            if a is None or other is module or not a.cache.stale(a.context(other, dtype)):
+                continue
+            if alike(other) == likeness and a.frozen_facts(other).frozen is None and len(found) < limit:
+                found.append(other)
+        return found
+
+
+def alike(module: nn.Module) -> tuple:
+    """Layers of which this is equal can share the operations of their norms."""
+    a = module.adaptation
+    A = module.lora_A
+    facts = a.kind, a.rank, a.scaling, a.axis, a.base.shape(module), a.base.dtype(module), a.base.device(module)
+    return *facts, None if A is None else (A.shape, A.dtype, A.device)
+
+
+def norm_and_siblings(site, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> Tensor:
+    """n (O,) of the site's layer, from A and B rounded to `dtype`; its stale siblings' norms go into their caches."""
+    module, a = site.module, site.adaptation
+    stackable = a.axis == "output" and A_RI.device.type == "cpu" and a.frozen_facts(module).frozen is None and B_OR.numel()
+    if not stackable or not a.base.exact_forward:
+        return site.terms(A_RI.to(dtype), B_OR.to(dtype)).n
+    each = A_RI.numel() + 2 * B_OR.numel()
+    others = a.siblings.stale(module, dtype, max(1, BATCH_NUMBERS // each) - 1)
+    pairs = [(A_RI, B_OR), *((other.lora_A, other.lora_B) for other in others)]
+    A_LRI, B_LOR = (torch.stack([pair[i] for pair in pairs]).to(dtype) for i in (0, 1))
+    w2_LO = torch.stack([m.adaptation.frozen_facts(m).w2 for m in (module, *others)])
+    with no_autocast(A_RI.device):
+        n_LO, trusted = norm.magnitudes(a.base, [module, *others], A_LRI, B_LOR, a.scaling, w2_LO)
+    for other, pair, n_O, good in zip(others, pairs[1:], n_LO[1:], trusted[1:], strict=True):
+        if good:
+            other.adaptation.cache.put(pair, other.adaptation.context(other, dtype), n_O.clone())
+    return n_LO[0].clone() if trusted[0] else site.terms(A_LRI[0], B_LOR[0]).n
