@@ -54,8 +54,9 @@ def test_same_numbers_in_one_graph(name):
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     expected, got = results(model, model, x), results(model, compiled, x)
     assert expected.keys() == got.keys() and len(got) >= 3
+    low = layer.weight.dtype == torch.bfloat16  # eager adds the input's two gradients within a product, rounded once
     for key in expected:
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-2 if low else 1e-5, atol=1e-2 if low else 1e-5)
     assert counter.frame_count == 1
     assert len(nodes(counter)) == (0 if name == "lora" else 1)  # LoRA is left to the compiler
 

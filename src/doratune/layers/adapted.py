@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
 from ..math import op
-from ..math.compose import Compose, ScaleInput, infer
+from ..math.compose import Compose, ComposeLinear, ScaleInput, infer
 from .site import Adaptation, LayerSite
 
 
@@ -73,14 +73,17 @@ def _adapted_forward(module, base_forward, x, *args, **kwargs):
     site = None if traced else module.op_site(gradients, count=True)
     if m is not None and a.axis == "input":
         x, m = _scaled_input(module, site, x, A, B, m, gradients), None
+    if gradients and not traced and A is not None and not args and not kwargs:
+        W = a.kind.own_weight(module)
+        if W is not None and W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
+            x_TI = x.reshape(-1, x.shape[-1])
+            y = ComposeLinear.apply(x_TI, W, A, B, m, module.bias, *_dropout(module, x_TI), site)
+            return y.view(*x.shape[:-1], len(W))
     out = base_forward(x, *args, **kwargs)
     if A is None and m is None:
         return out
     x_TI = x.reshape(-1, x.shape[-1]) if A is not None else None
-    out_TO, mask, keep = out.reshape(-1, out.shape[-1]), None, 1.0
-    if A is not None and a.dropout and module.training:
-        keep = 1.0 - a.dropout
-        mask = torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(keep)
+    out_TO, (mask, keep) = out.reshape(-1, out.shape[-1]), _dropout(module, x_TI)
     if traced:
         y = _traced(a, x_TI, out_TO, A, B, m, module.bias, mask, keep, gradients)
     elif gradients or mask is not None:
@@ -88,6 +91,14 @@ def _adapted_forward(module, base_forward, x, *args, **kwargs):
     else:
         y = infer(site, x_TI, out_TO, A, B, m, module.bias)
     return y.view(out.shape)
+
+
+def _dropout(module, x_TI: Tensor | None) -> tuple[Tensor | None, float]:
+    """(which inputs of the low-rank branch are kept, or None for all; the share that is)."""
+    p = module.adaptation.dropout
+    if not p or not module.training or x_TI is None:
+        return None, 1.0
+    return torch.empty_like(x_TI, dtype=torch.bool).bernoulli_(1.0 - p), 1.0 - p
 
 
 def _scaled_input(module, site, x, A, B, m, gradients: bool) -> Tensor:

@@ -38,6 +38,11 @@ class LinearKind:
         conv1d = _conv1d()
         return conv1d is not None and isinstance(module, conv1d)
 
+    def own_weight(self, module: nn.Module) -> Tensor | None:
+        """W (O, I), where the layer's forward is just x·Wᵀ + bias, so that the op may compute it."""
+        plain = self.name == "Linear" and type(module).plain_class.forward is nn.Linear.forward
+        return module.weight if plain and type(module.weight.data) is Tensor else None
+
     def refusal(self, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""
         weight = module.weight

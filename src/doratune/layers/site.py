@@ -52,6 +52,7 @@ class Adaptation:
     calls: int = 0  # how often the adapted forward really ran
     _facts: tuple | None = None
     _small: tuple | None = None
+    _likeness: tuple | None = None
 
     @property
     def base(self):

@@ -36,20 +36,21 @@ class Siblings:
         """At most `limit` layers like `module` whose norm in this compute dtype an optimizer step has made old."""
         likeness, found = alike(module), []
         for other in self.modules:
-            a = getattr(other, "adaptation", None)
-            if a is None or other is module or not a.cache.stale(a.context(other, dtype)):
+            a = vars(other).get("adaptation")
+            if a is None or other is module or len(found) == limit or alike(other) != likeness:
                 continue
-            if alike(other) == likeness and a.frozen_facts(other).frozen is None and len(found) < limit:
+            if a.cache.stale(a.context(other, dtype)) and a.frozen_facts(other).frozen is None:
                 found.append(other)
         return found
 
 
 def alike(module: nn.Module) -> tuple:
     """Layers of which this is equal can share the operations of their norms."""
-    a = module.adaptation
-    A = module.lora_A
-    facts = a.kind, a.rank, a.scaling, a.axis, a.base.shape(module), a.base.dtype(module), a.base.device(module)
-    return *facts, None if A is None else (A.shape, A.dtype, A.device)
+    a, A = module.adaptation, module._parameters["lora_A"]
+    if a._likeness is None or a._likeness[0] != a.epoch:
+        facts = a.kind, a.rank, a.scaling, a.axis, a.base.shape(module), a.base.dtype(module), a.base.device(module)
+        a._likeness = a.epoch, (*facts, None if A is None else (A.dtype, A.device))
+    return a._likeness[1]
 
 
 def norm_and_siblings(site, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> Tensor:

@@ -93,8 +93,8 @@ class Needs(NamedTuple):
         return self.m or (site.full_gradient and magnitude and (self.A or self.B))
 
 
-def forward(site: Site, given: Inputs) -> Made:
-    """y and what the backward needs; no autograd, any autocast."""
+def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
+    """y and what the backward needs; no autograd, any autocast. fresh: `out` is the caller's own and may be overwritten."""
     x, out, A, B, m, bias, mask, keep = given
     with no_autocast(out.device):
         n = gain = z = sB = None
@@ -104,7 +104,7 @@ def forward(site: Site, given: Inputs) -> Made:
         if A is not None:
             z = dropped(x.to(out.dtype), mask) @ A.to(out.dtype).T
             sB = scaled_B(B, gain, site.scaling / keep, out.dtype)
-        return Made(kernels.compose(out, gain, bias, z, sB), z, sB, n)
+        return Made(kernels.compose(out, gain, bias, z, sB, fresh), z, sB, n)
 
 
 def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias) -> Tensor:
@@ -188,26 +188,60 @@ class Compose(Function):
     @staticmethod
     def forward(ctx, x, out, A, B, m, bias, mask, keep: float, site: Site) -> Tensor:
         given = Inputs(x, out, A, B, m, bias, mask, keep)
-        made = forward(site, given)
-        needs = ctx.needs = Needs(*ctx.needs_input_grad[:6])
-        ctx.site, ctx.keep, ctx.x_dtype = site, keep, None if x is None else x.dtype
-        need_dg = needs.gain(site, m is not None)
-        ctx.read_y = need_dg and needs.A
-        kept_out = out if need_dg and not ctx.read_y else None
-        # `data`: the same memory with a version counter of its own, because a change in place is not an error here
-        ctx.probe = VersionProbe(made.y) if ctx.read_y else None
-        kept_y = made.y.data if ctx.read_y else None
-        ctx.save_for_backward(x if needs.A else None, kept_out, A, B, m, bias, mask, kept_y, *made[1:])
-        return made.y
+        ctx.needs, ctx.x_dtype = Needs(*ctx.needs_input_grad[:6]), None if x is None else x.dtype
+        return keep_for_backward(ctx, site, given, forward(site, given))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dY):
-        x, out, A, B, m, bias, mask, *made = ctx.saved_tensors
-        read_y = ctx.read_y and not ctx.probe.changed()
-        given = Inputs(x, out, A, B, m, bias, mask, ctx.keep)
-        dx, *rest = backward(ctx.site, ctx.needs, dY, given, Made(*made), read_y)
+        given, made, read_y, _ = kept(ctx)
+        dx, *rest = backward(ctx.site, ctx.needs, dY, given, made, read_y)
         return None if dx is None else dx.to(ctx.x_dtype), *rest, None, None, None
+
+
+class ComposeLinear(Function):
+    """`Compose` with the base's product inside, for a plain linear layer: y from x and W.
+
+    The base's input gradient is then added up within its product, instead of in a pass of its own over (T, I)."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, m, bias, mask, keep: float, site: Site) -> Tensor:
+        """W (O, I) frozen, in x's dtype; no autocast."""
+        given = Inputs(x, torch.nn.functional.linear(x, W, bias), A, B, m, bias, mask, keep)
+        need_x, _, *need = ctx.needs_input_grad[:6]
+        ctx.needs = Needs(need_x, need_x, *need[:3], bias=False)
+        ctx.need_bias = need[3]
+        return keep_for_backward(ctx, site, given, forward(site, given, fresh=True), W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY):
+        given, made, read_y, (W,) = kept(ctx)
+        dx, dout, dA, dB, dm, _ = backward(ctx.site, ctx.needs, dY, given, made, read_y)
+        if ctx.needs.x:
+            dx = dout @ W if dx is None else dx.addmm_(dout, W)
+        return dx, None, dA, dB, dm, dY.sum(0) if ctx.need_bias else None, None, None, None
+
+
+def keep_for_backward(ctx, site: Site, given: Inputs, made: Made, *more: Tensor) -> Tensor:
+    """Save what `backward` needs on the context; returns y."""
+    x, out, A, B, m, bias, mask, ctx.keep = given
+    needs, ctx.site = ctx.needs, site
+    need_dg = needs.gain(site, m is not None)
+    ctx.read_y = need_dg and needs.A
+    kept_out = out if need_dg and not ctx.read_y else None
+    # `data`: the same memory with a version counter of its own, because a change in place is not an error here
+    ctx.probe = VersionProbe(made.y) if ctx.read_y else None
+    kept_y = made.y.data if ctx.read_y else None
+    ctx.save_for_backward(x if needs.A else None, kept_out, A, B, m, bias, mask, kept_y, *made[1:], *more)
+    return made.y
+
+
+def kept(ctx) -> tuple[Inputs, Made, bool, list[Tensor]]:
+    """The same again, whether y is as the forward left it, and what was saved besides. Saved tensors can be asked for only once."""
+    x, out, A, B, m, bias, mask, y, z, sB, n, *more = ctx.saved_tensors
+    read_y = ctx.read_y and not ctx.probe.changed()
+    return Inputs(x, out, A, B, m, bias, mask, ctx.keep), Made(y, z, sB, n), read_y, more
 
 
 class VersionProbe:

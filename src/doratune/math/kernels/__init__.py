@@ -90,9 +90,18 @@ def _say_once(line: str) -> None:
         warnings.warn(line, RuntimeWarning, stacklevel=3)
 
 
-def compose(out_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None, z_TR: Tensor | None, sB_OR: Tensor | None) -> Tensor:
-    """y = out + (g − 1) ⊙ (out − bias) + z·sBᵀ; see `torch_kernels.compose`."""
+def compose(
+    out_TO: Tensor,
+    gain_O: Tensor | None,
+    bias_O: Tensor | None,
+    z_TR: Tensor | None,
+    sB_OR: Tensor | None,
+    fresh: bool = False,
+) -> Tensor:
+    """y = out + (g − 1) ⊙ (out − bias) + z·sBᵀ; fresh: `out` may be overwritten. See `torch_kernels.compose`."""
     arguments = out_TO, gain_O, bias_O, z_TR, sB_OR
+    if out_TO.device.type == "cpu" and requested() != "triton":
+        return torch_kernels.compose(*arguments, fresh)
     rank = 0 if z_TR is None else z_TR.shape[1]
     return _run("compose", (*out_TO.shape, rank, gain_O is None), out_TO, arguments)
 

@@ -24,11 +24,19 @@ CHUNK_NUMBERS = 2**18
 FEW_ROWS = 8
 
 
-def compose(out_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None, z_TR: Tensor | None, sB_OR: Tensor | None) -> Tensor:
-    """y (T, O) in out's dtype; gain = g − 1 in fp32 (fp64), None for LoRA; z and sB None for magnitude only."""
+def compose(
+    out_TO: Tensor,
+    gain_O: Tensor | None,
+    bias_O: Tensor | None,
+    z_TR: Tensor | None,
+    sB_OR: Tensor | None,
+    fresh: bool = False,
+) -> Tensor:
+    """y (T, O) in out's dtype; gain = g − 1 in fp32 (fp64), None for LoRA; z and sB None for magnitude only; fresh: `out` may be
+    overwritten."""
     if gain_O is None:
-        return torch.addmm(out_TO, z_TR, sB_OR.T)
-    y_TO = scale_rows(out_TO, gain_O, bias_O)
+        return out_TO.addmm_(z_TR, sB_OR.T) if fresh else torch.addmm(out_TO, z_TR, sB_OR.T)
+    y_TO = scale_rows(out_TO, gain_O, bias_O, fresh)
     return y_TO if z_TR is None else y_TO.addmm_(z_TR, sB_OR.T)
 
 
@@ -43,15 +51,20 @@ def compose_backward(dY_TO: Tensor, kept_TO: Tensor, gain_O: Tensor, bias_O: Ten
     return rows(scaled), dot_O
 
 
-def scale_rows(t_TO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> Tensor:
-    """t + (g − 1) ⊙ (t − bias) in t's dtype: a new tensor. Exactly t where g = 1."""
+def scale_rows(t_TO: Tensor, gain_O: Tensor, bias_O: Tensor | None, fresh: bool = False) -> Tensor:
+    """t + (g − 1) ⊙ (t − bias) in t's dtype: a new tensor, or t itself overwritten if `fresh`. Exactly t where g = 1."""
     low = gain_O.dtype != t_TO.dtype
     if low and t_TO.device.type == "cpu" and len(t_TO) >= FEW_ROWS:
         zero, one = constant(len(gain_O), 0.0, gain_O.dtype), ones_like(gain_O)
         bias = zero if bias_O is None else bias_O.to(gain_O)
+        if fresh and t_TO.is_contiguous():
+            t, none = channels(t_TO), constant(0, 0.0, gain_O.dtype)
+            norm_out = torch.ops.aten.native_batch_norm.out
+            norm_out(t, 1 + gain_O, bias, bias, one, False, 0.0, 0.0, out=t, save_mean=none, save_invstd=none)
+            return t_TO
         return rows(torch.batch_norm(channels(t_TO), 1 + gain_O, bias, bias, one, False, 0.0, 0.0, False))
     if bias_O is None and gain_O.dtype == t_TO.dtype and t_TO.dtype.itemsize >= 4:
-        return t_TO * (1 + gain_O)
+        return t_TO.mul_(1 + gain_O) if fresh else t_TO * (1 + gain_O)
     rest = t_TO if bias_O is None else t_TO - bias_O.to(t_TO.dtype)
     if low and (t_TO.is_cuda or bool((gain_O < SMALL_GAIN - 1).any())):  # CUDA converts inside the kernel; CPU would copy
         return torch.addcmul(t_TO, rest, gain_O, out=torch.empty_like(t_TO))
