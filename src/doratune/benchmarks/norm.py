@@ -87,7 +87,7 @@ def ways(module: nn.Module, with_peft: bool) -> dict[str, Callable[[], Tensor]]:
         lora_weight = nn.functional.linear(nn.functional.linear(eye, A), B).T
         return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(W.to(A.dtype), lora_weight, s)
 
-    arms = {"doratune": lambda: site.terms(A.detach().to(W.dtype), B.detach().to(W.dtype)).n, "dense": dense}
+    arms = {"doratune": lambda: site.terms(A.detach().to(W.dtype), B.detach()).n, "dense": dense}
     return arms | {"peft": peft} if with_peft else arms
 
 

@@ -133,7 +133,7 @@ class LayerSite(NamedTuple):
         return a.factors.get(sources, context, tokens, lambda: make_factors(self, A, B, m, dtype, tokens))
 
     def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
-        """The norm's parts, uncached. A and B already in the dtype of the forward."""
+        """The norm's parts, uncached. A already in the dtype of the forward."""
         a = self.adaptation
         with torch.no_grad(), no_autocast(A.device):
             return norm.terms(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module).w2, a.axis)

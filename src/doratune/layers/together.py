@@ -18,6 +18,8 @@ from ..math import norm
 from ..math.compose import no_autocast
 
 BATCH_NUMBERS = 2**21
+LARGE = 2**18
+"""Layers with more numbers in B cost so much themselves that sharing operations saves nothing; `norm.terms` takes less memory."""
 
 
 class Siblings:
@@ -56,9 +58,9 @@ def alike(module: nn.Module) -> tuple:
 def norm_and_siblings(site, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> Tensor:
     """n (O,) of the site's layer, from A and B rounded to `dtype`; its stale siblings' norms go into their caches."""
     module, a = site.module, site.adaptation
-    stackable = a.axis == "output" and A_RI.device.type == "cpu" and a.frozen_facts(module).frozen is None and B_OR.numel()
-    if not stackable or not a.base.exact_forward:
-        return site.terms(A_RI.to(dtype), B_OR.to(dtype)).n
+    small = 0 < B_OR.numel() <= LARGE and A_RI.device.type == "cpu"
+    if not small or a.axis != "output" or a.frozen_facts(module).frozen is not None or not a.base.exact_forward:
+        return site.terms(A_RI.to(dtype), B_OR).n
     each = A_RI.numel() + 2 * B_OR.numel()
     others = a.siblings.stale(module, dtype, max(1, BATCH_NUMBERS // each) - 1)
     pairs = [(A_RI, B_OR), *((other.lora_A, other.lora_B) for other in others)]

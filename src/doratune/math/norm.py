@@ -60,31 +60,55 @@ def magnitudes(base: Base, modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tenso
 
 
 def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:
-    """The norm and its parts; A and B already in the dtype that the forward uses. No autograd, no autocast."""
-    A, B = A_RI.to(w2.dtype), B_OR.to(w2.dtype)
+    """The norm and its parts; A already in the dtype that the forward uses, to which B is rounded too. No autograd, no autocast.
+
+    Both axes are one sum over rows: P = U, F = B on the output axis, P = (Bᵀ·W)ᵀ, F = Aᵀ on the input axis."""
     if axis == "output":
-        along, gram, factor = 1, A @ A.T, B
-        product = base_times_A(base, module, A_RI).to(w2.dtype).mul_(B)
-        ba2 = (B @ gram).mul_(B).sum(1).mul_(s * s)
+        P_NR, F_NR, gram = base_times_A(base, module, A_RI), B_OR, gram_matrix(A_RI, w2.dtype)
     else:
-        along, gram, factor = 0, B.T @ B, A.T
-        product = base.backward_rows(module, B_OR.T).to(w2.dtype).mul_(A)
-        ba2 = (gram @ A).mul_(A).sum(0).mul_(s * s)
-    cross = product.sum(along).mul_(s)
+        P_NR, F_NR, gram = base.backward_rows(module, B_OR.T).T, A_RI.T, gram_matrix(B_OR.T.to(A_RI.dtype), w2.dtype)
+    cross, ba2, product_norm, bound = row_sums(P_NR, F_NR, gram, A_RI.dtype)
+    cross, ba2 = cross.mul_(s), ba2.mul_(s * s)
     n2 = (w2 + ba2).add_(cross, alpha=2)
-    noise = torch.linalg.vector_norm(product, dim=along).mul_(rounding(base, module) * abs(s))
-    # the sums themselves, where B·A cancels within itself: |B_i·G_ij·B_j|₂ ≤ Σ_i B_i²·G_ii, formed exactly only where that matters
-    tolerance = _TOLERANCE[base.dtype(module)]
-    bound = factor.square() @ gram.diagonal()
-    redone = (noise + _ROUNDING[w2.dtype] * (w2 + s * s * bound) > tolerance * n2).nonzero().squeeze(1)
+    noise = product_norm.mul_(rounding(base, module) * abs(s))
+    # the sums themselves, where B·A cancels within itself: |F_i·G_ij·F_j|₂ ≤ Σ_i F_i²·G_ii, formed exactly only where that matters
+    tolerance, own = _TOLERANCE[base.dtype(module)], _ROUNDING[w2.dtype]
+    redone = (noise + own * (w2 + s * s * bound) > tolerance * n2).nonzero().squeeze(1)
     if len(redone):
-        squares = ((factor[redone].square() @ gram.square()) * factor[redone].square()).sum(1)
-        own = _ROUNDING[w2.dtype] * (w2[redone] + s * s * squares.sqrt())
-        redone = redone[noise[redone] + own > tolerance * n2[redone]]
+        F2 = F_NR[redone].to(A_RI.dtype).to(w2.dtype).square()
+        sums = own * (w2[redone] + s * s * ((F2 @ gram.square()) * F2).sum(1).sqrt())
+        redone = redone[noise[redone] + sums > tolerance * n2[redone]]
     if len(redone):
-        n2[redone] = squared_direct(base, module, A, B, s, axis, redone)
+        n2[redone] = squared_direct(base, module, A_RI.to(w2.dtype), B_OR.to(A_RI.dtype), s, axis, redone)
     n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()
     return Terms(torch.maximum(n, floor), cross, ba2, redone, n < floor)
+
+
+def row_sums(P_NR: Tensor, F_NR: Tensor, gram_RR: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+    """Per row Σ P⊙F, Σ (F·G)⊙F, |P⊙F|₂ and Σ F²·G_ii, in G's dtype, with F rounded to `low`; chunk by chunk."""
+    parts = []
+    for rows in row_chunks(len(P_NR), max(1, len(gram_RR)), P_NR.device):
+        F = F_NR[rows].to(low).to(gram_RR.dtype)
+        product = P_NR[rows].to(gram_RR.dtype, copy=True).mul_(F)
+        cross, product_norm = product.sum(1), torch.linalg.vector_norm(product, dim=1)
+        torch.mm(F, gram_RR, out=product)
+        parts.append((cross, product.mul_(F).sum(1), product_norm, torch.mul(F, F, out=product) @ gram_RR.diagonal()))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True)) if parts else (gram_RR.new_empty(0),) * 4
+
+
+def gram_matrix(rows_RK: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows · rowsᵀ (R, R) in `dtype`, chunk by chunk."""
+    gram = torch.zeros(len(rows_RK), len(rows_RK), dtype=dtype, device=rows_RK.device)
+    for columns in row_chunks(rows_RK.shape[1], max(1, len(rows_RK)), rows_RK.device):
+        part = rows_RK[:, columns].to(dtype)
+        gram.addmm_(part, part.T)
+    return gram
+
+
+def row_chunks(rows: int, width: int, device: torch.device):
+    """Slices of rows with at most 2¹⁷ numbers on CPU (half a MiB of fp32), 2²² elsewhere, where each costs launches."""
+    step = max(1, (2**17 if device.type == "cpu" else 2**22) // width)
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def rounding(base: Base, module: nn.Module) -> float:
@@ -106,7 +130,8 @@ def base_times_A(base: Base, module: nn.Module, A_RI: Tensor) -> Tensor:
 
 
 def squared_direct(base: Base, module: nn.Module, A: Tensor, B: Tensor, s: float, axis: str, index: Tensor) -> Tensor:
-    """|W + s·B·A|² of the rows (columns) in `index`, directly from fp32 row tiles."""
+    """|W + s·B·A|² of the rows (columns) in `index`, directly from fp32 row tiles. A in fp32 (fp64)."""
+    B = B.to(A.dtype)
     if axis == "output":
         parts = [V.square().sum(1) for _, V in direct_rows(base, module, A, B, s, index)]
         return torch.cat(parts)
