@@ -52,12 +52,12 @@ class TrainStep:
 
 
 def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
-    """{rank: {scenario: {"arms": seconds, "ratios"}}} over the weights of `base`."""
+    """{rank: {scenario: {"arms": seconds, "ratios"}}} over the weights of `base`; accumulation + checkpointing at the first rank."""
     ids = random_ids(base, settings.batch_size, settings.length)
     return {
         str(rank): {
             scenario: _scenario(scenario, base, ids, rank, settings, f"train_step {label} rank {rank}, {scenario}", progress)
-            for scenario in (PLAIN, CHECKPOINTED)
+            for scenario in ((PLAIN, CHECKPOINTED) if rank == settings.ranks[0] else (PLAIN,))
         }
         for rank in settings.ranks
     }
@@ -65,15 +65,15 @@ def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silen
 
 def _scenario(scenario: str, base, ids: Tensor, rank: int, settings: BenchSettings, label: str, progress) -> dict:
     if scenario == PLAIN:
-        arms, rounds, micro_batches = settings.arms, settings.rounds, 1
+        arms, rounds, micro_batches, warm_up = settings.arms, settings.rounds, 1, settings.warm_up
     else:
         arms = [name for name in settings.arms if name in ("lora", "dora")]
-        rounds, micro_batches = settings.few_rounds, settings.accumulation
+        rounds, micro_batches, warm_up = settings.few_rounds, settings.accumulation, min(1, settings.warm_up)
 
     def make(name: str) -> TrainStep:
         model = build(name, base, settings.targets, rank)
         return TrainStep(model, ids, micro_batches, checkpointing=scenario == CHECKPOINTED)
 
     steps = prepare(arms, make, ids.device)
-    with bar(progress, label, (settings.warm_up + rounds) * len(arms)) as advance:
-        return summary(interleave(steps, rounds, settings.warm_up, ids.device, advance), RATIOS)
+    with bar(progress, label, (warm_up + rounds) * len(arms)) as advance:
+        return summary(interleave(steps, rounds, warm_up, ids.device, advance), RATIOS)
