@@ -52,7 +52,7 @@ class TrainStep:
 
 
 def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
-    """{rank: {scenario: {"arms": seconds, "ratios"}}} over the weights of `base`; accumulation + checkpointing at the first rank."""
+    """{rank: {scenario: {"arms": seconds, "ratios"}}} over the weights of `base`; with checkpointing at the first rank."""
     ids = random_ids(base, settings.batch_size, settings.length)
     return {
         str(rank): {

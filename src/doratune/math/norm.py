@@ -44,19 +44,20 @@ class Terms(NamedTuple):
 def magnitudes(base: Base, modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor):
     """(n (L, O), which layers' n can be trusted): the output axis of L layers of one shape, in few operations; no zero rows.
 
-    A and B already in the dtype of the forward. A layer is trusted where no row can be in danger of cancellation, by a bound on the
-    noise that `terms` finds: |U_o ⊙ B_o|₂ ≤ w_o·√b_o and |B_i·G_ij·B_j|₂ ≤ b_o with b_o = Σ_i B_oi²·G_ii, at its worst row.
-    The others need `terms`."""
-    U_LOR = torch.stack([base_times_A(base, module, A_RI) for module, A_RI in zip(modules, A_LRI, strict=True)]).to(w2_LO.dtype)
-    A, B = A_LRI.to(w2_LO.dtype), B_LOR.to(w2_LO.dtype)
+    A and B already in the dtype of the forward. A layer is trusted where none of its rows is in danger of cancellation, by the
+    first test of `terms`; the others need `terms`."""
+    dtype = w2_LO.dtype
+    product = torch.stack([base_times_A(base, module, A_RI) for module, A_RI in zip(modules, A_LRI, strict=True)]).to(dtype)
+    A, B = A_LRI.to(dtype), B_LOR.to(dtype)
     gram_LRR = A @ A.mT
-    M_LOR = torch.baddbmm(U_LOR, B, gram_LRR, beta=2 * s, alpha=s * s)
-    n2_LO = M_LOR.mul_(B).sum(-1).add_(w2_LO)
-    b_LO = (B.square() @ gram_LRR.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
-    worst_L = (b_LO / w2_LO).amax(-1).mul_(s * s)
-    noise_L = worst_L.sqrt().mul_(rounding(base, modules[0])).add_(1 + worst_L, alpha=_ROUNDING[w2_LO.dtype])
-    trusted = noise_L <= _TOLERANCE[base.dtype(modules[0])] * (n2_LO / w2_LO).amin(-1)  # also False for NaN
-    return n2_LO.sqrt_(), trusted.tolist()
+    product.mul_(B)
+    noise_LO = torch.linalg.vector_norm(product, dim=-1).mul_(rounding(base, modules[0]) * abs(s))
+    n2_LO = torch.add(w2_LO, product.sum(-1), alpha=2 * s)
+    n2_LO.add_(torch.matmul(B, gram_LRR).mul_(B).sum(-1), alpha=s * s)
+    bound_LO = (B.square() @ gram_LRR.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
+    noise_LO.add_(torch.add(w2_LO, bound_LO, alpha=s * s), alpha=_ROUNDING[dtype])
+    trusted_L = (noise_LO <= _TOLERANCE[base.dtype(modules[0])] * n2_LO).all(-1)  # also False for NaN
+    return n2_LO.sqrt_(), trusted_L.tolist()
 
 
 def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def select(device: torch.device, dtype: torch.dtype) -> Choice:
     name = requested()
     if name == "torch":
         return Choice("torch", "asked for")
-    problem = _no_triton(device) or (None if dtype in LOW_AND_SINGLE else f"no Triton kernel for {dtype}")
+    problem = _no_triton(device) or _no_dtype(dtype)
     if name == "triton":
         if problem:
             raise UserError(f"kernel 'triton' cannot run on {device.type} in {str(dtype)[6:]}: {problem}; use 'auto' or 'torch'")
@@ -82,6 +83,14 @@ def _no_triton(device: torch.device) -> str | None:
         return "Triton needs a CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"its kernels need compute capability 8.0, the device has {major}.{minor}"
+
+
+def _no_dtype(dtype: torch.dtype) -> str | None:
+    if dtype not in LOW_AND_SINGLE:
+        return f"no Triton kernel for {dtype}"
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter computes bf16 products wrongly"
+    return None
 
 
 def _say_once(line: str) -> None:
@@ -109,6 +118,20 @@ def compose(
 def compose_backward(dY_TO: Tensor, kept_TO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
     """(g ⊙ dY, Σ_T dY ⊙ (kept − bias)); see `torch_kernels.compose_backward`."""
     return _run("compose_backward", tuple(dY_TO.shape), dY_TO, (dY_TO, kept_TO, gain_O, bias_O))
+
+
+def direct_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float, factored: Callable[[], Tensor]) -> Tensor:
+    """n = |W + s·B·A| per row (O,) in fp32, in one pass over W where Triton runs; else `factored()`, which gives the same."""
+    if select(W_OI.device, W_OI.dtype).implementation == "torch":
+        return factored()
+    from . import fastest, triton_kernels
+
+    def fused() -> Tensor:
+        return triton_kernels.direct_norm(W_OI, A_RI, B_OR, s)
+
+    if requested() == "triton":
+        return fused()
+    return fastest.call("direct_norm", (*W_OI.shape, len(A_RI)), W_OI, (fused, factored))
 
 
 def _run(operation: str, shape: tuple, tensor: Tensor, arguments: tuple):

@@ -11,23 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_chosen: dict[tuple, Callable] = {}
+_chosen: dict[tuple, int] = {}
 
 RUNS = 3
 
 
-def call(operation: str, shape: tuple, tensor: Tensor, candidates: tuple[Callable, ...], arguments: tuple, clock=None):
+def call(operation: str, shape: tuple, tensor: Tensor, candidates: tuple[Callable, ...], arguments: tuple = (), clock=None):
     """The result of the fastest candidate; all give the same values. `clock(run)` → seconds, by default CUDA events."""
     rows, *rest = shape
     key = operation, (max(rows, 1) - 1).bit_length(), *rest, tensor.dtype, tensor.device
-    chosen = _chosen.get(key)
-    if chosen is None:
+    if key not in _chosen:
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return candidates[0](*arguments)
-        clock = clock or _device_seconds
-        seconds = [clock(lambda run=run: run(*arguments)) for run in candidates]
-        chosen = _chosen[key] = candidates[seconds.index(min(seconds))]
-    return chosen(*arguments)
+        seconds = [(clock or _device_seconds)(lambda run=run: run(*arguments)) for run in candidates]
+        _chosen[key] = seconds.index(min(seconds))
+    return candidates[_chosen[key]](*arguments)
 
 
 def _device_seconds(run: Callable[[], object]) -> float:

@@ -1,0 +1,268 @@
+"""What the op reads and keeps: m's gradient from y or from the base, the plain linear path, shared norms, ready factors."""
+
+import copy
+import pickle
+
+import pytest
+import reference
+import torch
+from conftest import one_layer, randomize, tiny_llama
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import doratune
+from doratune.layers import together
+from doratune.layers.site import LayerSite
+
+
+class OpaqueLinear(nn.Linear):
+    """A subclass with a forward of its own: the op cannot take over its product."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+def opaque_layer(**config):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("layer", OpaqueLinear(10, 13))
+    doratune.attach(model, doratune.AdapterConfig(**{"rank": 3, "alpha": 5.0, "targets": ["layer"]} | config))
+    return model, model.layer
+
+
+KINDS = {"plain": one_layer, "opaque": opaque_layer}
+
+
+def exact(layer, x, dY, full=False):
+    t = {k: getattr(layer, n) for k, n in (("A", "lora_A"), ("B", "lora_B"), ("m", "magnitude"))}
+    t = {k: None if v is None else v.detach().double() for k, v in t.items()}
+    W, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    return reference.gradients(x.double(), dY.double(), W, bias, t["A"], t["B"], t["m"], layer.scaling, full=full)[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["detached", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_gradient_of_tiny_and_zero_magnitudes(kind, mode, dropout):
+    """At |g| < 1e-2 y has lost the base's digits behind the bias, at m = 0 all of them: those rows come from W again."""
+    model, layer = KINDS[kind](norm_gradient=mode, dropout=dropout)
+    randomize(model.train())
+    with torch.no_grad():
+        layer.bias.mul_(1000)
+        layer.magnitude[2], layer.magnitude[5], layer.magnitude[7] = 0.0, 1e-6, -1e-3
+    x, dY = torch.randn(9, 10), torch.randn(9, 13)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).backward(dY)
+    want = exact(layer, x, dY, full=mode == "full")
+    for name, got in (("m", layer.magnitude.grad), ("A", layer.lora_A.grad), ("B", layer.lora_B.grad), ("x", leaf.grad)):
+        rows = [2, 5, 7] if name == "m" else slice(None)
+        torch.testing.assert_close(got[rows].double(), want[name][rows], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("how", ["eager", "checkpoint", "reentrant checkpoint"])
+def test_output_changed_in_place(kind, dropout, how):
+    """relu_ after the layer overwrites the y that m's gradient would be read from, also within a checkpoint."""
+    grads = []
+    for in_place in (True, False):
+        model, layer = KINDS[kind](dropout=dropout)
+        randomize(model.train())
+        act = torch.relu_ if in_place else torch.relu
+        x = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        torch.manual_seed(1)
+        block = lambda x, layer=layer, act=act: act(layer(x)).square()  # noqa: E731
+        y = block(x) if how == "eager" else checkpoint(block, x, use_reentrant=how.startswith("reentrant"))
+        y.sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(grads[0]) == 4
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_output_is_shared_with_a_later_operation(kind):
+    """What a later product keeps is the very memory of y; nothing output-sized is kept besides."""
+    model, layer = KINDS[kind](rank=2)
+    randomize(model)
+    sizes = {}
+
+    def pack(t):
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    gate = torch.randn(50, 13, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(50, 10, requires_grad=True)) * gate
+    assert sorted(sizes.values()).count(4 * 50 * 13) == 2  # y and gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_plain_and_opaque_layers_agree(dtype, method):
+    torch.manual_seed(0)
+    results = []
+    for make in KINDS.values():
+        model, layer = make(method=method)
+        layer.to(dtype)
+        randomize(model)
+        x = torch.randn(20, 10, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = layer(x)
+        y.float().square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    low = dtype == torch.bfloat16
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=2e-2 if low else 1e-5, atol=5e-2 if low else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainable_bias_gets_the_whole_gradient(kind):
+    model, layer = KINDS[kind]()
+    randomize(model)
+    layer.bias.requires_grad_(True)
+    dY = torch.randn(9, 13)
+    layer(torch.randn(9, 10)).backward(dY)
+    torch.testing.assert_close(layer.bias.grad, dY.sum(0))
+
+
+def test_dropout_drops_inputs_of_the_branch_only():
+    model, layer = one_layer(method="lora", dropout=0.5, bias=False)
+    randomize(model.train())
+    x = torch.ones(4000, 10)
+    got = (layer(x) - nn.functional.linear(x, layer.weight)).mean(0)
+    torch.testing.assert_close(got, (layer.scaling * x[:1] @ layer.lora_A.T @ layer.lora_B.T)[0].detach(), rtol=0.1, atol=0.05)
+    assert layer(x).std(0).min() > 0.01
+
+
+def stack_of_layers(count=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False, dtype=dtype) for _ in range(count)), nn.Linear(12, 7, dtype=dtype))
+    doratune.attach(model, doratune.AdapterConfig(rank=3, targets="all-linear"))
+    return randomize(model, scale=0.05)
+
+
+def step(model):
+    optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-3))
+    model(torch.randn(70, 12)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings_get_the_norm_that_they_would_compute_alone(dtype, monkeypatch):
+    model = stack_of_layers(dtype=dtype)
+    model.append(nn.Identity())
+    layers = [layer for _, layer in doratune.adapters(model)]
+    asked = []
+    inner = together.norm.magnitudes
+    monkeypatch.setattr(
+        together.norm, "magnitudes", lambda base, modules, *a: asked.append(len(modules)) or inner(base, modules, *a)
+    )
+    x = torch.randn(70, 12, dtype=dtype)
+    model(x)
+    assert asked == [1] * 5  # nothing was stale before the first call
+    optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-3))
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    asked.clear()
+    model(x)
+    assert asked == [4, 1]  # four layers of one shape together
+    assert [layer.adaptation.cache.evaluations for layer in layers] == [2] * 5
+    for layer in layers:
+        site = LayerSite(layer, layer.adaptation)
+        n = site.norm(layer.lora_A, layer.lora_B, dtype, 70)
+        alone = site.terms(layer.lora_A.to(dtype), layer.lora_B.to(dtype)).n
+        torch.testing.assert_close(n, alone, rtol=1e-6, atol=0)
+        layer.adaptation.cache.clear()
+        assert torch.equal(site.norm(layer.lora_A, layer.lora_B, dtype, 70), n)  # bit for bit, stacked or not
+
+
+@pytest.mark.parametrize("edit", ["data", "in place", "weight", "assign"])
+def test_a_sibling_edited_after_its_norm_was_made_ahead(edit):
+    model = stack_of_layers()
+    model(torch.randn(70, 12))
+    step(model)
+    first, second = model[0], model[1]
+    first(torch.randn(70, 12))  # makes the norms of the others, too
+    with torch.no_grad():
+        if edit == "data":
+            second.lora_B.data.add_(0.5)
+        elif edit == "in place":
+            second.lora_B.add_(0.5)
+        elif edit == "weight":
+            second.weight.mul_(3.0)
+        else:
+            second.lora_B = nn.Parameter(second.lora_B + 0.5)
+    x = torch.randn(70, 12)
+    W, A, B, m = (t.detach().double() for t in (second.weight, second.lora_A, second.lora_B, second.magnitude))
+    want = reference.forward(x.double(), W, None, A, B, m, second.scaling)
+    torch.testing.assert_close(second(x).double().detach(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_have_siblings_of_their_own():
+    model = stack_of_layers()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        groups = {id(layer.adaptation.siblings) for _, layer in doratune.adapters(twin)}
+        assert len(groups) == 1 and groups != {id(model[0].adaptation.siblings)}
+        assert set(twin[0].adaptation.siblings.modules) == {layer for _, layer in doratune.adapters(twin)}
+
+
+def test_rows_in_danger_are_left_to_the_exact_way():
+    """A layer whose norm cancels is not taken from the stack: the same value as `terms`, from fp32 rows of W."""
+    model = stack_of_layers(dtype=torch.bfloat16)
+    layer = model[1]
+    model(torch.randn(70, 12, dtype=torch.bfloat16))
+    with torch.no_grad():
+        layer.lora_A.zero_()
+        layer.lora_A[0] = layer.weight[3].float()
+        layer.lora_B.zero_()
+        layer.lora_B[3, 0] = -0.97 / layer.scaling
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.0).step()  # every norm is old now
+    model[0](torch.randn(70, 12, dtype=torch.bfloat16))
+    assert layer.adaptation.cache.evaluations == 2  # made ahead with the others
+    site = LayerSite(layer, layer.adaptation)
+    n = site.norm(layer.lora_A, layer.lora_B, torch.bfloat16, 70)
+    A, B = (t.detach().bfloat16() for t in (layer.lora_A, layer.lora_B))
+    want = reference.norm(layer.weight.detach(), A, B, layer.scaling)
+    torch.testing.assert_close(n.double(), want, rtol=1e-4, atol=0)
+    assert layer.adaptation.cache.evaluations == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_inference_equals_training(tokens, dtype, method):
+    model, layer = one_layer(dtype=dtype, method=method)
+    randomize(model.eval())
+    x = torch.randn(tokens, 10, dtype=dtype)
+    for _ in range(2):
+        with torch.no_grad():
+            got = layer(x)
+        torch.testing.assert_close(got, layer(x).detach(), rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        with torch.no_grad():  # ready factors are made again after any change
+            if method == "dora":
+                layer.magnitude.mul_(1.5)
+            layer.lora_B.mul_(2.0)
+
+
+def test_a_magnitude_that_becomes_small_between_two_tokens():
+    model, layer = one_layer(dtype=torch.bfloat16, bias=False)
+    randomize(model.eval())
+    x = torch.randn(1, 10, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        layer(x)
+    with torch.no_grad():
+        layer.magnitude.mul_(1e-3)
+    with torch.inference_mode():
+        got = layer(x).double()
+    W, A, B, m = (t.detach().double() for t in (layer.weight, layer.lora_A.bfloat16(), layer.lora_B.bfloat16(), layer.magnitude))
+    want = reference.forward(x.double(), W, None, A, B, m, layer.scaling)
+    assert ((got - want).abs() <= 0.02 * want.abs().max()).all()
+
+
+def test_factors_are_made_once_for_a_decode():
+    model = tiny_llama()
+    doratune.attach(model, doratune.AdapterConfig(rank=4), trainable=False)
+    randomize(model)
+    model.generate(torch.randint(3, 300, (2, 9)), max_new_tokens=12, do_sample=False)
+    assert {layer.adaptation.factors.evaluations for _, layer in doratune.adapters(model)} == {1}
