@@ -5,7 +5,7 @@
 Nothing is renamed or wrapped: the frozen weight stays `<module>.weight`, the new parameters are `<module>.lora_A`,
 `.lora_B`, `.magnitude`. Undoing is giving the module its class back.
 
-One forward, three ways through the same maths: with gradients the autograd functions of `math/compose.py`, without them
+One forward, three ways through the same maths: with gradients `math/autograd.py`, without them
 `infer` with ready factors, under torch.compile the ops of `math/op.py`.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
 from ..math import op
-from ..math.compose import Compose, ComposeLinear, ScaleInput, infer
+from ..math.autograd import Compose, ComposeLinear, ScaleInput
+from ..math.compose import infer
 from .site import Adaptation, LayerSite
 
 

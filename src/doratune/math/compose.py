@@ -15,8 +15,8 @@ The magnitude's gradient is read off y, because a later operation (attention, a 
 not serve, the base's output is made again from x: rows with |g| < 1e-2, and all rows once y was changed in place.
 
 Cost over the base: 2·T·R·(I + O) FLOPs forward, twice that backward; kept for backward: x, y (only if m is trained; the
-base's output instead where x need not be kept), R·(T + O) and O numbers. Once differentiable. `op.py` shows the same
-functions to torch.compile.
+base's output instead where x need not be kept), R·(T + O) and O numbers. `autograd.py` calls these functions in eager mode,
+`op.py` under torch.compile.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import kernels, norm
 from .decomposition import gain_minus_one
@@ -178,99 +176,6 @@ def along_P(site, given: Inputs, P, dtype) -> Tensor:
 def base_rows(site, x: Tensor, index: Tensor) -> Tensor:
     """Columns `index` of x·Wᵀ (T, K), from fp32 row tiles."""
     return torch.cat([x.to(tile.dtype) @ tile.T for _, tile in site.base.row_tiles(site.module, index)], 1)
-
-
-class Compose(Function):
-    """`forward` and `backward` for eager autograd; A, B None: magnitude only; m None: LoRA.
-
-    Callers flatten and view outside: a view made in here could not be changed in place by a later op (`relu_`)."""
-
-    @staticmethod
-    def forward(ctx, x, out, A, B, m, bias, mask, keep: float, site: Site) -> Tensor:
-        given = Inputs(x, out, A, B, m, bias, mask, keep)
-        ctx.needs, ctx.x_dtype = Needs(*ctx.needs_input_grad[:6]), None if x is None else x.dtype
-        return keep_for_backward(ctx, site, given, forward(site, given))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dY):
-        given, made, read_y, _ = kept(ctx)
-        dx, *rest = backward(ctx.site, ctx.needs, dY, given, made, read_y)
-        return None if dx is None else dx.to(ctx.x_dtype), *rest, None, None, None
-
-
-class ComposeLinear(Function):
-    """`Compose` with the base's product inside, for a plain linear layer: y from x and W.
-
-    The base's input gradient is then added up within its product, instead of in a pass of its own over (T, I)."""
-
-    @staticmethod
-    def forward(ctx, x, W, A, B, m, bias, mask, keep: float, site: Site) -> Tensor:
-        """W (O, I) frozen, in x's dtype; no autocast."""
-        given = Inputs(x, torch.nn.functional.linear(x, W, bias), A, B, m, bias, mask, keep)
-        need_x, _, *need = ctx.needs_input_grad[:6]
-        ctx.needs = Needs(need_x, need_x, *need[:3], bias=False)
-        ctx.need_bias = need[3]
-        return keep_for_backward(ctx, site, given, forward(site, given, fresh=True), W)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dY):
-        given, made, read_y, (W,) = kept(ctx)
-        dx, dout, dA, dB, dm, _ = backward(ctx.site, ctx.needs, dY, given, made, read_y)
-        if ctx.needs.x:
-            dx = dout @ W if dx is None else dx.addmm_(dout, W)
-        return dx, None, dA, dB, dm, dY.sum(0) if ctx.need_bias else None, None, None, None
-
-
-def keep_for_backward(ctx, site: Site, given: Inputs, made: Made, *more: Tensor) -> Tensor:
-    """Save what `backward` needs on the context; returns y."""
-    x, out, A, B, m, bias, mask, ctx.keep = given
-    needs, ctx.site = ctx.needs, site
-    need_dg = needs.gain(site, m is not None)
-    ctx.read_y = need_dg and needs.A
-    kept_out = out if need_dg and not ctx.read_y else None
-    # `data`: the same memory with a version counter of its own, because a change in place is not an error here
-    ctx.probe = VersionProbe(made.y) if ctx.read_y else None
-    kept_y = made.y.data if ctx.read_y else None
-    ctx.save_for_backward(x if needs.A else None, kept_out, A, B, m, bias, mask, kept_y, *made[1:], *more)
-    return made.y
-
-
-def kept(ctx) -> tuple[Inputs, Made, bool, list[Tensor]]:
-    """The same again, whether y is as the forward left it, and what was saved besides. Saved tensors can be asked for only once."""
-    x, out, A, B, m, bias, mask, y, z, sB, n, *more = ctx.saved_tensors
-    read_y = ctx.read_y and not ctx.probe.changed()
-    return Inputs(x, out, A, B, m, bias, mask, ctx.keep), Made(y, z, sB, n), read_y, more
-
-
-class VersionProbe:
-    """Sees whether a tensor was changed in place, without keeping its memory: a detached alias shares the version counter."""
-
-    def __init__(self, t: Tensor):
-        self.alias = t.detach()
-        self.alias.data = t.new_empty(0)
-        self.version = 0 if t.is_inference() else self.alias._version
-
-    def changed(self) -> bool:
-        return self.alias._version != self.version
-
-
-class ScaleInput(Function):
-    """x̃ = g ⊙ x (T, I) for the input axis."""
-
-    @staticmethod
-    def forward(ctx, x, A, B, m, site: Site, dtype: torch.dtype) -> Tensor:
-        """m (I,); dtype: the one in which the layer will compute."""
-        y, n = scale_input(site, x, A, B, m, dtype)
-        ctx.site, ctx.dtype = site, dtype
-        ctx.save_for_backward(x, A, B, m, n)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dX):
-        return *scale_input_backward(ctx.site, ctx.needs_input_grad[:4], dX, *ctx.saved_tensors, ctx.dtype), None, None
 
 
 def scale_input(site: Site, x, A, B, m, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

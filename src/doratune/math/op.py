@@ -4,8 +4,8 @@
     doratune::scale_input      (x, A, B, m, …, handle) → x̃, n                              and its backward
 
 The layer is reached through an integer handle, inside the op: the norm, its cache and the base's own products stay out of the
-traced graph, whose guards would otherwise change with every step. Eager calls use the autograd functions of `compose.py`, which
-do the same for less overhead. The ops are marked unsafe for CUDA graphs: a replay would not ask whether A or B changed.
+traced graph, whose guards would otherwise change with every step. Eager calls use `autograd.py`, which does the same for less
+overhead. The ops are marked unsafe for CUDA graphs: a replay would not ask whether A or B changed.
 
 The handle is a constant of the traced code: a whole model compiles once, but blocks compiled one by one, sharing their
 code, compile once each; `torch._dynamo.config.allow_unspec_int_on_nn_module = True` lets them share.
