@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import doratune
 from doratune.math import op
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at it
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -84,7 +86,6 @@ def test_partly_frozen_adapters(trained):
         torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at it
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_transformer_step_by_step(checkpointing):
     """Zero graph breaks, exactly one norm per optimizer step and layer, and no recompile after the first step."""
@@ -140,11 +141,11 @@ def test_the_op_by_torchs_own_checks():
     model, layer = one_layer()
     randomize(model)
     x, out = torch.randn(5, 10), torch.randn(5, 13)
-    handle = layer.adaptation.handle.number
+    handle = layer.adaptation.handle.tensor
     inputs = (x, out, layer.lora_A, layer.lora_B, layer.magnitude, layer.bias, None, 1.0, handle, True)
     torch.library.opcheck(op.compose, inputs, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     model, layer = one_layer(magnitude_axis="input")
-    inputs = (x, layer.lora_A, layer.lora_B, layer.magnitude, torch.float32, layer.adaptation.handle.number, True)
+    inputs = (x, layer.lora_A, layer.lora_B, layer.magnitude, torch.float32, layer.adaptation.handle.tensor, True)
     torch.library.opcheck(op.scaled_input, inputs, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
@@ -155,7 +156,7 @@ def test_copies_have_handles_of_their_own():
     model, layer = one_layer()
     randomize(model)
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    numbers = {m.layer.adaptation.handle.number for m in (model, twin, thawed)}
+    numbers = {m.layer.adaptation.handle.tensor.item() for m in (model, twin, thawed)}
     assert len(numbers) == 3
     with torch.no_grad():
         twin.layer.weight.mul_(2.0)
@@ -167,7 +168,7 @@ def test_copies_have_handles_of_their_own():
 
 def test_a_layer_that_is_gone():
     model, layer = one_layer()
-    number = layer.adaptation.handle.number
+    number = layer.adaptation.handle.tensor
     del model, layer
     gc.collect()
     with pytest.raises(RuntimeError, match="compile the model again"):
@@ -181,3 +182,21 @@ def test_double_backward_is_refused():
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     with pytest.raises(RuntimeError, match=r"double backward|does not require grad|once_differentiable"):
         torch.autograd.grad(y.sum(), x, create_graph=True)[0].sum().backward()
+
+
+def test_blocks_compiled_one_by_one_share_their_code():
+    """More blocks than Dynamo's limit of recompilations."""
+    torch.manual_seed(0)
+    model = tiny_llama(layers=12).train()
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["q_proj", "down_proj"]))
+    randomize(model, scale=0.02)
+    ids = torch.randint(3, 300, (2, 16))
+    expected = model(input_ids=ids, use_cache=False).logits
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend=counter)
+    for _ in range(2):
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.square().mean().backward()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2  # the first block's input alone needs no gradient

@@ -106,14 +106,14 @@ def _scaled_input(module, site, x, A, B, m, gradients: bool) -> Tensor:
     """x̃ of the input axis."""
     x_TI, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
     if site is None:
-        return op.scaled_input(x_TI, A, B, m, dtype, module.adaptation.handle.number, gradients)[0].view(x.shape)
+        return op.scaled_input(x_TI, A, B, m, dtype, module.adaptation.handle.tensor, gradients)[0].view(x.shape)
     return ScaleInput.apply(x_TI, A, B, m, site, dtype).view(x.shape)
 
 
 def _traced(a: Adaptation, x_TI, out_TO, A, B, m, bias, mask, keep: float, gradients: bool) -> Tensor:
     """What torch.compile sees: the opaque op, or for LoRA plain products that it can fuse."""
     if m is not None:
-        return op.compose(x_TI, out_TO, A, B, m, bias, mask, keep, a.handle.number, gradients)[0]
+        return op.compose(x_TI, out_TO, A, B, m, bias, mask, keep, a.handle.tensor, gradients)[0]
     dtype = out_TO.dtype
     with torch.autocast(out_TO.device.type, enabled=False):
         x_TI = x_TI.to(dtype) if mask is None else x_TI.to(dtype) * mask

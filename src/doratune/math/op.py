@@ -3,12 +3,12 @@
     doratune::compose          (x, out, A, B, m, …, handle) → y, z, s·g ⊙ B, n            and its backward
     doratune::scale_input      (x, A, B, m, …, handle) → x̃, n                              and its backward
 
-The layer is reached through an integer handle, inside the op: the norm, its cache and the base's own products stay out of the
+The layer is reached through a handle, inside the op: the norm, its cache and the base's own products stay out of the
 traced graph, whose guards would otherwise change with every step. Eager calls use `autograd.py`, which does the same for less
 overhead. The ops are marked unsafe for CUDA graphs: a replay would not ask whether A or B changed.
 
-The handle is a constant of the traced code: a whole model compiles once, but blocks compiled one by one, sharing their
-code, compile once each; `torch._dynamo.config.allow_unspec_int_on_nn_module = True` lets them share.
+The handle is a tensor of one integer, on the CPU: an input of the traced code and no constant, so that blocks compiled one by one
+share their code.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class Handle:
     """A number by which an op finds its layer; copies of a layer get one of their own."""
 
     def __init__(self):
-        self.number = next(_numbers)
+        with torch.inference_mode(False):
+            self.tensor = torch.tensor(next(_numbers), device="cpu")
 
     def bind(self, owner) -> None:
         """`owner.op_site(gradients, count)` gives the op its `Site`."""
-        _owners[self.number] = owner
+        _owners[self.tensor.item()] = owner
 
     def __deepcopy__(self, memo):
         return Handle()
@@ -43,8 +44,8 @@ class Handle:
         return Handle, ()
 
 
-def site(handle: int, gradients: bool, count: bool = False):
-    owner = _owners.get(handle)
+def site(handle: Tensor, gradients: bool, count: bool = False):
+    owner = _owners.get(handle.item())
     if owner is None:
         raise RuntimeError("the adapted layer of this compiled graph is gone; compile the model again")
     return owner.op_site(gradients, count)
@@ -53,7 +54,7 @@ def site(handle: int, gradients: bool, count: bool = False):
 @torch.library.custom_op("doratune::compose", mutates_args=(), tags=_TAGS)
 def compose(
     x: Tensor | None, out: Tensor, A: Tensor | None, B: Tensor | None, m: Tensor, bias: Tensor | None, mask: Tensor | None,
-    keep: float, handle: int, gradients: bool,
+    keep: float, handle: Tensor, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, z, s·g ⊙ B, n); z and s·g ⊙ B empty for magnitude only. See `compose.forward`."""
     y, z, sB, n = forward(site(handle, gradients, count=True), Inputs(x, out, A, B, m, bias, mask, keep))
@@ -75,7 +76,7 @@ def _(x, out, A, B, m, bias, mask, keep, handle, gradients):
 @torch.library.custom_op("doratune::compose_backward", mutates_args=(), tags=_TAGS)
 def compose_backward(
     dY: Tensor, x: Tensor | None, out: Tensor | None, A: Tensor | None, B: Tensor | None, m: Tensor, bias: Tensor | None,
-    mask: Tensor | None, y: Tensor | None, z: Tensor, sB: Tensor, n: Tensor, keep: float, handle: int, needs: list[bool],
+    mask: Tensor | None, y: Tensor | None, z: Tensor, sB: Tensor, n: Tensor, handle: Tensor, keep: float, needs: list[bool],
     x_dtype: torch.dtype, in_features: int,
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dx, dout, dA, dB, dm, dbias), in this order."""
@@ -86,14 +87,14 @@ def compose_backward(
 
 
 @compose_backward.register_fake
-def _(dY, x, out, A, B, m, bias, mask, y, z, sB, n, keep, handle, needs, x_dtype, in_features):
+def _(dY, x, out, A, B, m, bias, mask, y, z, sB, n, handle, keep, needs, x_dtype, in_features):
     shapes = [lambda: dY.new_empty(dY.shape[0], in_features, dtype=x_dtype), lambda: dY.new_empty(dY.shape)]
     shapes += [lambda t=t: torch.empty_like(t) for t in (A, B, m, bias)]
     return [make() for make, needed in zip(shapes, needs, strict=True) if needed]
 
 
 def _setup(ctx, inputs, output):
-    x, out, A, B, m, bias, mask, ctx.keep, ctx.handle, _ = inputs
+    x, out, A, B, m, bias, mask, ctx.keep, handle, _ = inputs
     y, z, sB, n = output
     ctx.mark_non_differentiable(z, sB, n)
     ctx.set_materialize_grads(False)
@@ -101,11 +102,11 @@ def _setup(ctx, inputs, output):
     read_y, magnitude = ctx.needs[2], ctx.needs[4] or ctx.needs[2] or ctx.needs[3]
     ctx.x_dtype, ctx.in_features = (out.dtype, 0) if x is None else (x.dtype, x.shape[1])
     kept = (x if read_y else None, out if magnitude and not read_y else None, A, B, m, bias, mask, y if read_y else None, z, sB, n)
-    ctx.save_for_backward(*kept)
+    ctx.save_for_backward(*kept, handle)
 
 
 def _backward(ctx, dY, *_):
-    grads = iter(compose_backward(dY, *ctx.saved_tensors, ctx.keep, ctx.handle, ctx.needs, ctx.x_dtype, ctx.in_features))
+    grads = iter(compose_backward(dY, *ctx.saved_tensors, ctx.keep, ctx.needs, ctx.x_dtype, ctx.in_features))
     return (*(next(grads) if needed else None for needed in ctx.needs), None, None, None, None)
 
 
@@ -114,7 +115,7 @@ compose.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("doratune::scale_input", mutates_args=(), tags=_TAGS)
 def scaled_input(
-    x: Tensor, A: Tensor | None, B: Tensor | None, m: Tensor, dtype: torch.dtype, handle: int, gradients: bool
+    x: Tensor, A: Tensor | None, B: Tensor | None, m: Tensor, dtype: torch.dtype, handle: Tensor, gradients: bool
 ) -> tuple[Tensor, Tensor]:
     """(x̃, n). See `compose.scale_input`."""
     return scale_input(site(handle, gradients, count=True), x, A, B, m, dtype)
@@ -133,8 +134,8 @@ def scaled_input_backward(
     B: Tensor | None,
     m: Tensor,
     n: Tensor,
+    handle: Tensor,
     dtype: torch.dtype,
-    handle: int,
     needs: list[bool],
 ) -> list[Tensor]:
     """The needed ones of (dx, dA, dB, dm)."""
@@ -146,20 +147,20 @@ def scaled_input_backward(
 
 
 @scaled_input_backward.register_fake
-def _(dX, x, A, B, m, n, dtype, handle, needs):
+def _(dX, x, A, B, m, n, handle, dtype, needs):
     return [torch.empty_like(t) for t, needed in zip((dX, A, B, m), needs, strict=True) if needed]
 
 
 def _setup_input(ctx, inputs, output):
-    x, A, B, m, ctx.dtype, ctx.handle, _ = inputs
+    x, A, B, m, ctx.dtype, handle, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.needs = [bool(need) for need in ctx.needs_input_grad[:4]]
-    ctx.save_for_backward(x, A, B, m, output[1])
+    ctx.save_for_backward(x, A, B, m, output[1], handle)
 
 
 def _backward_input(ctx, dX, *_):
-    grads = iter(scaled_input_backward(dX, *ctx.saved_tensors, ctx.dtype, ctx.handle, ctx.needs))
+    grads = iter(scaled_input_backward(dX, *ctx.saved_tensors, ctx.dtype, ctx.needs))
     return (*(next(grads) if needed else None for needed in ctx.needs), None, None, None)
 
 
