@@ -364,3 +364,32 @@ def test_rounds_of_fingerprints():
     ask(0)
     sources[1][0].data.mul_(2)
     assert ask(1) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fingerprint_sees_flipped_signs(dtype):
+    """Even numbers of flipped top bits cancel in a plain dot product modulo 2**64."""
+    model, layer = one_layer(16, 10, dtype=dtype, rank=4)
+    randomize(model)
+    for edit in (lambda B: B[:, 1].neg_(), lambda B: B[:, 0].neg_(), lambda B: B.neg_()):
+        layer(torch.randn(70, 10, dtype=dtype))
+        before = evaluations(model)[0]
+        edit(layer.lora_B.data)
+        layer(torch.randn(70, 10, dtype=dtype))
+        assert evaluations(model)[0] == before + 1
+
+
+def test_parameters_born_in_inference_mode_have_no_versions():
+    with torch.inference_mode():
+        model, layer = one_layer(bias=False)
+        randomize(model)
+        x = torch.randn(5, 10)
+        model(x)
+        layer.magnitude.mul_(2.0)
+        twice = model(x)
+        layer.lora_B.mul_(2.0)
+        got = model(x)
+        W, A, B, m = (t.double() for t in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude))
+        want = reference.forward(x.double(), W, None, A, B, m, layer.scaling)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, twice)

@@ -200,3 +200,24 @@ def test_blocks_compiled_one_by_one_share_their_code():
         logits.square().mean().backward()
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2  # the first block's input alone needs no gradient
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_place_operations_in_compiled_code(backend):
+    model, _ = one_layer()
+    randomize(model)
+    x = torch.randn(9, 10)
+    expected = results(model, lambda x: torch.relu(model(x)) * 2, x)
+    got = results(model, torch.compile(lambda x: torch.relu_(model(x)) * 2, fullgraph=True, backend=backend), x)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_inductor_on_a_transposed_input(axis):
+    model, _ = one_layer(magnitude_axis=axis)
+    randomize(model)
+    x = torch.randn(10, 20).T.requires_grad_()
+    y = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+    y.sum().backward()

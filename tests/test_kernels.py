@@ -86,6 +86,13 @@ def test_compose_backward(dtype, T, layout):
     assert ((dot.double() - products.sum(0)).abs() <= (T + 4) * torch.finfo(wide).eps * size + 1e-30).all()
 
 
+def test_sums_over_many_rows_keep_their_digits():
+    dY = torch.rand(20_000, 8)
+    _, dot = kernels.compose_backward(dY, dY, torch.zeros(8), None)
+    want = dY.double().square().sum(0)
+    assert ((dot - want).abs() <= 1e-6 * want).all()
+
+
 def test_results_may_be_changed_in_place():
     out, gain, b, z, sB = inputs(70, 13, 3, torch.bfloat16)
     for fresh in (False, True):

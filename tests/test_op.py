@@ -266,3 +266,160 @@ def test_factors_are_made_once_for_a_decode():
     randomize(model)
     model.generate(torch.randint(3, 300, (2, 9)), max_new_tokens=12, do_sample=False)
     assert {layer.adaptation.factors.evaluations for _, layer in doratune.adapters(model)} == {1}
+
+
+FROZEN = [names for names in ("A", "B", "m", "AB", "Am", "Bm", "")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("mode", ["detached", "full"])
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_any_part_may_be_frozen(kind, frozen, mode, tokens):
+    """What the op keeps for m's gradient depends on what is trained."""
+    model, layer = KINDS[kind](norm_gradient=mode)
+    randomize(model)
+    with torch.no_grad():
+        layer.bias.zero_()
+    names = {"A": "lora_A", "B": "lora_B", "m": "magnitude"}
+    for key, name in names.items():
+        getattr(layer, name).requires_grad_(key not in frozen)
+    x, dY = torch.randn(tokens, 10), torch.randn(tokens, 13)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).backward(dY)
+    want = exact(layer, x, dY, full=mode == "full")
+    for key, name in names.items():
+        got = getattr(layer, name).grad
+        assert (got is None) == (key in frozen)
+        if got is not None:
+            torch.testing.assert_close(got.double(), want[key], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(leaf.grad.double(), want["x"], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [30.0, 300.0])
+def test_a_large_bias_does_not_drown_the_gradient(size):
+    model, layer = one_layer(64, 64, dtype=torch.bfloat16)
+    randomize(model)
+    with torch.no_grad():
+        layer.bias.copy_(size * torch.randn(64))
+    x, dY = torch.randn(256, 64).bfloat16(), torch.randn(256, 64).bfloat16()
+    layer(x).backward(dY)
+    W, A, B = layer.weight.detach().double(), *(p.detach().bfloat16().double() for p in (layer.lora_A, layer.lora_B))
+    m, bias = layer.magnitude.detach().double(), layer.bias.detach().double()
+    want = reference.gradients(x.double(), dY.double(), W, bias, A, B, m, layer.scaling)[1]["m"]
+    assert (layer.magnitude.grad.double() - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_selective_checkpointing(method, bias):
+    """It replays products by their order: the norm's own must not be among them, and none of its tensors may change."""
+    from functools import partial
+
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    saved = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, saved)
+    grads = []
+    for selective in (True, False):
+        model, _ = one_layer(16, 16, rank=4, method=method, bias=bias)
+        randomize(model)
+        x = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        block = lambda x, model=model: model(x).sigmoid()  # noqa: E731
+        y = checkpoint(block, x, use_reentrant=False, context_fn=contexts) if selective else block(x)
+        y.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_that_write_over_the_output_unseen(monkeypatch):
+    """Fused rotary embeddings rotate q in place without telling autograd; with such a package loaded y is not read back."""
+    import sys
+    import types
+
+    grads = []
+    for unseen in (True, False):
+        if unseen:
+            monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+        model, layer = one_layer()
+        randomize(model)
+        y = layer(torch.randn(20, 10, generator=torch.Generator().manual_seed(1)))
+        loss = (y * torch.arange(13.0)).sum()
+        if unseen:
+            y.detach().numpy()[:] = 7.0
+        loss.backward()
+        grads.append(layer.magnitude.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_weights_that_come_and_go_at_one_address():
+    from torch.func import functional_call
+
+    model, layer = one_layer(64, 64, bias=False)
+    randomize(model)
+    x, start = torch.randn(5, 64), layer.weight.detach().clone()
+    A, B, m = (t.detach().double() for t in (layer.lora_A, layer.lora_B, layer.magnitude))
+    with torch.no_grad():
+        for i in range(4):
+            W = (start * (1 + i) + 0.1 * i).clone()
+            want = reference.forward(x.double(), W.double(), None, A, B, m, layer.scaling)
+            got = functional_call(model, {"layer.weight": W}, (x,))
+            del W
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_other_derivatives_raise_one_clear_line(tokens):
+    model, layer = one_layer()
+    randomize(model)
+    x = torch.randn(tokens, 10, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # a gradient penalty: dY itself needs no gradient
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="one output gradient at a time"):
+        torch.autograd.grad(model(x), [layer.magnitude], torch.randn(3, tokens, 13), is_grads_batched=True)
+    with pytest.raises(Exception, match=r"jvp|forward mode|setup_context"), torch.no_grad():
+        torch.func.jvp(model, (x.detach(),), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_layers_without_inputs_or_outputs(shape, gradients):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: initializing zero-element tensors
+        model = nn.Sequential(nn.Linear(*shape))
+    plain = copy.deepcopy(model)
+    doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0"]))
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(model(torch.ones(3, shape[0])), plain(torch.ones(3, shape[0])))
+
+
+def test_a_shallow_copy_of_a_layer():
+    model, layer = one_layer()
+    randomize(model)
+    twin = copy.copy(layer)
+    assert twin.adaptation is not layer.adaptation
+    number = layer.adaptation.handle.tensor.item()
+    del twin
+    assert layer.adaptation.handle.bound() and layer.adaptation.handle.tensor.item() == number
+
+
+def test_parametrized_factors_of_a_sibling():
+    from torch.nn.utils import parametrize
+
+    class Double(nn.Module):
+        def forward(self, A):
+            return 2 * A
+
+    model = stack_of_layers()
+    parametrize.register_parametrization(model[1], "lora_A", Double())
+    model(torch.randn(70, 12))
+    step(model)
+    x = torch.randn(70, 12)
+    layer = model[1]
+    W, A, B, m = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude))
+    torch.testing.assert_close(
+        layer(x).double().detach(), reference.forward(x.double(), W, None, A, B, m, layer.scaling), rtol=1e-5, atol=1e-5
+    )

@@ -11,6 +11,8 @@ One forward, three ways through the same maths: with gradients `math/autograd.py
 
 from __future__ import annotations
 
+import copy
+import math
 from functools import cache
 
 import torch
@@ -55,6 +57,8 @@ class Adapted:
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if self.adaptation.handle.bound():  # a shallow copy of a layer
+            self.adaptation = copy.deepcopy(self.adaptation)
         self.adaptation.belongs_to(self)
 
     def __reduce_ex__(self, protocol):
@@ -77,17 +81,17 @@ def _adapted_forward(module, base_forward, x, *args, **kwargs):
     if gradients and not traced and A is not None and not args and not kwargs:
         W = a.kind.own_weight(module)
         if W is not None and W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
-            x_TI = x.reshape(-1, x.shape[-1])
+            x_TI = flat(x)
             y = ComposeLinear.apply(x_TI, W, A, B, m, module.bias, *_dropout(module, x_TI), site)
             return y.view(*x.shape[:-1], len(W))
     out = base_forward(x, *args, **kwargs)
     if A is None and m is None:
         return out
-    x_TI = x.reshape(-1, x.shape[-1]) if A is not None else None
-    out_TO, (mask, keep) = out.reshape(-1, out.shape[-1]), _dropout(module, x_TI)
+    x_TI, out_TO = flat(x) if A is not None else None, flat(out)
+    mask, keep = _dropout(module, x_TI)
     if traced:
         y = _traced(a, x_TI, out_TO, A, B, m, module.bias, mask, keep, gradients)
-    elif gradients or mask is not None:
+    elif gradients or mask is not None or torch.autograd.forward_ad._current_level >= 0:  # forward mode raises there
         y = Compose.apply(x_TI, out_TO, A, B, m, module.bias, mask, keep, site)
     else:
         y = infer(site, x_TI, out_TO, A, B, m, module.bias)
@@ -104,7 +108,7 @@ def _dropout(module, x_TI: Tensor | None) -> tuple[Tensor | None, float]:
 
 def _scaled_input(module, site, x, A, B, m, gradients: bool) -> Tensor:
     """x̃ of the input axis."""
-    x_TI, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
+    x_TI, dtype = flat(x), compute_dtype(x)
     if site is None:
         return op.scaled_input(x_TI, A, B, m, dtype, module.adaptation.handle.tensor, gradients)[0].view(x.shape)
     return ScaleInput.apply(x_TI, A, B, m, site, dtype).view(x.shape)
@@ -118,6 +122,11 @@ def _traced(a: Adaptation, x_TI, out_TO, A, B, m, bias, mask, keep: float, gradi
     with torch.autocast(out_TO.device.type, enabled=False):
         x_TI = x_TI.to(dtype) if mask is None else x_TI.to(dtype) * mask
         return out_TO + (x_TI @ A.to(dtype).T) @ (B.to(dtype) * (a.scaling / keep)).T
+
+
+def flat(x: Tensor) -> Tensor:
+    """(T, I), also where a size is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -17,12 +17,15 @@ from ..bases import accumulation_dtype
 from ..directions.lora import LORA, NONE
 from ..math import decomposition, norm
 from ..math.cache import NormCache
-from ..math.compose import Factors, make_factors, no_autocast
+from ..math.compose import Factors, Inputs, make_factors, no_autocast
 from ..math.op import Handle
 from .together import Siblings, norm_and_siblings
 
 TOO_SMALL = 1e-2
 """Below this |g| a row's magnitude gradient is not read off the output."""
+
+DROWNS = 4.0
+"""From this ratio of bias to the rest of an output on, neither."""
 
 
 class FrozenFacts(NamedTuple):
@@ -73,7 +76,8 @@ class Adaptation:
                 w2 = decomposition.squared_norms(tiles, length, self.axis, dtype, self.base.device(module))
                 directionless = decomposition.directionless(w2.sqrt())
                 some = not directionless.is_meta and bool(directionless.any())
-                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None)
+                # W is held, so that its address stays its own: another weight there would pass for it
+                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), module.weight.detach()
         return self._facts[1]
 
     def belongs_to(self, module: nn.Module) -> None:
@@ -141,13 +145,25 @@ class LayerSite(NamedTuple):
     def redone(self, A: Tensor, B: Tensor) -> Tensor:
         return self.terms(A, B).redone
 
-    def small_rows(self, g: Tensor) -> Tensor | tuple:
-        """Indices of the rows with |g| < 1e-2. On CUDA they are looked for once per norm evaluation, with a margin: each look waits
-        for the device."""
-        if not g.is_cuda:
-            size = g.abs()
-            return (size < TOO_SMALL).nonzero().squeeze(1) if not size.numel() or size.amin().item() < TOO_SMALL else ()
+    def small_rows(self, g: Tensor, given: Inputs) -> Tensor | tuple:
+        """Indices of the rows whose magnitude gradient y cannot give: |g| < 1e-2, or a bias that drowns the rest of y.
+
+        On CUDA they are looked for once per change of the norm or m, with a margin: each look waits for the device."""
         a = self.adaptation
-        if a._small is None or a._small[0] != a.cache.evaluations:
-            a._small = a.cache.evaluations, (g.abs() < 2 * TOO_SMALL).nonzero().squeeze(1)
+        if not g.is_cuda:
+            doubtful = doubt(g, given, TOO_SMALL)
+            return doubtful.nonzero().squeeze(1) if doubtful.any() else ()
+        key = a.cache.evaluations, given.m.data_ptr(), given.m._version
+        if a._small is None or a._small[0] != key:
+            a._small = key, doubt(g, given, 2 * TOO_SMALL).nonzero().squeeze(1)
         return a._small[1]
+
+
+def doubt(g: Tensor, given: Inputs, too_small: float) -> Tensor:
+    """Which rows (O,): |g| small, or |bias| above 4 times what a row of y − bias is expected to be, |m|·rms(x)."""
+    doubtful = g.abs() < too_small
+    if given.bias is None:
+        return doubtful
+    x = given.x[:: max(1, len(given.x) // 64)]
+    typical = given.m.abs() * x.square().mean(dtype=given.m.dtype).sqrt()
+    return doubtful | (given.bias.abs() > DROWNS * typical)

@@ -48,7 +48,7 @@ class Siblings:
 
 def alike(module: nn.Module) -> tuple:
     """Layers of which this is equal can share the operations of their norms."""
-    a, A = module.adaptation, module._parameters["lora_A"]
+    a, A = module.adaptation, getattr(module, "lora_A", None)
     if a._likeness is None or a._likeness[0] != a.epoch:
         facts = a.kind, a.rank, a.scaling, a.axis, a.base.shape(module), a.base.dtype(module), a.base.device(module)
         a._likeness = a.epoch, (*facts, None if A is None else (A.dtype, A.device))

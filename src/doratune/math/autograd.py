@@ -2,17 +2,39 @@
 
 y itself is saved (its memory is often kept by a later operation anyway), but as an alias with a version counter of its own:
 a change in place is no error here, it is noticed by `VersionProbe`, and the base's output is then made again from x.
-Once differentiable: a second derivative raises.
+Libraries whose kernels write over a layer's output without telling autograd (`WRITERS`) switch that off: the base's output is
+kept then. There is no second derivative, no batched and no forward-mode gradient: each raises one line.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .compose import Inputs, Made, Needs, Site, backward, forward, scale_input, scale_input_backward
+
+WRITERS = ("liger_kernel", "unsloth")
+"""Packages whose rotary embedding rotates q and k in the memory of the projection's output, unseen by version counters."""
+
+_WRAPPED = (torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor)
+
+
+def first_order(backward):
+    """Run a backward without gradients; refuse what the hand-written formulas would get silently wrong."""
+
+    @functools.wraps(backward)
+    def checked(ctx, dY):
+        if torch.is_grad_enabled():
+            raise RuntimeError("adapted layers have no second derivative; call backward without create_graph=True")
+        if any(wrapped(dY) for wrapped in _WRAPPED):
+            raise RuntimeError("adapted layers take one output gradient at a time; do without is_grads_batched or vmap")
+        return backward(ctx, dY)
+
+    return checked
 
 
 class Compose(Function):
@@ -27,7 +49,7 @@ class Compose(Function):
         return keep_for_backward(ctx, site, given, forward(site, given))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dY):
         given, made, read_y, _ = kept(ctx)
         dx, *rest = backward(ctx.site, ctx.needs, dY, given, made, read_y)
@@ -46,10 +68,11 @@ class ComposeLinear(Function):
         need_x, _, *need = ctx.needs_input_grad[:6]
         ctx.needs = Needs(need_x, need_x, *need[:3], bias=False)
         ctx.need_bias = need[3]
-        return keep_for_backward(ctx, site, given, forward(site, given, fresh=True), W)
+        fresh = not keeps_out(ctx.needs, site, m) and not torch._C._len_torch_dispatch_stack()  # a mode may hold `out`
+        return keep_for_backward(ctx, site, given, forward(site, given, fresh), W)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dY):
         given, made, read_y, (W,) = kept(ctx)
         dx, dout, dA, dB, dm, _ = backward(ctx.site, ctx.needs, dY, given, made, read_y)
@@ -58,13 +81,18 @@ class ComposeLinear(Function):
         return dx, None, dA, dB, dm, dY.sum(0) if ctx.need_bias else None, None, None, None
 
 
+def keeps_out(needs: Needs, site: Site, m: Tensor | None) -> bool:
+    """Is the base's output kept for m's gradient, instead of y? Where x is not kept, or where y may be written over unseen."""
+    unsafe = not needs.A or any(name in sys.modules for name in WRITERS)
+    return needs.gain(site, m is not None) and unsafe
+
+
 def keep_for_backward(ctx, site: Site, given: Inputs, made: Made, *more: Tensor) -> Tensor:
     """Save what `backward` needs on the context; returns y."""
     x, out, A, B, m, bias, mask, ctx.keep = given
     needs, ctx.site = ctx.needs, site
-    need_dg = needs.gain(site, m is not None)
-    ctx.read_y = need_dg and needs.A
-    kept_out = out if need_dg and not ctx.read_y else None
+    kept_out = out if keeps_out(needs, site, m) else None
+    ctx.read_y = needs.gain(site, m is not None) and kept_out is None
     # `data`: the same memory with a version counter of its own, because a change in place is not an error here
     ctx.probe = VersionProbe(made.y) if ctx.read_y else None
     kept_y = made.y.data if ctx.read_y else None
@@ -103,6 +131,6 @@ class ScaleInput(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dX):
         return *scale_input_backward(ctx.site, ctx.needs_input_grad[:4], dX, *ctx.saved_tensors, ctx.dtype), None, None

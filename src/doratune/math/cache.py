@@ -18,6 +18,7 @@ Cost of the fingerprint: one read of A and B (well under 1 % of a training step)
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -70,6 +71,10 @@ class NormCache:
         tokens, gradients: size of this call and whether gradients are enabled (inside an autograd function
         `torch.is_grad_enabled()` does not tell), which decide whether the full hash is worth it.
         """
+        with _unseen_by_selective_checkpoints():
+            return self._get(sources, context, tokens, compute, gradients)
+
+    def _get(self, sources, context: tuple, tokens: int, compute: Callable[[], Tensor], gradients: bool):
         key = self._key(sources, context)
         entry = self._entry
         same = entry is not None and entry.key == key
@@ -106,10 +111,20 @@ class NormCache:
 
     def _fingerprint(self, sources, tokens: int, gradients: bool, bits):
         if _cheap_hash(sources):
-            return hash_bits(sources, bits) if tokens >= HASH_FROM_TOKENS or gradients else None
+            return hash_bits(sources, bits) if tokens >= HASH_FROM_TOKENS or gradients or sources[0].is_inference() else None
         if sources and sources[0].is_cuda and gradients:
             return None if torch.cuda.is_current_stream_capturing() else _rounds.fingerprint(self, sources)
         return None
+
+
+def _unseen_by_selective_checkpoints():
+    """A selective checkpoint replays products by their order; those of a norm run in the forward and not in the recomputation."""
+    if torch._C._len_torch_dispatch_stack():
+        from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+        if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()):
+            return _disable_current_modes()
+    return contextlib.nullcontext()
 
 
 class _Entry(NamedTuple):
@@ -152,6 +167,8 @@ def bit_pattern(t: Tensor, copy: bool = False) -> tuple[Tensor, Tensor] | None:
 
 
 def _hash(bits: Tensor, multipliers: Tensor) -> Tensor:
+    """The top bit alone would vanish where an even number of signs flip, so the upper half is mixed into the lower one first."""
+    bits = bits ^ (bits >> (4 * bits.element_size()))
     return torch.dot(bits, multipliers) if bits.device.type == "cpu" else (bits * multipliers).sum()
 
 

@@ -41,7 +41,7 @@ class Site(Protocol):
     def norm(self, A: Tensor | None, B: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor: ...
     def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors: ...
     def redone(self, A: Tensor, B: Tensor) -> Tensor: ...
-    def small_rows(self, g: Tensor) -> Tensor | tuple: ...
+    def small_rows(self, g: Tensor, given: Inputs) -> Tensor | tuple: ...
 
 
 class Inputs(NamedTuple):
@@ -156,7 +156,7 @@ def gain_gradient(site, dY, given: Inputs, made: Made, P, gain, read_y: bool) ->
     if read_y:
         dout, dot = kernels.compose_backward(dY, made.y, gain, given.bias)
         g = 1 + gain
-        small = site.small_rows(g)
+        small = site.small_rows(g, given)
         dg = dot / torch.where(g == 0, 1.0, g) if len(small) else dot / g
         if len(small):
             dY_small = dY.index_select(1, small)

@@ -37,6 +37,9 @@ class Handle:
         """`owner.op_site(gradients, count)` gives the op its `Site`."""
         _owners[self.tensor.item()] = owner
 
+    def bound(self) -> bool:
+        return self.tensor.item() in _owners
+
     def __deepcopy__(self, memo):
         return Handle()
 
@@ -76,32 +79,33 @@ def _(x, out, A, B, m, bias, mask, keep, handle, gradients):
 @torch.library.custom_op("doratune::compose_backward", mutates_args=(), tags=_TAGS)
 def compose_backward(
     dY: Tensor, x: Tensor | None, out: Tensor | None, A: Tensor | None, B: Tensor | None, m: Tensor, bias: Tensor | None,
-    mask: Tensor | None, y: Tensor | None, z: Tensor, sB: Tensor, n: Tensor, handle: Tensor, keep: float, needs: list[bool],
+    mask: Tensor | None, z: Tensor, sB: Tensor, n: Tensor, handle: Tensor, keep: float, needs: list[bool],
     x_dtype: torch.dtype, in_features: int,
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dx, dout, dA, dB, dm, dbias), in this order."""
-    made, given = Made(y, z, sB, n), Inputs(x, out, A, B, m, bias, mask, keep)
-    dx, *rest = backward(site(handle, True), Needs(*needs), dY, given, made, y is not None)
+    made, given = Made(None, z, sB, n), Inputs(x, out, A, B, m, bias, mask, keep)
+    dx, *rest = backward(site(handle, True), Needs(*needs), dY, given, made, read_y=False)
     grads = [None if dx is None else dx.to(x_dtype), *rest]
     return [g.contiguous() for g, needed in zip(grads, needs, strict=True) if needed]
 
 
 @compose_backward.register_fake
-def _(dY, x, out, A, B, m, bias, mask, y, z, sB, n, handle, keep, needs, x_dtype, in_features):
+def _(dY, x, out, A, B, m, bias, mask, z, sB, n, handle, keep, needs, x_dtype, in_features):
     shapes = [lambda: dY.new_empty(dY.shape[0], in_features, dtype=x_dtype), lambda: dY.new_empty(dY.shape)]
-    shapes += [lambda t=t: torch.empty_like(t) for t in (A, B, m, bias)]
+    shapes += [lambda t=t: t.new_empty(t.shape) for t in (A, B, m, bias)]
     return [make() for make, needed in zip(shapes, needs, strict=True) if needed]
 
 
 def _setup(ctx, inputs, output):
     x, out, A, B, m, bias, mask, ctx.keep, handle, _ = inputs
-    y, z, sB, n = output
+    _, z, sB, n = output
     ctx.mark_non_differentiable(z, sB, n)
     ctx.set_materialize_grads(False)
     ctx.needs = [bool(need) for need in ctx.needs_input_grad[:6]]
-    read_y, magnitude = ctx.needs[2], ctx.needs[4] or ctx.needs[2] or ctx.needs[3]
+    # the base's output is kept, not y: compiled code may change y in place, which autograd would refuse for a saved output
+    keep_x, magnitude = ctx.needs[2], ctx.needs[4] or ctx.needs[2] or ctx.needs[3]
     ctx.x_dtype, ctx.in_features = (out.dtype, 0) if x is None else (x.dtype, x.shape[1])
-    kept = (x if read_y else None, out if magnitude and not read_y else None, A, B, m, bias, mask, y if read_y else None, z, sB, n)
+    kept = (x if keep_x else None, out if magnitude else None, A, B, m, bias, mask, z, sB, n)
     ctx.save_for_backward(*kept, handle)
 
 
@@ -118,12 +122,13 @@ def scaled_input(
     x: Tensor, A: Tensor | None, B: Tensor | None, m: Tensor, dtype: torch.dtype, handle: Tensor, gradients: bool
 ) -> tuple[Tensor, Tensor]:
     """(x̃, n). See `compose.scale_input`."""
-    return scale_input(site(handle, gradients, count=True), x, A, B, m, dtype)
+    y, n = scale_input(site(handle, gradients, count=True), x, A, B, m, dtype)
+    return y.contiguous(), n
 
 
 @scaled_input.register_fake
 def _(x, A, B, m, dtype, handle, gradients):
-    return torch.empty_like(x), torch.empty_like(m)
+    return x.new_empty(x.shape), m.new_empty(m.shape)
 
 
 @torch.library.custom_op("doratune::scale_input_backward", mutates_args=(), tags=_TAGS)
@@ -148,7 +153,7 @@ def scaled_input_backward(
 
 @scaled_input_backward.register_fake
 def _(dX, x, A, B, m, n, handle, dtype, needs):
-    return [torch.empty_like(t) for t, needed in zip((dX, A, B, m), needs, strict=True) if needed]
+    return [t.new_empty(t.shape) for t, needed in zip((dX, A, B, m), needs, strict=True) if needed]
 
 
 def _setup_input(ctx, inputs, output):

@@ -22,6 +22,7 @@ SMALL_GAIN = 0.25
 
 CHUNK_NUMBERS = 2**18
 FEW_ROWS = 8
+MANY_ROWS = 4096
 
 
 def compose(
@@ -42,7 +43,8 @@ def compose(
 
 def compose_backward(dY_TO: Tensor, kept_TO: Tensor, gain_O: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
     """(g ⊙ dY in dY's dtype, Σ_T dY ⊙ (kept − bias) in fp32 (fp64))."""
-    if dY_TO.device.type != "cpu" or len(dY_TO) < FEW_ROWS or dY_TO.dtype != kept_TO.dtype:
+    many = len(dY_TO) > MANY_ROWS and dY_TO.dtype.itemsize >= 4  # its sums run down the rows one by one
+    if dY_TO.device.type != "cpu" or len(dY_TO) < FEW_ROWS or many or dY_TO.dtype != kept_TO.dtype:
         return scale_rows(dY_TO, gain_O, None), column_dot(dY_TO, kept_TO, bias_O)
     mean, one = (constant(len(gain_O), 0.0, gain_O.dtype) if bias_O is None else bias_O.to(gain_O)), ones_like(gain_O)
     scaled, dot_O, _ = torch.ops.aten.native_batch_norm_backward(
