@@ -43,6 +43,8 @@ def train_tables(result: dict, device: str) -> list[str]:
     for scenario in (PLAIN, CHECKPOINTED):
         for dtype, ranks in result.items():
             for rank, scenarios in ranks.items():
+                if scenario not in scenarios:  # measured at the first rank only
+                    continue
                 parts.append(f"{SHORT[dtype]}, rank {rank}, {scenario}:")
                 parts += timed(scenarios[scenario], device, "train_step", (scenario,), dtype, rank)
     return parts
