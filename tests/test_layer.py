@@ -186,7 +186,7 @@ def test_parameter_groups():
     assert [id(p) for p in groups["factors"]["params"]] == [id(layer.lora_A), id(layer.lora_B)]
     assert groups["factors"]["weight_decay"] == 0.1
     doratune.detach(model)
-    doratune.attach(model, trainable=False)
+    doratune.attach(model, doratune.AdapterConfig(rank=2), trainable=False)
     with pytest.raises(UserError, match="nothing is trainable"):
         doratune.parameter_groups(model)
 
@@ -330,9 +330,9 @@ def test_nested_attach_is_refused():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
     doratune.attach(model[0], doratune.AdapterConfig(rank=2, targets=["0"]))
     with pytest.raises(UserError, match="has an adapter already"):
-        doratune.attach(model)
+        doratune.attach(model, doratune.AdapterConfig(rank=2))
     doratune.detach(model[0])
-    doratune.attach(model)
+    doratune.attach(model, doratune.AdapterConfig(rank=2))
     with pytest.raises(UserError, match="has an adapter already"):
         doratune.attach(model[0])
 

@@ -13,10 +13,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from . import initial
+from .bases import accumulation_dtype
 from .config import AdapterConfig
+from .directions import direction_for
+from .directions.vera import SharedFactors
 from .errors import UserError, listed
 from .layers import kind_of
-from .layers.adapted import Adapted, adapted_class, own_parameters
+from .layers.adapted import MAGNITUDE_NAMES, NEVER_TRAINED, Adapted, adapted_class, own_parameters
 from .layers.site import Adaptation
 from .layers.together import Siblings
 from .targets import Selection, select
@@ -39,12 +43,14 @@ class Attachment:
     merged: dict | None = None
 
 
-def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True) -> nn.Module:
+def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
     """Adapt a model in place and return it; everything else is frozen.
 
     Args:
         config: what to adapt and how; the defaults are DoRA, rank 16, all linear layers.
         trainable: False freezes the adapter too (inference).
+        original: the unquantized weights of a quantized model, for `start="loftq"` and `magnitude_from="original"`: a function
+            from a module's name to its weight (O, I), or a model with the same names.
 
     Raises:
         UserError: the model is attached already, or the configuration does not fit it; the model is then unchanged.
@@ -58,13 +64,16 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     for name, module in model.named_modules():
         if isinstance(module, Adapted) or vars(module).get(RECORD) is not None:
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
-    return attach_selection(model, config, select(model, config), trainable)
+    return attach_selection(model, config, select(model, config), trainable, original)
 
 
-def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool) -> nn.Module:
-    """`attach` for modules, ranks and alphas that are resolved already (loading)."""
+def attach_selection(
+    model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool, original=None, loading: bool = False
+) -> nn.Module:
+    """`attach` for modules, ranks and alphas that are resolved already; loading: the values come from a file afterwards."""
     modules = dict(model.named_modules())
-    if empty := [name for name in selection.ranks if modules[name].weight.is_meta]:
+    bases = {name: kind_of(modules[name]).base(modules[name]) for name in selection.ranks}
+    if empty := [name for name, base in bases.items() if base.device(modules[name]).type == "meta"]:
         raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     replaced = _train_whole(modules, selection.also_train, trainable)
@@ -73,9 +82,9 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
     for name in selection.also_train:
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
-    siblings = Siblings()
+    common = Common(Siblings(), shared_factors(config, [bases[n].shape(modules[n]) for n in selection.ranks]), original, loading)
     for name, rank in selection.ranks.items():
-        adapt(modules[name], name, config, rank, selection.alphas[name], trainable, siblings)
+        adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -90,30 +99,68 @@ def attach_selection(model: nn.Module, config: AdapterConfig, selection: Selecti
     return model
 
 
+@dataclass
+class Common:
+    """What the layers of one attachment share."""
+
+    siblings: Siblings
+    shared: SharedFactors | None
+    original: object = None
+    loading: bool = False  # the values come from a file afterwards
+
+
+def shared_factors(config: AdapterConfig, shapes: list[tuple[int, int]]) -> SharedFactors | None:
+    """VeRA's frozen pair, large enough for every layer."""
+    if config.direction != "vera" or not shapes:
+        return None
+    return SharedFactors(config.rank, max(rows for rows, _ in shapes), max(columns for _, columns in shapes), config.seed)
+
+
 def adapt(
-    module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool, siblings: Siblings | None = None
+    module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool, common: Common | None = None
 ) -> None:
     """Adapt one module in place; rank 0 trains the magnitude alone."""
+    kind = kind_of(module)
+    base = kind.base(module)
+    common = common or Common(Siblings(), shared_factors(config, [base.shape(module)]))
     a = Adaptation(
-        kind=kind_of(module),
+        kind=kind,
+        base=base,
+        direction=direction_for(config, rank, common.shared),
         rank=rank,
         scaling=config.scaling(rank, alpha) if rank else 1.0,
         magnitude=config.has_magnitude,
-        axis=config.magnitude_axis,
+        axis=kind.axis(config),
         full_gradient=config.norm_gradient == "full",
+        relative=config.magnitude_form == "relative",
         dropout=config.dropout,
-        siblings=siblings or Siblings(),
+        siblings=common.siblings,
     )
-    dtype = torch.float64 if a.base.dtype(module) == torch.float64 else torch.float32
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adaptation = a
-    a.direction.create(module, a.base.shape(module), rank, seed, dtype, a.base.device(module))
-    m = nn.Parameter(a.frozen_facts(module).w2.sqrt().to(dtype)) if a.magnitude else None
-    module.register_parameter("magnitude", m)
-    for p in own_parameters(module).values():
-        p.requires_grad_(trainable)
-    become(module, adapted_class(type(module)))
+    _create(module, a, config, seed, name, common)
+    for key, p in own_parameters(module).items():
+        p.requires_grad_(trainable and key not in NEVER_TRAINED)
+    become(module, adapted_class(type(module), a.magnitude and a.relative))
     a.belongs_to(module)
+
+
+def _create(module: nn.Module, a: Adaptation, config: AdapterConfig, seed: int, name: str, common: Common) -> None:
+    """Register the direction's parameters and the magnitude, with their first values."""
+    dtype, device = accumulation_dtype(a.base.dtype(module)), a.base.device(module)
+    a.direction.create(module, a.base.shape(module), a.rank, seed, dtype, device)
+    for key in ("lora_A", "lora_B"):
+        if key not in module._parameters:
+            module.register_parameter(key, None)
+    if common.loading:
+        first = a.frozen_facts(module).w2.sqrt() if a.magnitude else None
+    else:
+        first = initial.magnitude_and_start(module, a, config, seed, name, common.original)
+    if a.magnitude and a.relative:
+        module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
+        module.register_parameter("magnitude_start", nn.Parameter(first))
+    else:
+        module.register_parameter("magnitude", nn.Parameter(first) if a.magnitude else None)
 
 
 def become(module: nn.Module, cls: type) -> None:
@@ -148,10 +195,7 @@ def detach(model: nn.Module) -> nn.Module:
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before doratune.detach(model)")
     for _, module in adapters(model):
-        for name in ("lora_A", "lora_B", "magnitude"):
-            module._parameters.pop(name, None)
-        del module.adaptation
-        become(module, type(module).plain_class)
+        take_off(module)
     for path, p in record.replaced.items():
         owner, _, leaf = path.rpartition(".")
         parameters = model.get_submodule(owner)._parameters
@@ -163,6 +207,23 @@ def detach(model: nn.Module) -> nn.Module:
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
     delattr(model, RECORD)
     return model
+
+
+def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Make an adapted module a plain one again; returns its own parameters."""
+    names = (*module.adaptation.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES)
+    own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
+    del module.adaptation
+    become(module, type(module).plain_class)
+    return own
+
+
+def put_on(module: nn.Module, a: Adaptation, own: dict[str, nn.Parameter | None]) -> None:
+    """Undo `take_off`."""
+    for name, p in own.items():
+        module.register_parameter(name, p)
+    module.adaptation = a
+    become(module, adapted_class(type(module), a.magnitude and a.relative))
 
 
 def record_of(model: nn.Module) -> Attachment:
@@ -197,35 +258,6 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
-
-
-def parameter_groups(model: nn.Module, lr: float = 1e-4, weight_decay: float = 0.01, magnitude_lr_ratio: float = 1.0) -> list[dict]:
-    """Parameter groups for any torch optimizer: A and B with decay, m without, at `magnitude_lr_ratio` times the rate.
-
-    One-dimensional parameters of modules that are trained whole (norms, biases) get no decay either.
-
-    Raises:
-        UserError: nothing is attached, the adapter is merged, or nothing is trainable.
-    """
-    if record_of(model).merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before training")
-    groups = {"factors": [], "whole": [], "whole_vectors": [], "magnitude": []}
-    magnitudes = {id(m.magnitude) for _, m in adapters(model) if m.magnitude is not None}
-    factors = {id(p) for _, m in adapters(model) for p in own_parameters(m).values()} - magnitudes
-    for p in model.parameters():
-        if p.requires_grad:
-            whole = "whole" if p.dim() > 1 else "whole_vectors"
-            group = "magnitude" if id(p) in magnitudes else "factors" if id(p) in factors else whole
-            groups[group].append(p)
-    if not any(groups.values()):
-        raise UserError("nothing is trainable; the adapter was loaded frozen: use doratune.load(..., trainable=True)")
-    settings = {
-        "factors": {"lr": lr, "weight_decay": weight_decay},
-        "whole": {"lr": lr, "weight_decay": weight_decay},
-        "whole_vectors": {"lr": lr, "weight_decay": 0.0},
-        "magnitude": {"lr": lr * magnitude_lr_ratio, "weight_decay": 0.0},
-    }
-    return [{"params": params, "name": name, **settings[name]} for name, params in groups.items() if params]
 
 
 def refresh(model: nn.Module) -> None:

@@ -6,13 +6,19 @@ Frozen, keyword-only, checked on construction; nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import UserError, near_misses
 
-METHODS = ("lora", "dora")
+METHODS = {
+    "lora": ("lora", False), "dora": ("lora", True), "vera": ("vera", False), "dvora": ("vera", True),
+    "loha": ("loha", False), "dloha": ("loha", True), "lokr": ("lokr", False), "dlokr": ("lokr", True),
+}  # fmt: skip
+"""Method → (direction, with a magnitude)."""
+
+STARTS = ("zero", "pissa", "olora", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +29,14 @@ class AdapterConfig:
         UserError: a value outside its range, or a module named by both `targets` and `magnitude_only` (found at attach).
     """
 
-    method: Literal["lora", "dora"] = "dora"
-    """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1)."""
+    method: Literal["lora", "dora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
+    """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1). `vera`, `loha`, `lokr`:
+    other directions; `dvora` (§5.3), `dloha`, `dlokr`: the same with a magnitude."""
     rank: int = 16
     """R, rows of A and columns of B."""
     alpha: float | None = None
     """Scaling is alpha / rank (alpha / sqrt(rank) under rslora). None: 2 · rank, the paper's choice. Global: a module
-    with its own rank keeps this alpha, as in PEFT."""
+    with its own rank keeps this alpha, as in PEFT. VeRA has no scaling."""
     rank_scaling: Literal["standard", "rslora"] = "standard"
     """`standard` alpha / R, `rslora` alpha / sqrt(R)."""
     dropout: float = 0.0
@@ -49,8 +56,20 @@ class AdapterConfig:
     """Alpha for single modules, likewise."""
     magnitude_axis: Literal["output", "input"] = "output"
     """One magnitude per output row (the authors' code, PEFT, torchtune), or per input column."""
+    embedding_magnitude: Literal["token", "dimension"] = "token"
+    """Of an embedding: one magnitude per `token` (row), or per `dimension` (PEFT's kind)."""
     norm_gradient: Literal["detached", "full"] = "detached"
     """`detached` treats the norm as a constant in the backward pass (§4.3, Eq. 11), `full` differentiates it (Eq. 6)."""
+    start: Literal["zero", "pissa", "olora", "loftq"] = "zero"
+    """Where A and B of a LoRA direction start (`directions/starts.py`): `zero` is B = 0. The output of step 0 is the base's; with
+    `loftq`, which needs `original` weights at attach, it is nearer to theirs."""
+    magnitude_from: Literal["base", "original"] = "base"
+    """On a quantized base: m starts at the norm of the dequantized weight (`base`: the output of step 0 is the base's) or of the
+    unquantized weight (`original`, given at attach; `verify` prints the offset)."""
+    magnitude_form: Literal["direct", "relative"] = "direct"
+    """`direct` trains m; `relative` trains δ in m = m₀·exp(δ), so that weight decay on it pulls m towards m₀."""
+    norm_memory: int = 0
+    """Bytes that VeRA may keep over all layers to spare the norm its product with W (O·R + R² numbers a layer); 0: none."""
     seed: int = 0
     """Seed of A. Each module draws from its own generator, so the start depends on neither order nor global state."""
 
@@ -68,6 +87,10 @@ class AdapterConfig:
         _choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
         _choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
         _choice("norm_gradient", self.norm_gradient, ("detached", "full"))
+        _choice("embedding_magnitude", self.embedding_magnitude, ("token", "dimension"))
+        _choice("start", self.start, STARTS)
+        _choice("magnitude_from", self.magnitude_from, ("base", "original"))
+        _choice("magnitude_form", self.magnitude_form, ("direct", "relative"))
         if not _is_number(self.rank, int) or self.rank <= 0:
             raise UserError(f"rank is {self.rank!r}; expected a whole number of at least 1")
         if self.alpha is None:
@@ -78,15 +101,34 @@ class AdapterConfig:
             raise UserError(f"dropout is {self.dropout!r}; expected a number from 0 up to, not including, 1")
         if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
             raise UserError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**31 - 1")
-        if self.method == "lora" and self.magnitude_only:
-            raise UserError("magnitude_only needs a method with a magnitude; set method: dora or drop magnitude_only")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Settings that exclude each other."""
+        if not self.has_magnitude:
+            with_magnitude = next(name for name, (direction, m) in METHODS.items() if m and direction == self.direction)
+            for name, idle in (("magnitude_only", ()), ("magnitude_from", "base"), ("magnitude_form", "direct")):
+                if getattr(self, name) != idle:
+                    raise UserError(f"{name} needs a method with a magnitude; set method: {with_magnitude} or drop {name}")
+        if self.start != "zero" and self.direction != "lora":
+            raise UserError(f"start is {self.start!r}, which is for method lora or dora; drop it or change method {self.method!r}")
+        if self.direction == "vera" and (self.rank_overrides or self.alpha_overrides):
+            raise UserError(f"method {self.method} shares its factors, all of one rank; drop rank_overrides and alpha_overrides")
+        if not _is_number(self.norm_memory, int) or self.norm_memory < 0:
+            raise UserError(f"norm_memory is {self.norm_memory!r}; expected a number of bytes, 0 for none")
 
     @property
     def has_magnitude(self) -> bool:
-        return self.method == "dora"
+        return METHODS[self.method][1]
+
+    @property
+    def direction(self) -> str:
+        return METHODS[self.method][0]
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
-        """s = alpha / rank, or alpha / sqrt(rank) under rslora."""
+        """s = alpha / rank, or alpha / sqrt(rank) under rslora; 1 for VeRA."""
+        if self.direction == "vera":
+            return 1.0
         alpha = self.alpha if alpha is None else alpha
         return alpha / (rank**0.5 if self.rank_scaling == "rslora" else rank)
 
@@ -113,8 +155,8 @@ def _patterns(name: str, value) -> str | tuple[str, ...]:
     return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
 
-def _choice(name: str, value, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _choice(name: str, value, allowed: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(allowed)}{near_misses(value, allowed)}")
 
 

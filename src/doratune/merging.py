@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .attachment import adapters, become, record_of
+from .attachment import adapters, put_on, record_of, take_off
 from .errors import UserError
-from .layers.adapted import Adapted, adapted_class
+from .layers.adapted import Adapted, own_parameters
 from .layers.site import LayerSite
 from .math.compose import no_autocast
 from .math.decomposition import gain_minus_one
@@ -78,9 +78,9 @@ def checked_gain(name: str, module: Adapted) -> Tensor | None:
         UserError: NaN or infinite values in the adapter, or a result beyond the weight's dtype (fp16).
     """
     gain = merged_gain(module)
-    if any(not torch.isfinite(t).all() for t in (gain, module.lora_A, module.lora_B) if t is not None):
+    if any(not torch.isfinite(t).all() for t in (gain, *own_parameters(module).values()) if t is not None):
         raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
-    dtype = module.weight.dtype
+    dtype = module.adaptation.base.dtype(module)
     if dtype == torch.float16 and not all(torch.isfinite(tile.to(dtype)).all() for _, tile in merged_tiles(module, gain)):
         raise UserError(f"{name}: the merged weight overflows float16; merging is refused, nothing was changed: use bfloat16")
     return gain
@@ -88,31 +88,29 @@ def checked_gain(name: str, module: Adapted) -> Tensor | None:
 
 def _merge_layer(module: Adapted, gain: Tensor | None, keep: str) -> SimpleNamespace:
     """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
-    a, weight = module.adaptation, module.weight.detach()
+    a = module.adaptation
     frozen = a.frozen_facts(module).directionless
+    weight = a.base.weight(module).detach()
     original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
+    seen = {"lora_A": module.lora_A, "lora_B": module.lora_B, "magnitude": module.magnitude}
     for rows, tile in merged_tiles(module, gain):
         a.base.write_rows(module, rows, tile)
-    own = {key: module._parameters.pop(key) for key in ("lora_A", "lora_B", "magnitude")}
-    del module.adaptation
-    become(module, type(module).plain_class)
-    return SimpleNamespace(**own, scaling=a.scaling, adaptation=a, original=original, frozen=frozen)
+    own = take_off(module)
+    return SimpleNamespace(**(seen | own), own=own, scaling=a.scaling, adaptation=a, original=original, frozen=frozen)
 
 
 def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     """Undo `_merge_layer`; where the model changed its dtype meanwhile, the original weight and m follow as `.to` does."""
-    dtype, device = module.weight.dtype, module.weight.device
+    weight = stored.adaptation.base.weight(module)
+    dtype, device = weight.dtype, weight.device
     if dtype == stored.original.dtype and device.type != "meta":
-        module.weight.copy_(stored.original)
+        weight.copy_(stored.original)
     else:
-        module.weight.data = stored.original.to(device)
-    for key in ("lora_A", "lora_B", "magnitude"):
-        p = getattr(stored, key)
+        weight.data = stored.original.to(device)
+    for p in stored.own.values():
         if p is not None:
             p.data = p.data.to(device)
-        module.register_parameter(key, p)
-    module.adaptation = stored.adaptation
-    become(module, adapted_class(type(module)))
+    put_on(module, stored.adaptation, stored.own)
     stored.adaptation.changed()
     if dtype != stored.original.dtype:
         module.to(dtype)
@@ -123,7 +121,7 @@ def merged_gain(module: Adapted) -> Tensor | None:
     if module.magnitude is None:
         return None
     a, site = module.adaptation, LayerSite(module, module.adaptation)
-    A, B = a.direction.factors(module)
+    A, B = a.factors_of(module)
     n = site.norm(A, B, a.base.dtype(module), 2**30)
     return gain_minus_one(module.magnitude, n, site.frozen)
 
@@ -131,7 +129,7 @@ def merged_gain(module: Adapted) -> Tensor | None:
 def merged_tiles(module: Adapted, gain: Tensor | None):
     """(rows, W' rows in fp32) tile by tile."""
     a = module.adaptation
-    A, B = a.direction.factors(module)
+    A, B = a.factors_of(module)
     dtype = a.base.dtype(module)
     if A is None:
         tiles = a.base.row_tiles(module)

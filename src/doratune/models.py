@@ -17,6 +17,7 @@ from .errors import UserError, near_misses
 
 WHEEL_MODEL = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -50,8 +51,11 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str | torch.dtype = "float32"):
+def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str = "none", double_quantization: bool = False):
     """The causal language model `name` in `dtype`, in evaluation mode.
+
+    Args:
+        quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes.
 
     Raises:
         UserError: it cannot be found or read, with the reason.
@@ -59,11 +63,33 @@ def load_model(name: str, dtype: str | torch.dtype = "float32"):
     from transformers import AutoModelForCausalLM
 
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
-    path = model_path(name)
+    path, settings = model_path(name), quantization(quantize, dtype, double_quantization)
     with quiet_loading(), readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **settings).eval()
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
+
+
+def quantization(quantize: str, dtype: torch.dtype, double: bool) -> dict:
+    """`from_pretrained`'s settings for a quantized base.
+
+    Raises:
+        UserError: an unknown name, or bitsandbytes is not installed.
+    """
+    if quantize == "none":
+        return {}
+    if quantize not in QUANTIZATIONS:
+        raise UserError(
+            f"quantize is {quantize!r}; expected none, {', '.join(QUANTIZATIONS)}{near_misses(quantize, QUANTIZATIONS)}"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize: {quantize} needs bitsandbytes; run: pip install 'doratune[quantized]'")
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_use_double_quant": double}
+    return {"quantization_config": BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=dtype)}
 
 
 def load_tokenizer(name: str):

@@ -1,7 +1,8 @@
 """Which modules a configuration selects: names, suffixes, regexes, "all-linear"; and why others are left out.
 
 A list entry selects the module of that name and every module whose name ends in "." + entry (PEFT's rule). A string is a
-regex that must match a whole name, or "all-linear". A pattern that selects nothing is an error that names near misses.
+regex that must match a whole name, "all-linear", or "all-layers" (convolutions and experts too). A pattern that selects nothing
+is an error that names near misses; a module that cannot have what is configured is one that says why.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .config import AdapterConfig
+from .directions import direction_for
 from .errors import UserError, listed, near_misses
 from .layers import kind_of
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
+LINEAR_KINDS = ("Linear", "Conv1D")
+LAYER_KINDS = (*LINEAR_KINDS, "Conv", "Experts", "Attention")
 
 Pattern = str | tuple[str, ...]
 
@@ -30,24 +34,24 @@ class Selection:
     also_train: tuple[str, ...] = ()
 
 
-def select(model: nn.Module, config: AdapterConfig) -> Selection:
-    """Resolve a configuration against a model.
+def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Selection:
+    """Resolve a configuration against a model; loading: ranks come from a file and are what they are.
 
     Raises:
         UserError: a pattern that matches nothing, a module that cannot be adapted, overlapping patterns, tied weights.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    bypassed, left_out = bypassed_modules(model), {}
+    left_out: dict[str, str] = {}
     excluded = _matching(config.exclude, modules, "exclude") if config.exclude else set()
     also = tuple(sorted(_matching(config.also_train, modules, "also_train"))) if config.also_train else ()
     also = tuple(a for a in also if not any(a.startswith(b + ".") for b in also))
     covered = {name for name in modules if any(name == a or name.startswith(a + ".") for a in also)}
 
-    chosen = _select(config.targets, "targets", model, modules, bypassed, left_out) if config.targets else set()
+    chosen = _select(config.targets, "targets", model, modules, config, left_out) if config.targets else set()
     magnitudes = set()
     if config.magnitude_only:
-        magnitudes = _select(config.magnitude_only, "magnitude_only", model, modules, bypassed, left_out)
-        if config.magnitude_only == ALL_LINEAR:
+        magnitudes = _select(config.magnitude_only, "magnitude_only", model, modules, config, left_out)
+        if config.magnitude_only in (ALL_LINEAR, ALL_LAYERS):
             magnitudes -= chosen
     if overlap := sorted(chosen & magnitudes):
         raise UserError(f"{listed(overlap)}: named by both targets and magnitude_only; keep each module in one of them")
@@ -57,11 +61,14 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     if not chosen | magnitudes:
         raise UserError("targets select no module after exclude and also_train; leave fewer modules out")
     _refuse_tied(model, modules, chosen | magnitudes)
-    return Selection(*_ranks_and_alphas(config, modules, chosen, magnitudes), left_out, also)
+    ranks, alphas = _ranks_and_alphas(config, modules, chosen, magnitudes)
+    if not loading:
+        _check_ranks(config, modules, ranks, left_out)
+    return Selection(ranks, alphas, left_out, also)
 
 
 def name_matches(pattern: Pattern, name: str) -> bool:
-    """Does a pattern select the module of this name? (not for "all-linear", which depends on the model)"""
+    """Does a pattern select the module of this name? (not for "all-linear" and "all-layers", which depend on the model)"""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in pattern)
@@ -89,33 +96,53 @@ def output_head(model: nn.Module) -> str | None:
     return next((n for n, _ in model.named_modules() if n.split(".")[-1] in ("lm_head", "embed_out", "score")), None)
 
 
-def _select(pattern: Pattern, setting, model, modules, bypassed, left_out) -> set[str]:
-    if pattern == ALL_LINEAR:
-        found, head = set(), output_head(model)
-        for name, module in modules.items():
-            kind = kind_of(module)
-            if kind is None:
-                continue
-            reason = "output head" if name == head else bypassed.get(name) or kind.refusal(module)
-            if reason:
-                left_out[name] = reason
-            else:
-                found.add(name)
-        if not found:
-            raise UserError(f"{setting}: all-linear finds no linear layer in {type(model).__name__}")
-        return found
+def _select(pattern: Pattern, setting, model, modules, config: AdapterConfig, left_out) -> set[str]:
+    bypassed = bypassed_modules(model)
+
+    def reason(name: str, kind) -> str | None:
+        return bypassed.get(name) or kind.refusal(modules[name]) or _undefined(kind, modules[name], config)
+
+    if pattern in (ALL_LINEAR, ALL_LAYERS):
+        return _all(pattern, setting, model, modules, reason, left_out)
     found = _matching(pattern, modules, setting)
     problems = []
     for name in sorted(found):
         kind = kind_of(modules[name])
-        reason = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else None
-        reason = reason or bypassed.get(name) or kind.refusal(modules[name])
-        if reason:
+        problem = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else reason(name, kind)
+        if problem:
             inner = sorted({n.split(".")[-1] for n, m in modules.items() if n.startswith(name + ".") and kind_of(m)})
-            problems.append(f"{name}: {reason}" + (f" (its linear layers: {', '.join(inner)})" if inner else ""))
+            problems.append(f"{name}: {problem}" + (f" (its layers: {', '.join(inner)})" if inner and kind is None else ""))
     if problems:
         raise UserError(f"{setting}: " + listed(problems, 3))
     return found
+
+
+def _all(pattern: str, setting: str, model, modules, reason, left_out: dict[str, str]) -> set[str]:
+    """Every layer of the pattern's kinds that can be adapted; the others go into `left_out`."""
+    found, head = set(), output_head(model)
+    for name, module in modules.items():
+        kind = kind_of(module)
+        if kind is None or kind.name not in LAYER_KINDS:
+            continue
+        if pattern == ALL_LINEAR and kind.name not in LINEAR_KINDS:
+            if kind.name == "Experts":
+                left_out[name] = "expert weights; name them, or use all-layers"
+        elif problem := "output head" if name == head else reason(name, kind):
+            left_out[name] = problem
+        else:
+            found.add(name)
+    if not found:
+        raise UserError(
+            f"{setting}: {pattern} finds no {'linear ' if pattern == ALL_LINEAR else ''}layer in {type(model).__name__}"
+        )
+    return found
+
+
+def _undefined(kind, module, config: AdapterConfig) -> str | None:
+    """Why this layer cannot have the configured axis, or None."""
+    if config.has_magnitude and kind.axis(config) == "input" and (problem := kind.axis_refusal(module)):
+        return problem
+    return None
 
 
 def _matching(pattern: Pattern, modules, setting: str) -> set[str]:
@@ -153,12 +180,28 @@ def _ranks_and_alphas(config, modules, chosen, magnitudes) -> tuple[dict[str, in
     return ranks, {n: resolve(config.alpha_overrides, n, config.alpha) for n in ordered}
 
 
+def _check_ranks(config: AdapterConfig, modules, ranks: dict[str, int], left_out: dict[str, str]) -> None:
+    """Ranks that a layer is too small for: an error where it was named, left out where "all" of a kind were meant."""
+    problems = {}
+    for name, rank in ranks.items():
+        shape = kind_of(modules[name]).base(modules[name]).shape(modules[name])
+        if rank and (problem := direction_for(config, rank, None).refusal(shape, rank)):
+            problems[name] = problem
+    if config.targets in (ALL_LINEAR, ALL_LAYERS) and len(problems) < len(ranks):
+        left_out.update({name: f"{problem}; give it less in rank_overrides" for name, problem in problems.items()})
+        for name in problems:
+            del ranks[name]
+    elif problems:
+        raise UserError("rank: " + listed([f"{name}: {problem}" for name, problem in problems.items()], 3) + "; see rank_overrides")
+
+
 def _refuse_tied(model: nn.Module, modules, chosen: set[str]) -> None:
     """A weight shared with another module is refused: merging one view would silently change the other."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in sorted(chosen):
-        others = [o for o in owners[id(modules[name].weight)] if o != f"{name}.weight"]
+        weight = kind_of(modules[name]).weight_name
+        others = [o for o in owners.get(id(getattr(modules[name], weight, None)), ()) if o != f"{name}.{weight}"]
         if others:
-            raise UserError(f"{name}.weight is tied to {listed(others)}; exclude {name} or give each a weight of its own")
+            raise UserError(f"{name}.{weight} is tied to {listed(others)}; exclude {name} or give each a weight of its own")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attachment import adapters, become, record_of
 from .errors import UserError, listed
-from .layers.adapted import own_parameters
+from .layers.adapted import NEVER_TRAINED, own_parameters
 from .layers.site import LayerSite
 
 
@@ -82,7 +82,7 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
     for parameter, p in own_parameters(layer).items():
         if p.dtype.itemsize < 4:
             report.problems.append(f"{name}.{parameter} is {p.dtype}, which AdamW cannot move; it must be fp32")
-        if not p.requires_grad and not frozen_adapter:
+        if not p.requires_grad and not frozen_adapter and parameter not in NEVER_TRAINED:
             report.problems.append(f"{name}.{parameter} is not trainable")
         if not torch.isfinite(p).all():
             report.problems.append(f"{name}.{parameter} holds NaN or infinite values")
@@ -93,7 +93,7 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
     directionless = a.frozen_facts(layer).directionless
     if zero := int(directionless.sum()):
         report.zero_rows[name] = zero
-    A, B = a.direction.factors(layer)
+    A, B = a.factors_of(layer)
     dtype = a.base.dtype(layer)
     if A is not None and torch.isfinite(A).all() and torch.isfinite(B).all():
         if clamped := int((site.terms(A.to(dtype), B.to(dtype)).clamped & ~directionless).sum()):
@@ -131,8 +131,9 @@ def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], re
 
 
 def _untouched(layer) -> bool:
-    """B = 0 and m = w: the adapter has not been trained."""
-    if layer.lora_B is not None and layer.lora_B.any():
+    """ΔV = 0 and m = w: the adapter has not been trained."""
+    A, B = layer.adaptation.factors_of(layer)
+    if A is not None and bool((A.any(1) & B.any(0)).any()):
         return False
     w = layer.adaptation.frozen_facts(layer).w2.sqrt()
     return layer.magnitude is None or bool((layer.magnitude == w.to(layer.magnitude.dtype)).all())

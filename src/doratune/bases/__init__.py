@@ -17,6 +17,7 @@ TILE_NUMBERS = 2**20
 class Base(Protocol):
     """What a frozen weight must offer. `module` is the adapted layer."""
 
+    name: str
     exact_forward: bool
     """False where the forward quantizes activations: U then comes from row tiles."""
 
@@ -31,6 +32,9 @@ class Base(Protocol):
     def version(self, module: nn.Module) -> tuple:
         """A value that changes when W does: what was derived from W is kept under it."""
 
+    def held(self, module: nn.Module) -> object:
+        """What keeps W's memory its own while something derived from W is kept."""
+
     def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
         """rows · Wᵀ (K, O): the layer's own forward, bias off, autocast off, in W's dtype."""
 
@@ -42,6 +46,13 @@ class Base(Protocol):
 
     def write_rows(self, module: nn.Module, rows: slice, tile_KI: Tensor) -> None:
         """Overwrite rows of W (merging)."""
+
+
+def base_of(kind, module: nn.Module) -> Base | None:
+    """The storage that holds this module's weight, or None: one that is not known here."""
+    from . import dense
+
+    return next((storage(kind) for storage in (dense.DenseBase,) if storage.matches(kind, module)), None)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

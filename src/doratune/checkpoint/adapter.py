@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attachment import RECORD, adapters, attach_selection, record_of
 from ..config import AdapterConfig
+from ..directions import direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
@@ -22,6 +23,7 @@ from ..math.compose import no_autocast
 from ..targets import Selection, name_matches, select
 from . import peft
 from .files import read_json, read_tensors, write_json, write_tensors
+from .tensors import SHARED, Key, expected, file_key, fitted, of_file, parse_key, to_file
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
 FORMATS = ("auto", "peft", "doratune")
@@ -39,49 +41,30 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    record, folder = record_of(model), Path(folder)
+    record, folder, layers = record_of(model), Path(folder), dict(adapters(model))
     config = record.config
-    if format == "auto":
-        format = "doratune" if config.has_magnitude and config.magnitude_axis == "input" else "peft"
-    ranks = {name: 0 if layer.lora_A is None else len(layer.lora_A) for name, layer in adapters(model)}
+    modules = {name: model.get_submodule(name) for name in layers}
+    problem = peft.cannot_say(config, {name: (layer.adaptation.kind, modules[name]) for name, layer in layers.items()})
+    if format == "peft" and problem:
+        raise UserError(f'{problem}; save with format="doratune"')
+    ranks = {name: layer.adaptation.rank for name, layer in layers.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    transposed = all(layer.adaptation.kind.name == "Conv1D" for _, layer in adapters(model))
-    describe = peft.to_peft if format == "peft" else peft.to_own
-    described = describe(config, ranks, record.alphas, base, transposed) | {"task_type": _task_type(model)}
-    tensors = {}
-    for name, layer in adapters(model):
-        module = model.get_submodule(name)
-        with no_autocast(module.weight.device):
-            exported = _exported(layer, module, config.scaling(1, record.alphas[name]))
-        tensors |= {peft.file_key(name, p): t for p, t in exported.items()}
+    transposed = all(layer.adaptation.kind.name == "Conv1D" for layer in layers.values())
+    described = peft.describe(config, ranks, record.alphas, base, transposed, own=format == "doratune" or problem is not None)
+    tensors: dict[Key, Tensor] = {}
+    for name, layer in layers.items():
+        with no_autocast(layer.adaptation.base.device(modules[name])):
+            exported = to_file(layer, modules[name], config.scaling(1, record.alphas[name]))
+        tensors |= {(name, parameter): t for parameter, t in exported.items()}
+    if config.direction == "vera":
+        shared = next(layer.adaptation.direction.shared for layer in layers.values() if layer.adaptation.rank)
+        tensors |= {("", name): t.clone() for name, t in zip(SHARED, shared.get(torch.device("cpu"), torch.float32), strict=True)}
     whole = model.state_dict(keep_vars=True)
     for name in record.also_train:
-        tensors |= {peft.PREFIX + key: t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
-    write_tensors(folder / TENSORS, tensors)
-    write_json(folder / CONFIG, described)
+        tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
+    write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})
+    write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
     write_json(folder / OWN, {"doratune_version": __version__, "adapter": config.to_dict()})
-
-
-@torch.no_grad()
-def _exported(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, Tensor]:
-    """One layer's tensors as PEFT computes with them: rank 1 with B = 0 for magnitude only, and m = |W + s·B·A| on rows
-    without direction, where PEFT has no g = 1 of its own. A row that is 0 altogether would be 0/0 in PEFT: its B gets 1e-12."""
-    out = {key: p.detach().clone() for key in ("lora_A", "lora_B", "magnitude") if (p := getattr(layer, key)) is not None}
-    a, s = layer.adaptation, layer.scaling
-    if layer.lora_A is None:
-        rows, columns = a.base.shape(module)
-        out |= {"lora_A": torch.zeros(1, columns), "lora_B": torch.zeros(rows, 1)}
-        out["lora_A"][0, 0], s = 1.0, scaling_of_rank_one
-        out = {key: t.to(module.weight.device) for key, t in out.items()}
-    frozen = _frozen_rows(layer, module)
-    if layer.magnitude is None or a.axis == "input" or not len(frozen):
-        return out
-    W = torch.cat([tile for _, tile in a.base.row_tiles(module, frozen)]) if layer is module else 0.0
-    A, B = out["lora_A"], out["lora_B"]
-    nothing = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1) < 1e-12
-    B[frozen[nothing], 0] += 1e-12 / (abs(s) * torch.linalg.vector_norm(A[0]))
-    out["magnitude"][frozen] = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1)
-    return out
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -89,13 +72,6 @@ def _task_type(model: nn.Module) -> str | None:
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
-
-
-def _frozen_rows(layer, module: nn.Module) -> Tensor:
-    """Indices of rows without direction; a merged layer remembers them."""
-    if layer is module:
-        return layer.adaptation.frozen_facts(module).directionless.nonzero().squeeze(1)
-    return layer.frozen.nonzero().squeeze(1)
 
 
 def base_model_of(folder: str | Path) -> str:
@@ -123,12 +99,12 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
         UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
             (all mismatches in one message). The model is then unchanged.
     """
-    config, patterns, tensors = read_folder(Path(folder))
+    config, raw, tensors = read_folder(Path(folder))
     if vars(model).get(RECORD) is not None:
         raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
-    selection, config = resolve(model, config, patterns, tensors)
-    check(model, config, selection, tensors, str(folder))
-    attach_selection(model, config, selection, trainable)
+    selection, config = resolve(model, config, raw, tensors)
+    check(model, config, selection, tensors, str(folder), raw)
+    attach_selection(model, config, selection, trainable, loading=True)
     put(model, tensors)
     return model
 
@@ -139,10 +115,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         UserError: as `load`.
     """
-    _, _, tensors = read_folder(Path(folder))
+    _, raw, tensors = read_folder(Path(folder))
     record = record_of(model)
-    ranks = {name: 0 if m.lora_A is None else len(m.lora_A) for name, m in adapters(model)}
-    check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder))
+    ranks = {name: layer.adaptation.rank for name, layer in adapters(model)}
+    check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder), raw)
     put(model, tensors)
 
 
@@ -156,21 +132,25 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     if (folder / OWN).is_file():
         own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
         try:
-            config = _agreeing(AdapterConfig.from_dict(own), config, folder)
+            config = _agreeing(AdapterConfig.from_dict(own), config, folder, raw["peft_type"] == peft.OWN_TYPE)
         except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
-    tensors = {peft.parse_key(key): t for key, t in read_tensors(folder / TENSORS).items()}
+    tensors = {parse_key(key): t for key, t in read_tensors(folder / TENSORS).items()}
     return config, raw, tensors
 
 
-def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path) -> AdapterConfig:
-    """doratune.json, if adapter_config.json says the same; PEFT or a hand may have changed the latter since."""
-    for name in ("method", "rank", "alpha", "rank_scaling", "magnitude_axis", "also_train"):
-        if getattr(own, name) != getattr(theirs, name):
+def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: bool) -> AdapterConfig:
+    """doratune.json, if adapter_config.json (ours: of our type) says the same; PEFT or a hand may have changed the latter since."""
+    written = peft.as_written(own)
+    compared = ["method", "rank", "also_train"]
+    compared += [] if theirs.direction == "vera" else ["alpha", "rank_scaling"]
+    compared += ["magnitude_axis", "embedding_magnitude"] if ours else []
+    for name in compared:
+        if getattr(written, name) != getattr(theirs, name):
             raise UserError(
-                f"{folder}: {OWN} says {name} {getattr(own, name)!r}, {CONFIG} says {getattr(theirs, name)!r}; delete {OWN} if "
+                f"{folder}: {OWN} says {name} {getattr(written, name)!r}, {CONFIG} says {getattr(theirs, name)!r}; delete {OWN} if "
                 f"{CONFIG} is right"
             )
     return own
@@ -194,7 +174,7 @@ def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
 def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
     """Which modules of the model the folder speaks of, with their ranks and alphas."""
     config = _present(config, model)
-    selection = select(model, config)
+    selection = select(model, config, loading=True)
     ranks, alphas = dict(selection.ranks), dict(selection.alphas)
     if raw.get("layers_to_transform") is not None:
         present = {name for name, _ in tensors if name}
@@ -202,8 +182,9 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
         config = replace(config, targets=tuple(ranks))
     for name in ranks:
         if ranks[name]:
-            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, config.rank))
-            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, config.alpha)
+            written = peft.as_written(config)
+            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, written.rank)) * config.rank // written.rank
+            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, written.alpha) * config.alpha / written.alpha
     overrides = {n: r for n, r in ranks.items() if r not in (0, config.rank)}
     config = replace(
         config,
@@ -213,23 +194,32 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
     return Selection(ranks, alphas, selection.left_out, selection.also_train), config
 
 
-def check(model, config: AdapterConfig, selection: Selection, tensors, where: str) -> None:
-    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
-    expected: dict[tuple[str, str], tuple[int, ...]] = {}
+def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tuple[int, ...]]:
+    """Every tensor that a file must hold for these modules, with its shape."""
+    shapes: dict[Key, tuple[int, ...]] = {}
     modules = dict(model.named_modules())
     for name, rank in selection.ranks.items():
-        rows, columns = kind_of(modules[name]).base.shape(modules[name])
-        expected[name, "lora_A"], expected[name, "lora_B"] = (rank or 1, columns), (rows, rank or 1)
-        if config.has_magnitude:
-            expected[name, "magnitude"] = (rows if config.magnitude_axis == "output" else columns,)
+        kind, module = kind_of(modules[name]), modules[name]
+        base, direction = kind.base(module), direction_for(config, rank, None)
+        wanted = expected(kind, base, module, direction, rank, config.has_magnitude, kind.axis(config))
+        shapes |= {(name, parameter): shape for parameter, shape in wanted.items()}
     for name in selection.also_train:
         for key, t in modules[name].state_dict().items():
-            expected["", f"{name}.{key}"] = tuple(t.shape)
-    problems = [f"{_shown(k)} is missing" for k in expected if k not in tensors]
-    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in expected]
-    for key, shape in expected.items():
-        if key in tensors and fitted(tensors[key], key[1]).shape != torch.Size(shape):
+            shapes["", f"{name}.{key}"] = tuple(t.shape)
+    return shapes
+
+
+def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
+    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
+    shapes = needed(model, config, selection)
+    shared = [("", name) for name in SHARED] if config.direction == "vera" else []
+    problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
+    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
+    for key, shape in shapes.items():
+        if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
             problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
+    if raw.get("peft_type") == peft.PEFT_TYPE:
+        problems += peft.bent_convolutions({name: model.get_submodule(name) for name in selection.ranks})
     if problems:
         raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
 
@@ -238,19 +228,36 @@ def _shown(key: tuple[str, str]) -> str:
     return ".".join(part for part in key if part)
 
 
-def fitted(t: Tensor, parameter: str) -> Tensor:
-    """A magnitude saved as a column (O, 1) is the vector (O,)."""
-    return t.squeeze(-1) if parameter == "magnitude" and t.dim() == 2 and t.shape[-1] == 1 else t
-
-
 @torch.no_grad()
-def put(model: nn.Module, tensors: dict[tuple[str, str], Tensor]) -> None:
+def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
     """Copy checked tensors into an attached model."""
     record = record_of(model)
     for name, module in adapters(model):
-        for key, p in own_parameters(module).items():
-            p.copy_(fitted(tensors[name, key], key))
-        module.adaptation.changed()
+        put_layer(name, module, tensors, shared_pair(tensors))
     for name in record.also_train:
         for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
             t.detach().copy_(tensors["", f"{name}.{key}"])
+
+
+def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """VeRA's frozen A (R, max I) and B (max O, R), where the file has them."""
+    return tuple(tensors["", name] for name in SHARED) if all(("", name) in tensors for name in SHARED) else None
+
+
+@torch.no_grad()
+def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=None) -> None:
+    """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
+    a = module.adaptation
+    shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
+    found = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
+    own = own_parameters(module)
+    for parameter, t in of_file(a.kind, a.direction, found, a.rank).items():
+        own[parameter].copy_(t)
+    if a.relative:
+        m, m0 = found["magnitude"].to(own["magnitude_start"]), own["magnitude_start"]
+        own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
+    elif a.magnitude:
+        own["magnitude"].copy_(found["magnitude"])
+    if shared is not None and a.direction.name == "vera":
+        a.direction.shared.give(*shared)
+    a.changed()

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attachment import adapt
+from ..attachment import Common, adapt, shared_factors
 from ..config import AdapterConfig
 from ..errors import UserError, listed
-from ..layers.adapted import own_parameters
+from ..layers import kind_of
+from ..layers.together import Siblings
 from ..merging import checked_gain, merged_tiles
 from ..models import model_path, readable_errors, torch_dtype
 from ..targets import Selection
-from .adapter import check, fitted, read_folder, resolve
+from .adapter import check, put_layer, read_folder, resolve, shared_pair
 from .files import new_folder, open_tensors, read_json, write_json, write_tensors
+from .tensors import SHARED
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LEFT_BEHIND = {INDEX, "adapter_config.json", "doratune.json"}
@@ -36,6 +38,7 @@ class Plan:
     config: AdapterConfig
     selection: Selection
     tensors: dict[tuple[str, str], Tensor]
+    common: Common
     merged: dict[str, str]  # key in the checkpoint → adapted module
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
 
@@ -105,11 +108,11 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     config, raw, tensors = read_folder(adapter)
     skeleton = meta_model(folder)
     selection, config = resolve(skeleton, config, raw, tensors)
-    check(skeleton, config, selection, tensors, str(adapter))
+    check(skeleton, config, selection, tensors, str(adapter), raw)
     prefix = getattr(skeleton, "base_model_prefix", "")
     merged, missing = {}, []
     for name in selection.ranks:
-        key = _key_in(f"{name}.weight", keys, prefix)
+        key = _key_in(f"{name}.{kind_of(skeleton.get_submodule(name)).weight_name}", keys, prefix)
         merged |= {key: name} if key else {}
         missing += [] if key else [name]
     if missing:
@@ -117,9 +120,11 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
             f"{folder} names its tensors otherwise: no weight found for {listed(missing)}; load the model, "
             "doratune.load the adapter, doratune.merge and save_pretrained instead"
         )
-    whole = {key: t for (name, key), t in tensors.items() if not name}
+    whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
-    return Plan(skeleton, config, selection, tensors, merged, replaced)
+    modules = [skeleton.get_submodule(name) for name in selection.ranks]
+    common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m) for m in modules]), loading=True)
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced)
 
 
 def meta_model(folder: Path) -> nn.Module:
@@ -147,19 +152,19 @@ def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | N
 def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """W' of one module, computed in the wider of the base's dtype and the result's."""
     module = plan.skeleton.get_submodule(name)
-    empty, expected = module.weight, tuple(module.weight.shape)
-    if tuple(weight.shape) != expected:
-        raise UserError(f"{name}.weight has shape {tuple(weight.shape)} in the checkpoint, its config says {expected}")
+    key = kind_of(module).weight_name
+    empty = getattr(module, key)
+    if weight.shape != empty.shape:
+        raise UserError(f"{name}.{key} has shape {tuple(weight.shape)} in the checkpoint, its config says {tuple(empty.shape)}")
     wide = torch.promote_types(weight.dtype, dtype)
-    module.weight = nn.Parameter(weight.to(wide, copy=True), requires_grad=False)
-    adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False)
-    for parameter, p in own_parameters(module).items():
-        p.copy_(fitted(plan.tensors[name, parameter], parameter))
+    setattr(module, key, nn.Parameter(weight.to(wide, copy=True), requires_grad=False))
+    adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False, common=plan.common)
+    put_layer(name, module, plan.tensors, shared_pair(plan.tensors))
     gain = checked_gain(name, module)
     for rows, tile in merged_tiles(module, gain):
         module.adaptation.base.write_rows(module, rows, tile)
-    result = module.weight.data
-    module.weight = empty
+    result = getattr(module, key).data
+    setattr(module, key, empty)
     return result
 
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json and key names, both ways. PEFT's own names appear in this file only.
+"""PEFT's adapter_config.json, both ways. PEFT's own names appear in this file and in `tensors.py` only.
 
 What PEFT's format cannot say keeps the same layout under `peft_type: "DORATUNE"`, which PEFT rejects: an input-axis magnitude
 on a square layer would otherwise load there and be silently wrong. Magnitude-only modules are rank 1 with B = 0 through
@@ -8,14 +8,14 @@ on a square layer would otherwise load there and be silently wrong. Magnitude-on
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ..config import AdapterConfig
 from ..errors import UserError, listed
-from ..targets import ALL_LINEAR
+from ..targets import ALL_LAYERS, ALL_LINEAR
 
-PREFIX = "base_model.model."
-PEFT_TYPE, OWN_TYPE = "LORA", "DORATUNE"
+PEFT_TYPE, VERA_TYPE, OWN_TYPE = "LORA", "VERA", "DORATUNE"
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_dora", "use_rslora",
@@ -26,6 +26,11 @@ _HARMLESS = {
     "init_lora_weights", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config",
     "ensure_weight_tying",
 }  # fmt: skip
+_HONOURED_VERA = {
+    "peft_type", "r", "target_modules", "exclude_modules", "projection_prng_key", "vera_dropout", "modules_to_save",
+    "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+_HARMLESS_VERA = {"save_projection", "d_initial", "init_weights"}
 _PLAIN_STARTS = (True, False, "gaussian", None)
 
 
@@ -33,55 +38,107 @@ Alphas = dict[str, float]
 Ranks = dict[str, int]
 
 
-def to_peft(
-    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False
+def cannot_say(config: AdapterConfig, layers: dict[str, tuple]) -> str | None:
+    """Why PEFT's format has no words for this adapter, or None; layers: name → (kind, module)."""
+    if config.direction not in ("lora", "vera"):
+        return f"method is {config.method!r}, which PEFT has not"
+    if config.method == "dvora":
+        return "method is 'dvora': PEFT's VeRA has no magnitude"
+    for name, (kind, module) in layers.items():
+        if kind.name not in ("Linear", "Conv1D", "Conv", "Embedding"):
+            return f"{name} is of the kind {kind.name}, whose adapters PEFT writes otherwise"
+        if config.direction == "vera" and kind.name not in ("Linear", "Conv1D"):
+            return f"{name}: PEFT's VeRA is for linear layers only"
+        if config.has_magnitude and kind.name != "Embedding" and kind.axis(config) == "input":
+            return "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row"
+        if config.has_magnitude and kind.name == "Embedding" and kind.axis(config) == "output":
+            return f"{name} has a magnitude per token: PEFT's format has only one per dimension (embedding_magnitude='dimension')"
+        if kind.name == "Conv" and (problem := bent(module)):
+            return f"{name} is a convolution with {problem}, for which PEFT's filters cannot be merged"
+    return None
+
+
+def bent(module) -> str | None:
+    """Why PEFT's A filters, without groups, dilation or a padding mode, are not ΔW = B·A for this convolution; None: they are."""
+    if module.groups > 1:
+        return f"groups={module.groups}"
+    if any(d != 1 for d in module.dilation):
+        return f"dilation={tuple(module.dilation)}"
+    return f"padding_mode={module.padding_mode!r}" if module.padding_mode != "zeros" else None
+
+
+def bent_convolutions(modules: dict) -> list[str]:
+    """What is wrong with PEFT's own adapters on such convolutions (a folder of our type holds ΔW = B·A)."""
+    found = {name: bent(module) for name, module in modules.items() if hasattr(module, "padding_mode")}
+    return [
+        f"{name} is a convolution with {problem}, for which PEFT's filters have a form that cannot merge"
+        for name, problem in found.items()
+        if problem
+    ]
+
+
+def as_written(config: AdapterConfig) -> AdapterConfig:
+    """What adapter_config.json says of a configuration: an offset start is a LoRA of twice the rank."""
+    if config.start not in ("pissa", "olora"):
+        return config
+    factor = 2**0.5 if config.rank_scaling == "rslora" else 2
+    return replace(
+        config,
+        start="zero",
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_overrides={name: 2 * rank for name, rank in config.rank_overrides.items()},
+        alpha_overrides={name: factor * alpha for name, alpha in config.alpha_overrides.items()},
+    )
+
+
+def describe(
+    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False, own: bool = False
 ) -> dict[str, Any]:
-    """adapter_config.json for `names` (module → rank, 0 for magnitude only); transposed: weights are stored (I, O).
-
-    Raises:
-        UserError: the input axis, which PEFT does not have.
-    """
-    if config.has_magnitude and config.magnitude_axis == "input":
-        raise UserError(
-            "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row; "
-            'save with format="doratune"'
-        )
-    return _layout(config, names, alphas, base_model, transposed) | {"peft_type": PEFT_TYPE}
-
-
-def to_own(config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False) -> dict[str, Any]:
-    """The same layout under our own type, for what PEFT cannot say."""
-    return _layout(config, names, alphas, base_model, transposed) | {
-        "peft_type": OWN_TYPE,
-        "magnitude_axis": config.magnitude_axis,
+    """adapter_config.json for `names` (module → rank, 0: magnitude only); transposed: weights are stored (I, O); own: our type."""
+    written = as_written(config)
+    factor = written.rank // config.rank
+    ranks = {name: rank * factor or 1 for name, rank in names.items() if (rank * factor or 1) != written.rank}
+    factor = written.alpha / config.alpha
+    alphas = {name: alpha * factor for name, alpha in alphas.items() if alpha * factor != written.alpha}
+    common = _common(written, names, base_model, transposed)
+    if config.direction == "vera" and not own:
+        return common | {
+            "peft_type": VERA_TYPE,
+            "d_initial": 0.1,
+            "init_weights": True,
+            "projection_prng_key": config.seed,
+            "save_projection": True,
+            "vera_dropout": config.dropout,
+        }
+    described = common | {
+        "peft_type": PEFT_TYPE,
+        "init_lora_weights": True,
+        "lora_alpha": written.alpha,
+        "lora_dropout": written.dropout,
+        "rank_pattern": {_anchored(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {_anchored(name): alpha for name, alpha in alphas.items()},
+        "use_dora": written.has_magnitude,
+        "use_rslora": written.rank_scaling == "rslora",
     }
+    ours = {"peft_type": OWN_TYPE, "method": config.method, "magnitude_axis": config.magnitude_axis}
+    return described | (ours | {"embedding_magnitude": config.embedding_magnitude} if own else {})
 
 
-def _layout(
-    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False
-) -> dict[str, Any]:
-    plain = not (config.magnitude_only or config.exclude) and config.targets != ALL_LINEAR
+def _common(config: AdapterConfig, names: Ranks, base_model: str | None, transposed: bool) -> dict[str, Any]:
+    plain = not (config.magnitude_only or config.exclude) and config.targets not in (ALL_LINEAR, ALL_LAYERS)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
-    ranks = {name: rank or 1 for name, rank in names.items() if (rank or 1) != config.rank}
-    alphas = {name: alpha for name, alpha in alphas.items() if alpha != config.alpha}
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
         "modules_to_save": list(config.also_train) or None,
         "r": config.rank,
-        "rank_pattern": {_anchored(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {_anchored(name): alpha for name, alpha in alphas.items()},
         "revision": None,
         "target_modules": targets if plain else list(names),
         "task_type": None,
-        "use_dora": config.has_magnitude,
-        "use_rslora": config.rank_scaling == "rslora",
     }
 
 
@@ -97,29 +154,40 @@ def from_peft(raw: dict[str, Any], where: str) -> AdapterConfig:
         UserError: a field of the wrong type, or a non-default field that is not honoured.
     """
     kind = raw.get("peft_type")
-    if kind not in (PEFT_TYPE, OWN_TYPE):
-        raise UserError(f"{where}: peft_type is {kind!r}; this version loads {PEFT_TYPE} and {OWN_TYPE}")
+    if kind not in (PEFT_TYPE, VERA_TYPE, OWN_TYPE):
+        raise UserError(f"{where}: peft_type is {kind!r}; this version loads {PEFT_TYPE}, {VERA_TYPE} and {OWN_TYPE}")
     _refuse_unknown(raw, where)
     _check_types(raw, where)
     if not raw.get("target_modules"):
         raise UserError(f"{where}: target_modules is {raw.get('target_modules')!r}; expected names or a regex")
-    if raw.get("use_dora") and raw.get("magnitude_axis", "output") not in ("output", "input"):
+    if raw.get("magnitude_axis", "output") not in ("output", "input"):
         raise UserError(f"{where}: magnitude_axis is {raw['magnitude_axis']!r}; expected output or input")
+    method = "dora" if raw.get("use_dora") else "lora"
+    common = {
+        "rank": raw["r"],
+        "targets": raw["target_modules"],
+        "exclude": raw.get("exclude_modules") or (),
+        "also_train": raw.get("modules_to_save") or (),
+    }
+    if kind == VERA_TYPE:
+        return AdapterConfig(
+            method="vera", dropout=raw.get("vera_dropout") or 0.0, seed=raw.get("projection_prng_key") or 0, **common
+        )
     return AdapterConfig(
-        method="dora" if raw.get("use_dora") else "lora",
-        rank=raw["r"],
+        method=raw.get("method", method) if kind == OWN_TYPE else method,
         alpha=raw["lora_alpha"],
         rank_scaling="rslora" if raw.get("use_rslora") else "standard",
         dropout=raw.get("lora_dropout") or 0.0,
-        targets=raw["target_modules"],
-        exclude=raw.get("exclude_modules") or (),
-        also_train=raw.get("modules_to_save") or (),
         magnitude_axis=raw.get("magnitude_axis", "output"),
+        embedding_magnitude=raw.get("embedding_magnitude", "dimension"),  # PEFT's kind
+        **common,
     )
 
 
 def _refuse_unknown(raw: dict[str, Any], where: str) -> None:
-    known = _HONOURED | _HARMLESS | ({"magnitude_axis"} if raw.get("peft_type") == OWN_TYPE else set())
+    kind = raw.get("peft_type")
+    ours = {"method", "magnitude_axis", "embedding_magnitude"} if kind == OWN_TYPE else set()
+    known = _HARMLESS | (_HONOURED_VERA | _HARMLESS_VERA if kind == VERA_TYPE else _HONOURED | ours)
     bad = [f"{k}={raw[k]!r}" for k in sorted(set(raw) - known) if raw[k] and raw[k] != "none"]
     start = raw.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
@@ -146,7 +214,7 @@ _TYPES: dict[str, tuple[tuple, str]] = {
 
 def _check_types(raw: dict[str, Any], where: str) -> None:
     for name, (types, expected) in _TYPES.items():
-        required = name in ("r", "lora_alpha")
+        required = name == "r" or (name == "lora_alpha" and raw.get("peft_type") != VERA_TYPE)
         if required and name not in raw:
             raise UserError(f"{where}: {name} is missing; expected {expected}")
         value = raw.get(name)
@@ -165,22 +233,3 @@ def pattern_value(patterns: dict[str, Any] | None, name: str, default):
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
-
-
-def file_key(name: str, parameter: str) -> str:
-    """Our parameter name → PEFT's key in the file."""
-    suffix = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[parameter]
-    return f"{PREFIX}{name}.{suffix}"
-
-
-_KEY = re.compile(r"^(.*)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
-
-
-def parse_key(key: str) -> tuple[str, str]:
-    """PEFT's key → (module name, parameter); ("", full key) for tensors of modules that are saved whole.
-
-    Both spellings of the magnitude are read: `lora_magnitude_vector` and `lora_magnitude_vector.weight`."""
-    key = key.removeprefix(PREFIX)
-    if match := _KEY.match(key):
-        return match[1], {"lora_magnitude_vector": "magnitude"}.get(match[2], match[2])
-    return "", key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")

@@ -1,15 +1,22 @@
 """Layer kinds: how a module's weight becomes the matrix (O, I) of the maths, and which modules can be adapted.
 
-`kind_of(module)` is the one place that knows the list; a new kind is one new file with `matches`, `matrix` and `refusal`.
+`kind_of(module)` is the one place that knows the list; a new kind is one new file with a subclass of `kind.LayerKind`.
 """
 
 from torch import nn
 
-from . import linear
+from .conv import ConvKind
+from .embedding import EmbeddingKind
+from .kind import LayerKind
+from .linear import Conv1DKind, LinearKind
 
-KINDS = (linear.LINEAR, linear.CONV1D)
+KINDS = (LinearKind(), Conv1DKind(), ConvKind(), EmbeddingKind())
 
 
-def kind_of(module: nn.Module):
+def kind_of(module: nn.Module) -> LayerKind | None:
     """The layer kind that adapts this module, or None."""
     return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def kind_named(name: str) -> LayerKind:
+    return next(kind for kind in KINDS if kind.name == name)

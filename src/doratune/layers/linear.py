@@ -1,4 +1,7 @@
-"""nn.Linear, W stored (O, I), and transformers' Conv1D (GPT-2), stored (I, O): one maths, two views of the weight."""
+"""nn.Linear, W stored (O, I), and transformers' Conv1D (GPT-2), stored (I, O): one maths, two views of the weight.
+
+y = out + (g − 1) ⊙ (out − bias) + (x·Aᵀ)·(s·g ⊙ B)ᵀ on the output axis; x̃ = g ⊙ x in front on the input axis (Eq. 5).
+"""
 
 from __future__ import annotations
 
@@ -7,89 +10,77 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..bases.dense import DenseBase
-
-RESERVED = ("adaptation", "lora_A", "lora_B", "magnitude", "scaling")
-"""Names that an adapted layer gives to a module."""
-
-
-def weight_as_it_is(module: nn.Module) -> Tensor:
-    return module.weight
+from ..math.autograd import ComposeLinear
+from .calls import composed, dropout_mask, flat, scaled_input
+from .kind import LayerKind, differs
 
 
-def weight_transposed(module: nn.Module) -> Tensor:
-    return module.weight.T
+class LinearKind(LayerKind):
+    """A linear layer y = x·Wᵀ + bias, whatever stores W."""
 
-
-class LinearKind:
-    """A dense layer y = x·Wᵀ + bias."""
-
-    def __init__(self, name: str, matrix):
-        self.name = name
-        self.matrix = matrix
-        self.base = DenseBase(matrix)
-
-    def __reduce__(self):
-        return _kind_named, (self.name,)
+    name = "Linear"
 
     def matches(self, module: nn.Module) -> bool:
-        if self.name == "Linear":
-            return isinstance(module, nn.Linear)
-        conv1d = _conv1d()
-        return conv1d is not None and isinstance(module, conv1d)
+        return isinstance(module, nn.Linear)
 
     def own_weight(self, module: nn.Module) -> Tensor | None:
         """W (O, I), where the layer's forward is just x·Wᵀ + bias, so that the op may compute it."""
-        plain = self.name == "Linear" and type(module).plain_class.forward is nn.Linear.forward
+        plain = type(module).plain_class.forward is nn.Linear.forward
         return module.weight if plain and type(module.weight.data) is Tensor else None
 
-    def refusal(self, module: nn.Module) -> str | None:
-        """Why this module cannot be adapted, or None."""
-        weight = module.weight
-        if taken := [name for name in RESERVED if hasattr(module, name)]:
-            return f"its class {type(module).__name__} has an attribute {taken[0]!r} of its own"
-        if "forward" in vars(module) and not _calls_its_class(module):
-            return "its forward was replaced on the instance, so an adapter there would do nothing"
-        if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or weight.dim() != 2:
-            return f"its weight is a {type(weight.data).__name__} of a storage that this version cannot adapt"
-        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"its weight is {weight.dtype}; quantized bases come with a later version"
-        return self._probe(module)
+    def forward(self, module, base_forward, x, *args, **kwargs):
+        a = module.adaptation
+        (A, B), m = a.factors_of(module), module.magnitude
+        traced, gradients = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        site = None if traced else module.op_site(gradients, count=True)
+        if m is not None and a.axis == "input":
+            x, m = scaled_input(module, site, x, A, B, m), None
+        if gradients and not traced and A is not None and not args and not kwargs:
+            W = self.own_weight(module)
+            if W is not None and W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
+                x_TI = flat(x)
+                y = ComposeLinear.apply(x_TI, W, A, B, m, module.bias, *dropout_mask(module, x_TI), site)
+                return y.view(*x.shape[:-1], len(W))
+        out = base_forward(x, *args, **kwargs)
+        if A is None and m is None:
+            return out
+        x_TI = flat(x) if A is not None else None
+        y = composed(module, x_TI, flat(out), A, B, m, module.bias, dropout_mask(module, x_TI), site)
+        return y.view(out.shape)
 
-    @torch.no_grad()
-    def _probe(self, module: nn.Module) -> str | None:
+    def probe(self, module: nn.Module) -> str | None:
         """A subclass with a forward of its own must compute x·Wᵀ + bias: tried on two rows."""
-        weight, plain = self.matrix(module), self.plain_forwards()
-        if type(module).forward in plain or weight.is_meta:
+        base, plain = self.base(module), self.plain_forwards()
+        if type(module).forward in plain or base.device(module).type == "meta" or base.name != "dense":
             return None
+        weight = base.matrix(module)
         x = torch.linspace(-1, 1, 2 * weight.shape[1]).view(2, -1).to(weight)
-        expected = nn.functional.linear(x, weight, module.bias)
-        try:
-            got = module(x)
-            same = torch.is_tensor(got) and (got - expected).norm() <= 1e-2 * expected.norm()
-        except Exception as error:  # any forward of any class
-            return f"its forward fails on a plain tensor ({type(error).__name__})"
-        return None if same else f"the forward of {type(module).__name__} is not x·Wᵀ + bias"
+        return differs(module, (x,), nn.functional.linear(x, weight, module.bias), "x·Wᵀ + bias")
 
     def plain_forwards(self) -> tuple:
         conv1d = _conv1d()
         return (nn.Linear.forward, conv1d.forward) if conv1d else (nn.Linear.forward,)
 
 
-def _calls_its_class(module: nn.Module) -> bool:
-    """Does a forward that was put on the instance (by accelerate's hooks) end in the class's own?"""
-    held = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    return any(getattr(f, "__func__", None) is type(module).forward for f in held)
+class Conv1DKind(LinearKind):
+    """transformers' Conv1D: a linear layer whose weight is stored (I, O)."""
+
+    name = "Conv1D"
+
+    def matches(self, module: nn.Module) -> bool:
+        conv1d = _conv1d()
+        return conv1d is not None and isinstance(module, conv1d)
+
+    def own_weight(self, module: nn.Module) -> None:
+        return None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
+        return weight.T[which]
 
 
 def _conv1d() -> type | None:
     """transformers' Conv1D, if transformers is loaded at all."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
-def _kind_named(name: str) -> LinearKind:
-    return LINEAR if name == "Linear" else CONV1D
-
-
-LINEAR = LinearKind("Linear", weight_as_it_is)
-CONV1D = LinearKind("Conv1D", weight_transposed)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bases import accumulation_dtype
-from ..directions.lora import LORA, NONE
+from ..bases import Base, accumulation_dtype
+from ..directions import Direction
 from ..math import decomposition, norm
 from ..math.cache import NormCache
 from ..math.compose import Factors, Inputs, make_factors, no_autocast
@@ -41,11 +41,14 @@ class Adaptation:
     """What one layer is adapted with. Picklable, copied with the module; never shared between layers."""
 
     kind: object
+    base: Base
+    direction: Direction
     rank: int  # 0: magnitude only
     scaling: float
     magnitude: bool
     axis: str = "output"
     full_gradient: bool = False
+    relative: bool = False  # m = m₀·exp(δ)
     dropout: float = 0.0
     cache: NormCache = field(default_factory=NormCache)
     factors: NormCache = field(default_factory=NormCache)
@@ -57,13 +60,13 @@ class Adaptation:
     _small: tuple | None = None
     _likeness: tuple | None = None
 
-    @property
-    def base(self):
-        return self.kind.base
+    def factors_of(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """(A (K, I), B (O, K)) of ΔV = s·B·A, differentiable in what is trained."""
+        return self.direction.factors(module)
 
-    @property
-    def direction(self):
-        return LORA if self.rank else NONE
+    def trained_magnitude(self, module: nn.Module) -> Tensor | None:
+        """The parameter behind m."""
+        return module.magnitude_delta if self.relative else module.magnitude
 
     def frozen_facts(self, module: nn.Module) -> FrozenFacts:
         """What is known of W: computed once, and again only when W changed."""
@@ -77,13 +80,18 @@ class Adaptation:
                 directionless = decomposition.directionless(w2.sqrt())
                 some = not directionless.is_meta and bool(directionless.any())
                 # W is held, so that its address stays its own: another weight there would pass for it
-                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), module.weight.detach()
+                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), self.base.held(module)
         return self._facts[1]
 
     def belongs_to(self, module: nn.Module) -> None:
         """Make the layer known to the ops and to its siblings."""
         self.handle.bind(module)
         self.siblings.modules.add(module)
+
+    @property
+    def made(self) -> bool:
+        """Are A and B made anew for each call, so that they have no identity of their own?"""
+        return self.direction.name not in ("lora", "none")
 
     def context(self, module: nn.Module, dtype: torch.dtype) -> tuple:
         """What a norm depends on besides A and B."""
@@ -117,6 +125,10 @@ class LayerSite(NamedTuple):
         return self.adaptation.full_gradient
 
     @property
+    def axis(self) -> str:
+        return self.adaptation.axis
+
+    @property
     def frozen(self) -> Tensor | None:
         return self.adaptation.frozen_facts(self.module).frozen
 
@@ -126,15 +138,16 @@ class LayerSite(NamedTuple):
         if A is None:
             w2 = a.frozen_facts(self.module).w2
             return a.cache.get((), (a.epoch, self.base.version(self.module)), 0, w2.sqrt)
-        context = a.context(self.module, dtype)
-        return a.cache.get((A, B), context, tokens, lambda: norm_and_siblings(self, A, B, dtype), self.gradients)
+        context, sources = a.context(self.module, dtype), a.direction.sources(self.module) if a.made else (A, B)
+        return a.cache.get(sources, context, tokens, lambda: norm_and_siblings(self, A, B, dtype), self.gradients)
 
-    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors:
+    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int, low: bool) -> Factors:
         """What inference needs, ready to use; cached."""
         a = self.adaptation
-        sources = tuple(t for t in (A, B, m) if t is not None)
+        parts = (*a.direction.sources(self.module), a.trained_magnitude(self.module)) if a.made or a.relative else (A, B, m)
+        sources = tuple(t for t in parts if t is not None)
         context = a.context(self.module, dtype)
-        return a.factors.get(sources, context, tokens, lambda: make_factors(self, A, B, m, dtype, tokens))
+        return a.factors.get(sources, context, tokens, lambda: make_factors(self, A, B, m, dtype, tokens, low))
 
     def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
         """The norm's parts, uncached. A already in the dtype of the forward."""
@@ -154,7 +167,7 @@ class LayerSite(NamedTuple):
             doubtful = doubt(g, given, TOO_SMALL)
             return doubtful.nonzero().squeeze(1) if doubtful.any() else ()
         key = a.cache.evaluations, given.m.data_ptr(), given.m._version
-        if a._small is None or a._small[0] != key:
+        if a._small is None or a._small[0] != key or a.relative:
             a._small = key, doubt(g, given, 2 * TOO_SMALL).nonzero().squeeze(1)
         return a._small[1]
 

@@ -50,7 +50,8 @@ def alike(module: nn.Module) -> tuple:
     """Layers of which this is equal can share the operations of their norms."""
     a, A = module.adaptation, getattr(module, "lora_A", None)
     if a._likeness is None or a._likeness[0] != a.epoch:
-        facts = a.kind, a.rank, a.scaling, a.axis, a.base.shape(module), a.base.dtype(module), a.base.device(module)
+        choices = a.kind.name, a.base.name, a.direction.name, a.rank, a.scaling, a.axis
+        facts = *choices, a.base.shape(module), a.base.dtype(module), a.base.device(module)
         a._likeness = a.epoch, (*facts, None if A is None else (A.dtype, A.device))
     return a._likeness[1]
 
@@ -58,9 +59,9 @@ def alike(module: nn.Module) -> tuple:
 def norm_and_siblings(site, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> Tensor:
     """n (O,) of the site's layer, from A and B rounded to `dtype`; its stale siblings' norms go into their caches."""
     module, a = site.module, site.adaptation
-    if A_RI.is_cuda and a.axis == "output" and hasattr(a.base, "matrix") and module.weight.dtype == dtype:
+    if A_RI.is_cuda and a.axis == "output" and a.base.name == "dense" and a.base.dtype(module) == dtype:
         return _direct(site, A_RI.to(dtype), B_OR.to(dtype))
-    small = 0 < B_OR.numel() <= LARGE and A_RI.device.type == "cpu"
+    small = 0 < B_OR.numel() <= LARGE and A_RI.device.type == "cpu" and not a.made
     if not small or a.axis != "output" or a.frozen_facts(module).frozen is not None or not a.base.exact_forward:
         return site.terms(A_RI.to(dtype), B_OR).n
     each = A_RI.numel() + 2 * B_OR.numel()

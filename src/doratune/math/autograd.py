@@ -38,7 +38,7 @@ def first_order(backward):
 
 
 class Compose(Function):
-    """`forward` and `backward` for eager autograd; A, B None: magnitude only; m None: LoRA.
+    """`forward` and `backward` for eager autograd; A, B None: magnitude only; m None: LoRA; x None with A: see `Inputs`.
 
     Callers flatten and view outside: a view made in here could not be changed in place by a later op (`relu_`)."""
 
@@ -68,7 +68,7 @@ class ComposeLinear(Function):
         need_x, _, *need = ctx.needs_input_grad[:6]
         ctx.needs = Needs(need_x, need_x, *need[:3], bias=False)
         ctx.need_bias = need[3]
-        fresh = not keeps_out(ctx.needs, site, m) and not torch._C._len_torch_dispatch_stack()  # a mode may hold `out`
+        fresh = not keeps_out(ctx.needs, site, m, x) and not torch._C._len_torch_dispatch_stack()  # a mode may hold `out`
         return keep_for_backward(ctx, site, given, forward(site, given, fresh), W)
 
     @staticmethod
@@ -81,9 +81,9 @@ class ComposeLinear(Function):
         return dx, None, dA, dB, dm, dY.sum(0) if ctx.need_bias else None, None, None, None
 
 
-def keeps_out(needs: Needs, site: Site, m: Tensor | None) -> bool:
+def keeps_out(needs: Needs, site: Site, m: Tensor | None, x: Tensor | None) -> bool:
     """Is the base's output kept for m's gradient, instead of y? Where x is not kept, or where y may be written over unseen."""
-    unsafe = not needs.A or any(name in sys.modules for name in WRITERS)
+    unsafe = x is None or not needs.A or any(name in sys.modules for name in WRITERS)
     return needs.gain(site, m is not None) and unsafe
 
 
@@ -91,7 +91,7 @@ def keep_for_backward(ctx, site: Site, given: Inputs, made: Made, *more: Tensor)
     """Save what `backward` needs on the context; returns y."""
     x, out, A, B, m, bias, mask, ctx.keep = given
     needs, ctx.site = ctx.needs, site
-    kept_out = out if keeps_out(needs, site, m) else None
+    kept_out = out if keeps_out(needs, site, m, x) else None
     ctx.read_y = needs.gain(site, m is not None) and kept_out is None
     # `data`: the same memory with a version counter of its own, because a change in place is not an error here
     ctx.probe = VersionProbe(made.y) if ctx.read_y else None

@@ -6,6 +6,7 @@
     LoRA          the same with g = 1 and no m; magnitude only: the same without A and B
     input axis    x̃ = x + (g − 1) ⊙ x in front of the base and of a plain low-rank update; dm = Σ_T dx̃ ⊙ x / n
     dropout       x ⊙ mask and s/keep in place of x and s in the low-rank branch (not in the norm)
+    other kinds   x = None with A and B given: `out` is x·Wᵀ + s·ΔV(x) already (convolutions, embeddings); they enter the norm only
 
 (Eq. 5, 7, 11; Eq. 6 through `norm.full_gradient_*`.) The scale goes into B's rows, which are tiny, so the low-rank output
 is never written and read back: two passes over the output. It enters as g − 1, formed in fp32, because bf16 resolves g near
@@ -36,16 +37,19 @@ class Site(Protocol):
 
     scaling: float
     full_gradient: bool
+    axis: str
     frozen: Tensor | None  # rows (columns) without direction, bool; None if there are none
 
     def norm(self, A: Tensor | None, B: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor: ...
-    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype: torch.dtype, tokens: int) -> Factors: ...
+    def factors(self, A: Tensor | None, B: Tensor | None, m: Tensor | None, dtype, tokens: int, low: bool) -> Factors: ...
     def redone(self, A: Tensor, B: Tensor) -> Tensor: ...
     def small_rows(self, g: Tensor, given: Inputs) -> Tensor | tuple: ...
 
 
 class Inputs(NamedTuple):
-    """What the op takes. x (T, I), out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,), mask (T, I) bool of kept inputs."""
+    """What the op takes. x (T, I), out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,), mask (T, I) bool of kept inputs.
+
+    x None with A given: the low-rank part is in `out` already; out's columns are then the norm's rows, whatever its axis."""
 
     x: Tensor | None
     out: Tensor
@@ -99,7 +103,7 @@ def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
         if m is not None:
             n = site.norm(A, B, out.dtype, len(out)).clone()
             gain = gain_minus_one(m, n, site.frozen)
-        if A is not None:
+        if x is not None:
             z = dropped(x.to(out.dtype), mask) @ A.to(out.dtype).T
             sB = scaled_B(B, gain, site.scaling / keep, out.dtype)
         return Made(kernels.compose(out, gain, bias, z, sB, fresh), z, sB, n)
@@ -108,17 +112,20 @@ def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
 def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias) -> Tensor:
     """y without anything kept, from factors that are made once per change of A, B and m."""
     with no_autocast(out.device):
-        f = site.factors(A, B, m, out.dtype, len(out))
+        f = site.factors(A, B, m, out.dtype, len(out), x is not None)
+        if x is None:
+            return kernels.compose(out, f.gain, bias, None, None)
         few = f.gain_low is not None and len(out) < kernels.torch_kernels.FEW_ROWS and out.device.type == "cpu"
         z = None if f.A is None else x.to(out.dtype) @ f.A.T
         return kernels.compose(out, f.gain_low if few else f.gain, bias, z, f.sB)
 
 
-def make_factors(site: Site, A, B, m, dtype: torch.dtype, tokens: int) -> Factors:
+def make_factors(site: Site, A, B, m, dtype: torch.dtype, tokens: int, low: bool = True) -> Factors:
+    """low: the low-rank product is made from them, too."""
     gain = None if m is None else gain_minus_one(m, site.norm(A, B, dtype, tokens), site.frozen)
     wide = gain is None or bool((gain < kernels.torch_kernels.SMALL_GAIN - 1).any())
-    A_low = None if A is None else A.to(dtype, copy=True)
-    sB = None if A is None else scaled_B(B, gain, site.scaling, dtype)
+    A_low = A.to(dtype, copy=True) if low and A is not None else None
+    sB = None if A_low is None else scaled_B(B, gain, site.scaling, dtype)
     return Factors(gain, None if wide else gain.to(dtype), A_low, sB)
 
 
@@ -129,7 +136,7 @@ def backward(site: Site, needs: Needs, dY: Tensor, given: Inputs, made: Made, re
     with no_autocast(dY.device):
         gain = None if m is None else gain_minus_one(m, n, site.frozen)
         dx = dA = dB = dm = dg = dbias = P = None
-        if A is not None and (needs.B or (needs.gain(site, m is not None))):
+        if made.z is not None and (needs.B or (needs.gain(site, m is not None))):
             P = dY.T @ made.z
         dout = dY
         if needs.gain(site, m is not None):
@@ -137,15 +144,14 @@ def backward(site: Site, needs: Needs, dY: Tensor, given: Inputs, made: Made, re
             dm = masked(dg / n, site.frozen) if needs.m else None
         elif gain is not None and needs.out:
             dout = kernels.torch_kernels.scale_rows(dY, gain, None)
-        if A is not None:
+        if made.z is not None:
             dZ = dY @ made.sB if needs.x or needs.A else None
             dA = (dZ.T @ dropped(given.x.to(dY.dtype), given.mask)).to(A.dtype) if needs.A else None
             dx = dropped(dZ @ A.to(dY.dtype), given.mask) if needs.x else None
             if needs.B:
                 dB = P.to(B.dtype) * s if gain is None else ((1 + gain) * s)[:, None] * P
-            if site.full_gradient and m is not None and (needs.A or needs.B):
-                c_O = masked((1 + gain) * dg / n.square(), site.frozen)
-                dA, dB = add_full_gradient(site, A, B, dY.dtype, c_O, dA, dB)
+        if site.full_gradient and m is not None and A is not None and (needs.A or needs.B):
+            dA, dB = add_full_gradient(site, A, B, dY.dtype, gain, dg, n, needs, dA, dB)
         if needs.bias and gain is not None:  # through `out` the bias gets g ⊙ dY, but it is never scaled
             dbias = -(gain * dY.sum(0, dtype=gain.dtype)).to(bias.dtype)
     return dx, dout if needs.out else None, dA, dB, dm, dbias
@@ -194,9 +200,7 @@ def scale_input_backward(site: Site, needs, dX, x, A, B, m, n, dtype: torch.dtyp
         dm = masked(dot / n, site.frozen)
         dA = dB = None
         if site.full_gradient and A is not None and (need_A or need_B):
-            A_c, B_c = cast(A, dtype), cast(B, dtype)
-            q, redone = masked(-(1 + gain) * dm / n, site.frozen), site.redone(A_c, B_c)
-            dA, dB = norm.full_gradient_input(site.base, site.module, A_c, B_c, site.scaling, q, redone)
+            dA, dB = norm_gradient(site, A, B, dtype, gain, dot, n)
     return dx if need_x else None, dA, dB, dm if need_m else None
 
 
@@ -220,11 +224,21 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype).to(t.dtype)
 
 
-def add_full_gradient(site, A, B, dtype, c_O, dA, dB) -> tuple[Tensor | None, Tensor | None]:
-    """Adds the norm's part to dA and dB, output axis."""
-    A_c, B_c = A.to(dtype), B.to(dtype)
-    extra_A, extra_B = norm.full_gradient_output(site.base, site.module, A_c, B_c, site.scaling, c_O, site.redone(A_c, B_c))
-    return (None if dA is None else dA + extra_A), (None if dB is None else dB + extra_B)
+def add_full_gradient(site, A, B, dtype, gain, dg, n, needs: Needs, dA, dB) -> tuple[Tensor | None, Tensor | None]:
+    """dA and dB with the norm's part added."""
+    more_A, more_B = norm_gradient(site, A, B, dtype, gain, dg, n)
+    dA = more_A if dA is None else dA + more_A
+    dB = more_B if dB is None else dB + more_B
+    return dA if needs.A else None, dB if needs.B else None
+
+
+def norm_gradient(site, A, B, dtype, gain, dg, n) -> tuple[Tensor, Tensor]:
+    """(dA, dB) through the norm (Eq. 6), from dg and A and B rounded to the dtype of the forward."""
+    if site.axis == "input":
+        A_c, B_c, q_I = cast(A, dtype), cast(B, dtype), masked(-(1 + gain) * dg / n.square(), site.frozen)
+        return norm.full_gradient_input(site.base, site.module, A_c, B_c, site.scaling, q_I, site.redone(A_c, B_c))
+    A_c, B_c, c_O = A.to(dtype), B.to(dtype), masked((1 + gain) * dg / n.square(), site.frozen)
+    return norm.full_gradient_output(site.base, site.module, A_c, B_c, site.scaling, c_O, site.redone(A_c, B_c))
 
 
 def no_autocast(device: torch.device):

@@ -59,14 +59,14 @@ def compose(
     x: Tensor | None, out: Tensor, A: Tensor | None, B: Tensor | None, m: Tensor, bias: Tensor | None, mask: Tensor | None,
     keep: float, handle: Tensor, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, z, s·g ⊙ B, n); z and s·g ⊙ B empty for magnitude only. See `compose.forward`."""
+    """(y, z, s·g ⊙ B, n); z and s·g ⊙ B empty where there is no low-rank product to make. See `compose.forward`."""
     y, z, sB, n = forward(site(handle, gradients, count=True), Inputs(x, out, A, B, m, bias, mask, keep))
     return y, _or_empty(z, y), _or_empty(sB, y), n
 
 
 @compose.register_fake
 def _(x, out, A, B, m, bias, mask, keep, handle, gradients):
-    rank = 0 if A is None else A.shape[0]
+    rank = 0 if x is None else A.shape[0]
     y = out.new_empty(out.shape)
     return (
         y,
@@ -83,6 +83,7 @@ def compose_backward(
     x_dtype: torch.dtype, in_features: int,
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dx, dout, dA, dB, dm, dbias), in this order."""
+    z, sB = (z, sB) if z.shape[1] else (None, None)
     made, given = Made(None, z, sB, n), Inputs(x, out, A, B, m, bias, mask, keep)
     dx, *rest = backward(site(handle, True), Needs(*needs), dY, given, made, read_y=False)
     grads = [None if dx is None else dx.to(x_dtype), *rest]

@@ -44,7 +44,7 @@ def measure(model: nn.Module) -> Movement:
     for _, module in adapters(model):
         a, site = module.adaptation, LayerSite(module, module.adaptation)
         w2, frozen, _ = a.frozen_facts(module)
-        A, B = a.direction.factors(module)
+        A, B = a.factors_of(module)
         if A is None:
             zero = torch.zeros_like(w2)
             dm, turn = movement(module.magnitude, w2.sqrt(), w2, zero, zero, frozen)

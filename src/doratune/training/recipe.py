@@ -25,21 +25,30 @@ class TrainRecipe:
         limit: use this many examples, drawn with the seed
         eval_data: a second file to evaluate the loss on
         eval_size: or: this many examples split off from data
-        method: dora or lora
+        quantize: store the frozen base in 4 or 8 bits: none, nf4, fp4 or int8 (needs bitsandbytes); nf4 is QDoRA
+        double_quantization: quantize the 4-bit scales too
+        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr
         rank: rows of A, columns of B
         alpha: scaling is alpha / rank; default 2 * rank
         rank_scaling: standard or rslora
         dropout: on the input of the low-rank branch
-        targets: list of names, regex, or all-linear
+        targets: list of names, regex, all-linear or all-layers
         exclude: modules to leave out
         magnitude_only: further modules that train m alone
         also_train: modules trained whole
         rank_overrides: rank by module
         alpha_overrides: alpha by module
         magnitude_axis: output (per row) or input (per column)
+        embedding_magnitude: of adapted embeddings: per token or per dimension
         norm_gradient: detached or full
+        start: of A and B: zero (B = 0), pissa, olora or loftq (with quantize)
+        magnitude_from: with quantize: m starts at the norm of the quantized (base) or the original weight
+        magnitude_form: direct, or relative (m = m0 * exp(delta))
+        norm_memory: bytes that VeRA may keep to spare the norm its product with W
         lr: learning rate of A and B
         magnitude_lr_ratio: learning rate of m as a multiple of lr
+        output_factor_lr_ratio: LoRA+: learning rate of B over that of A
+        magnitude_decay: pulls a relative m back to its start
         weight_decay: on A and B; m has none
         schedule: linear, cosine or constant, after the warm-up
         warmup_steps: steps of linear warm-up
@@ -76,7 +85,10 @@ class TrainRecipe:
     eval_data: str | None = None
     eval_size: int = 0
 
-    method: Literal["dora", "lora"] = "dora"
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = False
+
+    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
     rank: int = 16
     alpha: float | None = None
     rank_scaling: Literal["standard", "rslora"] = "standard"
@@ -88,10 +100,17 @@ class TrainRecipe:
     rank_overrides: dict[str, int] = field(default_factory=dict)
     alpha_overrides: dict[str, float] = field(default_factory=dict)
     magnitude_axis: Literal["output", "input"] = "output"
+    embedding_magnitude: Literal["token", "dimension"] = "token"
     norm_gradient: Literal["detached", "full"] = "detached"
+    start: Literal["zero", "pissa", "olora", "loftq"] = "zero"
+    magnitude_from: Literal["base", "original"] = "base"
+    magnitude_form: Literal["direct", "relative"] = "direct"
+    norm_memory: int = 0
 
     lr: float = 1e-4
     magnitude_lr_ratio: float = 1.0
+    output_factor_lr_ratio: float = 1.0
+    magnitude_decay: float = 0.0
     weight_decay: float = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
@@ -131,12 +150,19 @@ class TrainRecipe:
         for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("eval_size", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+        for name in ("eval_size", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "magnitude_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("lr", "epochs"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):
+            which = "start is loftq" if self.start == "loftq" else "magnitude_from is original"
+            raise UserError(f"{which}, which is for a quantized base; set quantize: nf4 or drop it")
+        if self.magnitude_decay and self.magnitude_form != "relative":
+            raise UserError(
+                "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
+            )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}; expected at least 1")
         if not self.data:

@@ -66,8 +66,9 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     rows, eval_rows = datasets(recipe, tokenizer, say)
     set_seed(recipe.seed)
-    model = model or load_model(recipe.model, recipe.dtype)
-    attach(model, recipe.adapter())
+    model = model or load_model(recipe.model, recipe.dtype, recipe.quantize, recipe.double_quantization)
+    wants_original = recipe.start == "loftq" or recipe.magnitude_from == "original"
+    attach(model, recipe.adapter(), original=load_model(recipe.model, recipe.dtype) if wants_original else None)
     say(describe(model))
     if not recipe.resume:
         clear_checkpoints(output)
@@ -161,7 +162,8 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         eval_dataset=eval_rows or None,
         callbacks=[clock],
     )
-    trainer.magnitude_lr_ratio = recipe.magnitude_lr_ratio
+    for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay"):
+        setattr(trainer, name, getattr(recipe, name))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock

@@ -16,9 +16,10 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from ..attachment import parameter_groups, record_of
+from ..attachment import record_of
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
+from ..optimization import parameter_groups
 
 
 class NonFiniteLoss(UserError):
@@ -30,6 +31,10 @@ class TrainerMixin:
 
     magnitude_lr_ratio: float = 1.0
     """Learning rate of m as a multiple of the trainer's."""
+    output_factor_lr_ratio: float = 1.0
+    """LoRA+: learning rate of B over that of A."""
+    magnitude_decay: float = 0.0
+    """Weight decay of δ in m = m₀·exp(δ)."""
 
     def __init__(self, model=None, *args, **kwargs):
         if record_of(model).merged is not None:
@@ -46,6 +51,8 @@ class TrainerMixin:
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.magnitude_lr_ratio,
+                self.output_factor_lr_ratio,
+                self.magnitude_decay,
             )
             cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}

@@ -1,0 +1,109 @@
+"""LoRA's direction from another start than B = 0.
+
+    pissa    s·B₀·A₀ = the leading R singular triples of W (PiSSA)        A₀ = √S·Vᵀ, B₀ = U·√S (over √s each)
+    olora    s·B₀·A₀ = Q·R of W's QR factorization, R columns of Q (OLoRA)
+    loftq    s·B₀·A₀ = the leading triples of W − Q(W): what quantization lost (LoftQ, one iteration)
+
+PiSSA and OLoRA train A and B from A₀, B₀ and take s·B₀·A₀ out of the frozen weight. Here W itself stays as it is, and
+
+    ΔV = s·(B·A − B₀·A₀) = s·[B, B − B₀]·[A − A₀; A₀]
+
+is one pair of twice the rank whose products are exactly 0 at the start (no cancellation): the output of step 0 is the base's,
+`detach` gives the base back, and a saved folder is an ordinary LoRA of rank 2R (as PEFT converts such adapters). LoftQ adds its
+start to the quantized weight; m then starts at the norm of W + ΔV (`initial.py`), so that g = 1 in every case.
+
+Cost: products of W with R + 10 vectors from row tiles, never a dense copy; while training, twice LoRA's low-rank work for the
+first two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import register
+from .lora import LoRADirection
+
+STARTS = ("zero", "pissa", "olora", "loftq")
+_OVERSAMPLE, _ITERATIONS = 10, 4
+
+Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
+"""Row tiles of the matrix, afresh at each call."""
+
+
+class OffsetLoRADirection(LoRADirection):
+    """ΔV = s·(B·A − B₀·A₀), 0 at the start A = A₀, B = B₀."""
+
+    name = "lora_offset"
+    names = ("lora_A", "lora_B", "start_A", "start_B")
+    frozen = ("start_A", "start_B")
+
+    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
+        for name, size in self.shapes(shape, rank).items():
+            register(module, name, torch.zeros(size, dtype=dtype), device)
+
+    def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        A, B, A0, B0 = self.sources(module)
+        return torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
+
+    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
+        return tuple(getattr(module, name) for name in self.names)
+
+    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
+        A, B = (rank, shape[1]), (shape[0], rank)
+        return dict(zip(self.names, (A, B, A, B), strict=True))
+
+    def __reduce__(self):
+        return "OFFSET"
+
+
+@torch.no_grad()
+def put_start(module: nn.Module, name: str, tiles: Tiles, s: float, seed: int) -> None:
+    """Give the module's A and B (and A₀, B₀ where the direction has them) the start `name`, from row tiles of its W.
+
+    For loftq the tiles are of W − Q(W)."""
+    A, B = module.lora_A, module.lora_B
+    make = orthogonal if name == "olora" else leading
+    B0, A0 = make(tiles, len(B), A.shape[1], len(A), A.dtype, A.device, seed)
+    for parameter, value in (("lora_A", A0), ("lora_B", B0), ("start_A", A0), ("start_B", B0)):
+        if (p := module._parameters.get(parameter)) is not None:
+            p.copy_(value / abs(s) ** 0.5)
+
+
+def leading(tiles: Tiles, rows: int, columns: int, rank: int, dtype, device, seed: int) -> tuple[Tensor, Tensor]:
+    """(U·√S (O, R), √S·Vᵀ (R, I)): the leading singular triples, by subspace iteration (Halko et al., 2011)."""
+    width = min(rank + _OVERSAMPLE, rows, columns)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    Q_IK = torch.randn(columns, width, generator=generator, dtype=dtype).to(device)
+    for _ in range(_ITERATIONS + 1):
+        Q_OK = torch.linalg.qr(times(tiles, Q_IK, rows))[0]
+        Q_IK = torch.linalg.qr(times_transposed(tiles, Q_OK, columns))[0]
+    U, S, Vh = torch.linalg.svd(times(tiles, Q_IK, rows), full_matrices=False)
+    root = S[:rank].sqrt()
+    return U[:, :rank] * root, root[:, None] * (Vh @ Q_IK.T)[:rank]
+
+
+def orthogonal(tiles: Tiles, rows: int, columns: int, rank: int, dtype, device, seed: int) -> tuple[Tensor, Tensor]:
+    """(Q (O, R), the first R rows of R (R, I)) of W = Q·R: Q's first columns come from W's first columns alone."""
+    first = torch.cat([tile[:, :rank].to(dtype) for _, tile in tiles()])
+    Q = torch.linalg.qr(first)[0]
+    return Q, times_transposed(tiles, Q, columns).T
+
+
+def times(tiles: Tiles, X_IK: Tensor, rows: int) -> Tensor:
+    out = X_IK.new_zeros(rows, X_IK.shape[1])
+    for which, tile in tiles():
+        out[which] = tile.to(X_IK.dtype) @ X_IK
+    return out
+
+
+def times_transposed(tiles: Tiles, Y_OK: Tensor, columns: int) -> Tensor:
+    out = Y_OK.new_zeros(columns, Y_OK.shape[1])
+    for which, tile in tiles():
+        out += tile.to(Y_OK.dtype).T @ Y_OK[which]
+    return out
+
+
+OFFSET = OffsetLoRADirection()

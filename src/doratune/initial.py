@@ -1,0 +1,73 @@
+"""What an adapter starts from: A and B from another start than B = 0, and m from the weight that is then in effect.
+
+    start      zero, pissa, olora, loftq (`directions/starts.py`)
+    m          |W + s·B·A| of the frozen weight and the start, so that g = 1 (§3.1); or |W₀| of the unquantized weight W₀ on request
+
+Cost: one pass over W; a start reads W some ten times in row tiles.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .bases import TILE_NUMBERS
+from .directions.starts import put_start
+from .errors import UserError
+from .layers.site import Adaptation, LayerSite
+from .math import decomposition
+
+
+@torch.no_grad()
+def magnitude_and_start(module: nn.Module, a: Adaptation, config, seed: int, name: str, original) -> Tensor | None:
+    """Put the configured start into the module's factors; returns m at the start, None without a magnitude."""
+    w2 = a.frozen_facts(module).w2
+    if a.rank and config.start != "zero":
+        tiles = partial(a.base.row_tiles, module)
+        if config.start == "loftq":
+            lost = original_weight(original, name, a, module, "start is 'loftq'")
+            tiles = partial(_residual, tiles, lost)
+        put_start(module, config.start, tiles, a.scaling, seed)
+    if not a.magnitude:
+        return None
+    if config.magnitude_from == "original":
+        W = original_weight(original, name, a, module, "magnitude_from is 'original'")
+        w2 = decomposition.squared_norms(_tiles(W, w2.dtype), len(w2), a.axis, w2.dtype, w2.device)
+    elif a.rank and config.start == "loftq":
+        return LayerSite(module, a).terms(*_rounded(a, module)).n
+    return w2.sqrt()
+
+
+def _rounded(a: Adaptation, module: nn.Module) -> tuple[Tensor, Tensor]:
+    dtype = a.base.dtype(module)
+    A, B = a.factors_of(module)
+    return A.to(dtype), B.to(dtype)
+
+
+def original_weight(original, name: str, a: Adaptation, module: nn.Module, why: str) -> Tensor:
+    """The unquantized weight of one module, as the matrix (O, I).
+
+    Raises:
+        UserError: none was given, or one of another shape.
+    """
+    if original is None:
+        raise UserError(f"{why}, which needs the unquantized weights; pass doratune.attach(..., original=unquantized_model)")
+    W = original.get_submodule(name).weight if isinstance(original, nn.Module) else original(name)
+    if tuple(W.shape) != a.base.shape(module):
+        raise UserError(f"{name}: the original weight has shape {tuple(W.shape)}, the quantized one {a.base.shape(module)}")
+    return W.detach()
+
+
+def _tiles(W_OI: Tensor, dtype: torch.dtype):
+    step = max(1, TILE_NUMBERS // max(1, W_OI.shape[1]))
+    for start in range(0, len(W_OI), step):
+        rows = slice(start, min(start + step, len(W_OI)))
+        yield rows, W_OI[rows].to(dtype)
+
+
+def _residual(tiles, original: Tensor):
+    """Row tiles of W₀ − W."""
+    for rows, tile in tiles():
+        yield rows, original[rows].to(tile) - tile

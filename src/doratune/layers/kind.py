@@ -1,0 +1,88 @@
+"""What every layer kind offers: how its weight is the matrix W (O, I) of the maths, and one forward.
+
+A new kind is one new file with a subclass, and its name in `layers/__init__.py`. Kinds have no state: one instance each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import Base, base_of
+
+RESERVED = ("adaptation", "magnitude", "scaling")
+"""Names that an adapted layer gives to a module, besides its direction's."""
+
+
+class LayerKind:
+    name: str
+    weight_name = "weight"
+
+    def matches(self, module: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W (O, I), a view wherever the memory allows."""
+        return weight
+
+    def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
+        """Rows `which` of W (K, I); not flattened: as they lie in the weight, to be written to."""
+        return weight[which]
+
+    def forward(self, module: nn.Module, base_forward, *args, **kwargs):
+        """The adapted layer's output; `base_forward` is the module's own forward."""
+        raise NotImplementedError
+
+    def base(self, module: nn.Module) -> Base | None:
+        """The storage of its weight."""
+        return base_of(self, module)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why this module cannot be adapted at all, or None."""
+        if taken := [name for name in RESERVED if hasattr(module, name)]:
+            return f"its class {type(module).__name__} has an attribute {taken[0]!r} of its own"
+        if "forward" in vars(module) and not _calls_its_class(module):
+            return "its forward was replaced on the instance, so an adapter there would do nothing"
+        if self.base(module) is None:
+            return self._unknown_storage(module)
+        return self.probe(module)
+
+    def axis(self, config) -> str:
+        """Along which axis of W the magnitude lies."""
+        return config.magnitude_axis
+
+    def axis_refusal(self, module: nn.Module) -> str | None:
+        """Why one magnitude per input column is not defined for this module, or None."""
+        return None
+
+    def probe(self, module: nn.Module) -> str | None:
+        """Why its forward is not this kind's, tried on an input; None: it is."""
+        return None
+
+    def _unknown_storage(self, module: nn.Module) -> str:
+        weight = getattr(module, self.weight_name, None)
+        kind = type(weight.data if isinstance(weight, nn.Parameter) else weight).__name__
+        dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        return f"its weight is a {kind}{dtype}, a storage that is not known; see doratune.bases.register"
+
+    def __reduce__(self):
+        from . import kind_named
+
+        return kind_named, (self.name,)
+
+
+def _calls_its_class(module: nn.Module) -> bool:
+    """Does a forward that was put on the instance (by accelerate's hooks) end in the class's own?"""
+    held = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return any(getattr(f, "__func__", None) is type(module).forward for f in held)
+
+
+@torch.no_grad()
+def differs(module: nn.Module, inputs: tuple, expected: Tensor, meaning: str) -> str | None:
+    """A sentence if the module's forward does not give `expected`."""
+    try:
+        got = module(*inputs)
+        same = torch.is_tensor(got) and got.shape == expected.shape and (got - expected).norm() <= 1e-2 * expected.norm()
+    except Exception as error:  # any forward of any class
+        return f"its forward fails on a plain tensor ({type(error).__name__})"
+    return None if same else f"the forward of {type(module).__name__} is not {meaning}"
