@@ -1,0 +1,66 @@
+"""`doratune inspect`: what an adapter adapts in a model, and which rows of its weights have no direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .arguments import parse
+from .output import keep_freed_memory, print_json, say
+
+EXAMPLE = "doratune inspect --model smollm2-135m-instruct --targets q_proj,v_proj --rank 8"
+
+
+@dataclass(kw_only=True)
+class InspectSettings:
+    """Show what is adapted (module, kind, base, direction, rank, trainable numbers, rows without direction) and what is left out.
+
+    Args:
+        model: hub id, local folder, or smollm2-135m-instruct; default: the adapter's base model
+        adapter: show this adapter folder instead of the settings below
+        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr
+        rank: rows of A, columns of B
+        targets: list of names, regex, all-linear or all-layers
+        exclude: modules to leave out
+        magnitude_axis: output (per row) or input (per column)
+        quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8
+        dtype: dtype of the model
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
+    rank: int = 16
+    targets: str | list[str] = "all-linear"
+    exclude: str | list[str] = field(default_factory=list)
+    magnitude_axis: Literal["output", "input"] = "output"
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+def main(argv: list[str]) -> int:
+    settings, as_json = parse(InspectSettings, argv, "inspect", EXAMPLE)
+    keep_freed_memory()
+    from ..attachment import attach
+    from ..checkpoint.adapter import base_model_of, load
+    from ..config import AdapterConfig
+    from ..errors import UserError
+    from ..inspection import inspect
+    from ..models import load_model
+
+    if not settings.model and not settings.adapter:
+        raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
+    if not settings.adapter:
+        names = ("method", "rank", "targets", "exclude", "magnitude_axis")
+        config = AdapterConfig(**{name: getattr(settings, name) for name in names})
+    name = settings.model or base_model_of(settings.adapter)
+    model = load_model(name, settings.dtype, settings.quantize)
+    if settings.adapter:
+        load(model, settings.adapter, trainable=True)
+    else:
+        attach(model, config)
+    found = inspect(model)
+    say(found.table())
+    if as_json:
+        print_json(found.to_dict() | {"model": name})
+    return 0

@@ -1,0 +1,109 @@
+"""`inspect`: a table of what is adapted in an attached model, what was left out and why, and rows without direction.
+
+Rows (columns) count as `zero` where the frozen weight has no direction (they stay plain LoRA rows for good), and as `near zero`
+below 1e-3 of the median norm: their gain is sensitive, a large learning rate shows there first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .attachment import adapters, record_of
+from .errors import UserError
+from .layers.adapted import own_parameters
+
+NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer; `shape` is the matrix of the maths (O, I)."""
+
+    module: str
+    kind: str
+    base: str
+    direction: str
+    shape: tuple[int, int]
+    rank: int
+    magnitude: str
+    trainable: int
+    zero: int
+    near_zero: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    rows: list[Row]
+    left_out: dict[str, str]
+    trainable: int
+    total: int
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """Lines of text: one for each adapted layer, each layer left out, and the sums."""
+        heads = ("module", "kind", "base", "direction", "shape", "rank", "magnitude", "trainable", "zero rows", "near zero")
+        cells = [
+            (r.module, r.kind, r.base, r.direction, f"{r.shape[0]} x {r.shape[1]}", str(r.rank), r.magnitude, f"{r.trainable:,}")
+            + (str(r.zero), str(r.near_zero))
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (heads, *cells)
+        ]
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        zero, near = (sum(getattr(r, name) for r in self.rows) for name in ("zero", "near_zero"))
+        share = 100 * self.trainable / self.total
+        lines.append(f"{len(self.rows)} layers adapted, {self.trainable:,} trainable parameters ({share:.3g} % of {self.total:,})")
+        lines.append(f"{zero} rows without direction (they stay plain LoRA rows), {near} near zero")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def inspect(model: nn.Module) -> Inspection:
+    """What is adapted in an attached model.
+
+    Raises:
+        UserError: nothing is attached, or the adapter is merged.
+    """
+    record = record_of(model)
+    if record.merged is not None:
+        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.inspect")
+    rows = [_row(name, layer) for name, layer in adapters(model)]
+    adapter = {id(p) for _, layer in adapters(model) for p in own_parameters(layer).values()}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+    packed = sum(_uncounted(layer) for _, layer in adapters(model) if layer.adaptation.base.name != "dense")
+    return Inspection(rows, dict(record.left_out), trainable, total + packed)
+
+
+def _uncounted(layer) -> int:
+    """Numbers of a quantized weight that its stored tensor does not count."""
+    rows, columns = layer.adaptation.base.shape(layer)
+    weight = getattr(layer, "weight", None)
+    return rows * columns - (weight.numel() if isinstance(weight, nn.Parameter) else 0)
+
+
+def _row(name: str, layer) -> Row:
+    a = layer.adaptation
+    w2, directionless, _ = a.frozen_facts(layer)
+    w = w2.sqrt()
+    near = (w < NEAR * w.median()) & ~directionless if w.numel() else directionless
+    return Row(
+        module=name,
+        kind=a.kind.name,
+        base=a.base.name,
+        direction=a.direction.name,
+        shape=tuple(a.base.shape(layer)),
+        rank=a.rank,
+        magnitude=f"per {a.axis}" if a.magnitude else "none",
+        trainable=sum(p.numel() for p in own_parameters(layer).values() if p.requires_grad),
+        zero=int(directionless.sum()),
+        near_zero=int(near.sum()),
+    )
