@@ -67,3 +67,39 @@ def test_mistakes_are_one_line(arguments, message, tiny_folder, capsys):
     assert main(["inspect", *(str(tiny_folder) if a == "TINY" else a for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+PAPER_7B = {  # method, rank, targets: per cent (Tables 1, 5 and 6)
+    ("lora", 32, "qkvud"): 0.83,
+    ("dora", 32, "qkvud"): 0.84,
+    ("dora", 16, "qkvud"): 0.43,
+    ("vera", 256, "all"): 0.02,
+    ("dvora", 256, "all"): 0.04,
+    ("vera", 1024, "all"): 0.02,
+    ("dvora", 1024, "all"): 0.04,
+}
+
+
+@pytest.mark.parametrize("key", PAPER_7B)
+def test_the_papers_parameter_shares_by_counting(key):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from doratune.inspection import count
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # its defaults are LLaMA-7B
+    method, rank, names = key
+    targets = "all-linear" if names == "all" else ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    trainable, own = count(model, doratune.AdapterConfig(method=method, rank=rank, targets=targets))
+    assert own == 6_738_415_616
+    assert 100 * trainable / (own + trainable) == pytest.approx(PAPER_7B[key], abs=0.005)
+
+
+def test_counting_is_what_attach_trains():
+    for method in ("dora", "dvora", "dloha", "dlokr"):
+        config = doratune.AdapterConfig(method=method, rank=4, also_train=["lm_head"])
+        from doratune.inspection import count
+
+        expected = count(tiny_llama(), config)[0]
+        model = doratune.attach(tiny_llama(), config)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected

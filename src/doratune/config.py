@@ -31,7 +31,7 @@ class AdapterConfig:
 
     method: Literal["lora", "dora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
     """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1). `vera`, `loha`, `lokr`:
-    other directions; `dvora` (§5.3), `dloha`, `dlokr`: the same with a magnitude."""
+    other directions; `dvora` (§5.4), `dloha`, `dlokr`: the same with a magnitude."""
     rank: int = 16
     """R, rows of A and columns of B."""
     alpha: float | None = None

@@ -7,14 +7,18 @@ below 1e-3 of the median norm: their gain is sensitive, a large learning rate sh
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .attachment import adapters, record_of
+from .directions import direction_for
 from .errors import UserError
+from .layers import kind_of
 from .layers.adapted import own_parameters
+from .targets import select
 
 NEAR = 1e-3
 
@@ -81,6 +85,28 @@ def inspect(model: nn.Module) -> Inspection:
     total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     packed = sum(_uncounted(layer) for _, layer in adapters(model) if layer.adaptation.base.name != "dense")
     return Inspection(rows, dict(record.left_out), trainable, total + packed)
+
+
+def count(model: nn.Module, config) -> tuple[int, int]:
+    """(trainable numbers, the model's own numbers) that a configuration would give; the model may be on the meta device.
+
+    The paper's parameter shares are trainable / (trainable + own).
+
+    Raises:
+        UserError: the configuration does not fit the model.
+    """
+    selection, trainable = select(model, config), 0
+    own = sum(p.numel() for p in model.parameters())
+    for name, rank in selection.ranks.items():
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        shape, direction = kind.base(module).shape(module), direction_for(config, rank, None)
+        sizes = [size for key, size in direction.shapes(shape, rank).items() if key not in direction.frozen]
+        sizes += [shape[:1] if kind.axis(config) == "output" else shape[1:]] if config.has_magnitude else []
+        trainable += sum(math.prod(size) for size in sizes)
+    for name in selection.also_train:
+        trainable += sum(p.numel() for p in model.get_submodule(name).parameters())
+    return trainable, own
 
 
 def _uncounted(layer) -> int:

@@ -1,4 +1,4 @@
-"""VeRA's direction (§5.3; Kopiczko et al., ICLR 2024): frozen random A and B, shared by all layers; trained are two vectors.
+"""VeRA's direction (§5.4; Kopiczko et al., ICLR 2024): frozen random A and B, shared by all layers; trained are two vectors.
 
     ΔV = diag(b)·B·diag(d)·A        b (O,) starts at 0, d (R,) at 0.1; A (R, I), B (O, R) cut out of one largest pair
 
