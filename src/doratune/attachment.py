@@ -75,6 +75,9 @@ def attach_selection(
     bases = {name: kind_of(modules[name]).base(modules[name]) for name in selection.ranks}
     if empty := [name for name, base in bases.items() if base.device(modules[name]).type == "meta"]:
         raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
+    if not loading and initial.needs_original(config):
+        for name, base in bases.items():
+            initial.original_weight(original, name, base.shape(modules[name]), config)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     replaced = _train_whole(modules, selection.also_train, trainable)
     for p in model.parameters():
@@ -83,6 +86,7 @@ def attach_selection(
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
     common = Common(Siblings(), shared_factors(config, [bases[n].shape(modules[n]) for n in selection.ranks]), original, loading)
+    common.norm_memory = config.norm_memory
     for name, rank in selection.ranks.items():
         adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     record = Attachment(
@@ -107,6 +111,16 @@ class Common:
     shared: SharedFactors | None
     original: object = None
     loading: bool = False  # the values come from a file afterwards
+    norm_memory: int = 0  # bytes left for products that are kept
+
+    def may_keep(self, a: Adaptation, module: nn.Module) -> bool:
+        """Is there memory left for this layer's U = W·Aᵀ, where A never changes?"""
+        (rows, _), size = a.base.shape(module), a.base.dtype(module).itemsize
+        wanted = rows * a.rank * size + 4 * a.rank**2
+        if a.direction.name != "vera" or not a.magnitude or a.axis != "output" or wanted > self.norm_memory:
+            return False
+        self.norm_memory -= wanted
+        return True
 
 
 def shared_factors(config: AdapterConfig, shapes: list[tuple[int, int]]) -> SharedFactors | None:
@@ -136,6 +150,7 @@ def adapt(
         dropout=config.dropout,
         siblings=common.siblings,
     )
+    a.keep_product = common.may_keep(a, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adaptation = a
     _create(module, a, config, seed, name, common)

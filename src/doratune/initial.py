@@ -27,13 +27,13 @@ def magnitude_and_start(module: nn.Module, a: Adaptation, config, seed: int, nam
     if a.rank and config.start != "zero":
         tiles = partial(a.base.row_tiles, module)
         if config.start == "loftq":
-            lost = original_weight(original, name, a, module, "start is 'loftq'")
+            lost = original_weight(original, name, a.base.shape(module), config)
             tiles = partial(_residual, tiles, lost)
         put_start(module, config.start, tiles, a.scaling, seed)
     if not a.magnitude:
         return None
     if config.magnitude_from == "original":
-        W = original_weight(original, name, a, module, "magnitude_from is 'original'")
+        W = original_weight(original, name, a.base.shape(module), config)
         w2 = decomposition.squared_norms(_tiles(W, w2.dtype), len(w2), a.axis, w2.dtype, w2.device)
     elif a.rank and config.start == "loftq":
         return LayerSite(module, a).terms(*_rounded(a, module)).n
@@ -46,17 +46,22 @@ def _rounded(a: Adaptation, module: nn.Module) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
-def original_weight(original, name: str, a: Adaptation, module: nn.Module, why: str) -> Tensor:
-    """The unquantized weight of one module, as the matrix (O, I).
+def needs_original(config) -> bool:
+    return config.start == "loftq" or config.magnitude_from == "original"
+
+
+def original_weight(original, name: str, shape: tuple[int, int], config) -> Tensor:
+    """The unquantized weight (O, I) of one module.
 
     Raises:
         UserError: none was given, or one of another shape.
     """
     if original is None:
+        why = "start is 'loftq'" if config.start == "loftq" else "magnitude_from is 'original'"
         raise UserError(f"{why}, which needs the unquantized weights; pass doratune.attach(..., original=unquantized_model)")
     W = original.get_submodule(name).weight if isinstance(original, nn.Module) else original(name)
-    if tuple(W.shape) != a.base.shape(module):
-        raise UserError(f"{name}: the original weight has shape {tuple(W.shape)}, the quantized one {a.base.shape(module)}")
+    if tuple(W.shape) != tuple(shape):
+        raise UserError(f"{name}: the original weight has shape {tuple(W.shape)}, the quantized one {tuple(shape)}")
     return W.detach()
 
 

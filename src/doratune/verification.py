@@ -72,9 +72,23 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
         report.notes.append(f"{total} rows without direction stay plain LoRA rows, in {listed(report.zero_rows)}")
     if report.clamped_rows:
         report.problems.append(f"norm close to 0 (|W + s·B·A| < 1e-6·|W|), clamped, in {listed(report.clamped_rows)}")
+    if record.config.magnitude_from == "original":
+        report.notes.append(_offset(layers.values()))
     if example is not None:
         _run(model, layers, example, report)
     return report
+
+
+def _offset(layers) -> str:
+    """How far m, which started at the norm of another weight, is from n."""
+    off = []
+    for layer in layers:
+        a, dtype = layer.adaptation, layer.adaptation.base.dtype(layer)
+        n = LayerSite(layer, a).norm(*(None if t is None else t.to(dtype) for t in a.factors_of(layer)), dtype, 2**30)
+        off.append(((layer.magnitude - n).abs() / n)[~a.frozen_facts(layer).directionless])
+    off = torch.cat([t.cpu() for t in off])
+    sizes = f"{100 * off.mean():.2g} % on average, {100 * off.max():.2g} % at most"
+    return f"m started at the unquantized weights' norm, so the start is not the base's: |m/n - 1| is {sizes}"
 
 
 def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None:
@@ -117,7 +131,7 @@ def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], re
     report.never_ran = [name for name, layer in layers.items() if layer.adaptation.calls == before[name]]
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    if all(_untouched(layer) for layer in layers.values()):
+    if all(_untouched(layer) for layer in layers.values()) and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
             for layer in layers.values():

@@ -56,6 +56,8 @@ class Adaptation:
     siblings: Siblings = field(default_factory=Siblings)
     epoch: int = 0
     calls: int = 0  # how often the adapted forward really ran
+    keep_product: bool = False  # VeRA: A is frozen, so U = W·Aᵀ may be kept
+    _product: tuple | None = None
     _facts: tuple | None = None
     _small: tuple | None = None
     _likeness: tuple | None = None
@@ -102,7 +104,16 @@ class Adaptation:
         self.epoch += 1
         self.cache.clear()
         self.factors.clear()
-        self._facts = self._small = None
+        self._facts = self._small = self._product = None
+
+    def kept_product(self, module: nn.Module, A: Tensor) -> Tensor | None:
+        """U = W·Aᵀ (O, R), computed once per W and dtype; None where it is not to be kept."""
+        if not self.keep_product:
+            return None
+        key = A.dtype, self.base.version(module)
+        if self._product is None or self._product[0] != key:
+            self._product = key, norm.base_times_A(self.base, module, A)
+        return self._product[1]
 
 
 class LayerSite(NamedTuple):
@@ -153,7 +164,8 @@ class LayerSite(NamedTuple):
         """The norm's parts, uncached. A already in the dtype of the forward."""
         a = self.adaptation
         with torch.no_grad(), no_autocast(A.device):
-            return norm.terms(a.base, self.module, A, B, a.scaling, a.frozen_facts(self.module).w2, a.axis)
+            w2 = a.frozen_facts(self.module).w2
+            return norm.terms(a.base, self.module, A, B, a.scaling, w2, a.axis, a.kept_product(self.module, A))
 
     def redone(self, A: Tensor, B: Tensor) -> Tensor:
         return self.terms(A, B).redone

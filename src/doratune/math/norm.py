@@ -60,12 +60,16 @@ def magnitudes(base: Base, modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tenso
     return n2_LO.sqrt_(), trusted_L.tolist()
 
 
-def terms(base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str) -> Terms:
-    """The norm and its parts; A already in the dtype that the forward uses, to which B is rounded too. No autograd, no autocast.
+def terms(
+    base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str, product: Tensor | None = None
+) -> Terms:
+    """The norm and its parts; A already in the dtype that the forward uses, to which B is rounded too; product: U, if it is known.
+    No autograd, no autocast.
 
     Both axes are one sum over rows: P = U, F = B on the output axis, P = (Bᵀ·W)ᵀ, F = Aᵀ on the input axis."""
     if axis == "output":
-        P_NR, F_NR, gram = base_times_A(base, module, A_RI), B_OR, gram_matrix(A_RI, w2.dtype)
+        product = base_times_A(base, module, A_RI) if product is None else product
+        P_NR, F_NR, gram = product, B_OR, gram_matrix(A_RI, w2.dtype)
     else:
         P_NR, F_NR, gram = base.backward_rows(module, B_OR.T).T, A_RI.T, gram_matrix(B_OR.T.to(A_RI.dtype), w2.dtype)
     cross, ba2, product_norm, bound = row_sums(P_NR, F_NR, gram, A_RI.dtype)
