@@ -39,6 +39,10 @@ def rescaled(module, out: Tensor, A, B, m, bias: Tensor | None, dim: int = -1, s
     """out + (g − 1) ⊙ (out − bias), g along dimension `dim` of an output that holds the low-rank part already."""
     if A is not None and not module.adaptation.full_gradient:
         A, B = A.detach(), B.detach()  # the norm is a constant, and nothing else here depends on them
+    if dim not in (-1, out.dim() - 1) and out.is_contiguous():
+        lying = math.prod(out.shape[:dim]), out.shape[dim], math.prod(out.shape[dim + 1 :])
+        y = composed(module, None, out.reshape(lying), A, B, m, bias, site=site)
+        return y.view(out.shape)
     moved = out.movedim(dim, -1)
     y = composed(module, None, flat(moved), A, B, m, bias, site=site)
     return y.view(moved.shape).movedim(-1, dim)

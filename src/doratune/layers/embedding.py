@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bases import accumulation_dtype
+from ..math import op
 from .calls import rescaled
 from .kind import LayerKind, differs
 
@@ -27,9 +28,10 @@ class EmbeddingKind(LayerKind):
 
     def forward(self, module, base_forward, ids: Tensor):
         a = module.adaptation
-        a.calls += 1
+        if not torch.compiler.is_compiling():
+            a.calls += 1
         (A, B), m = a.factors_of(module), module.magnitude
-        padding = -1 if module.padding_idx is None else module.padding_idx
+        padding = module.padding_idx
         out = F.embedding(ids, module.weight, padding)
         delta = None if A is None else low_rank(module, ids, A, B, out.dtype, padding)
         if m is not None and a.axis == "output":
@@ -62,7 +64,7 @@ def scale_of(module, dtype: torch.dtype):
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padding: int) -> Tensor:
+def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padding: int | None) -> Tensor:
     """δ = s·B_t·A (…, I) in `dtype`."""
     with torch.autocast(ids.device.type, enabled=False):
         rows = F.embedding(ids, B, padding).to(dtype) * module.adaptation.scaling
@@ -71,12 +73,14 @@ def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padd
         return rows @ A.to(dtype)
 
 
-def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, m: Tensor, padding: int) -> Tensor:
+def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, m: Tensor, padding: int | None) -> Tensor:
     """g_t ⊙ (W_t + δ_t) in out's dtype; the gain in fp32 (fp64)."""
     a = module.adaptation
-    w2, directionless, _ = a.frozen_facts(module)
     dtype = accumulation_dtype(out.dtype)
-    frozen, w2 = directionless[ids], w2[ids]
+    if torch.compiler.is_compiling():
+        w2, frozen = op.frozen_rows(ids, a.handle.tensor, dtype)
+    else:
+        w2, frozen = (fact[ids] for fact in a.frozen_facts(module)[:2])
     V = out if delta is None else out + delta
     n2 = w2
     if delta is not None:

@@ -140,6 +140,10 @@ class LayerSite(NamedTuple):
         return self.adaptation.axis
 
     @property
+    def facts(self) -> FrozenFacts:
+        return self.adaptation.frozen_facts(self.module)
+
+    @property
     def frozen(self) -> Tensor | None:
         return self.adaptation.frozen_facts(self.module).frozen
 

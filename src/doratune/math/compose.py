@@ -49,7 +49,8 @@ class Site(Protocol):
 class Inputs(NamedTuple):
     """What the op takes. x (T, I), out (T, O), A (R, I), B (O, R), m (O,) fp32, bias (O,), mask (T, I) bool of kept inputs.
 
-    x None with A given: the low-rank part is in `out` already; out's columns are then the norm's rows, whatever its axis."""
+    x None with A given: the low-rank part is in `out` already; out's columns are then the norm's rows, whatever its axis.
+    Without x, `out` may be (N, O, S)."""
 
     x: Tensor | None
     out: Tensor
@@ -101,7 +102,7 @@ def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
     with no_autocast(out.device):
         n = gain = z = sB = None
         if m is not None:
-            n = site.norm(A, B, out.dtype, len(out)).clone()
+            n = site.norm(A, B, out.dtype, kernels.torch_kernels.tokens(out)).clone()
             gain = gain_minus_one(m, n, site.frozen)
         if x is not None:
             z = dropped(x.to(out.dtype), mask) @ A.to(out.dtype).T
@@ -112,7 +113,7 @@ def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
 def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias) -> Tensor:
     """y without anything kept, from factors that are made once per change of A, B and m."""
     with no_autocast(out.device):
-        f = site.factors(A, B, m, out.dtype, len(out), x is not None)
+        f = site.factors(A, B, m, out.dtype, kernels.torch_kernels.tokens(out), x is not None)
         if x is None:
             return kernels.compose(out, f.gain, bias, None, None)
         few = f.gain_low is not None and len(out) < kernels.torch_kernels.FEW_ROWS and out.device.type == "cpu"
@@ -153,7 +154,7 @@ def backward(site: Site, needs: Needs, dY: Tensor, given: Inputs, made: Made, re
         if site.full_gradient and m is not None and A is not None and (needs.A or needs.B):
             dA, dB = add_full_gradient(site, A, B, dY.dtype, gain, dg, n, needs, dA, dB)
         if needs.bias and gain is not None:  # through `out` the bias gets g ⊙ dY, but it is never scaled
-            dbias = -(gain * dY.sum(0, dtype=gain.dtype)).to(bias.dtype)
+            dbias = -(gain * dY.sum((0, 2)[: dY.dim() - 1], dtype=gain.dtype)).to(bias.dtype)
     return dx, dout if needs.out else None, dA, dB, dm, dbias
 
 

@@ -2,6 +2,7 @@
 
     doratune::compose          (x, out, A, B, m, …, handle) → y, z, s·g ⊙ B, n            and its backward
     doratune::scale_input      (x, A, B, m, …, handle) → x̃, n                              and its backward
+    doratune::frozen_rows      (ids, handle) → w² and the rows without direction, of an embedding
 
 The layer is reached through a handle, inside the op: the norm, its cache and the base's own products stay out of the
 traced graph, whose guards would otherwise change with every step. Eager calls use `autograd.py`, which does the same for less
@@ -171,6 +172,18 @@ def _backward_input(ctx, dX, *_):
 
 
 scaled_input.register_autograd(_backward_input, setup_context=_setup_input)
+
+
+@torch.library.custom_op("doratune::frozen_rows", mutates_args=(), tags=_TAGS)
+def frozen_rows(ids: Tensor, handle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w² in `dtype`, is the row without direction?) of the looked-up rows of an embedding, in the shape of ids."""
+    w2, directionless, _ = site(handle, False, count=True).facts
+    return w2[ids].to(dtype), directionless[ids]
+
+
+@frozen_rows.register_fake
+def _(ids, handle, dtype):
+    return ids.new_empty(ids.shape, dtype=dtype), ids.new_empty(ids.shape, dtype=torch.bool)
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:

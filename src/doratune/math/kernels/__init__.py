@@ -109,7 +109,7 @@ def compose(
 ) -> Tensor:
     """y = out + (g − 1) ⊙ (out − bias) + z·sBᵀ; fresh: `out` may be overwritten. See `torch_kernels.compose`."""
     arguments = out_TO, gain_O, bias_O, z_TR, sB_OR
-    if out_TO.device.type == "cpu" and requested() != "triton":
+    if out_TO.dim() == 3 or (out_TO.device.type == "cpu" and requested() != "triton"):
         return torch_kernels.compose(*arguments, fresh)
     rank = 0 if z_TR is None else z_TR.shape[1]
     return _run("compose", (*out_TO.shape, rank, gain_O is None), out_TO, arguments)
@@ -136,7 +136,7 @@ def direct_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float, factored: Ca
 
 def _run(operation: str, shape: tuple, tensor: Tensor, arguments: tuple):
     plain = getattr(torch_kernels, operation)
-    if tensor.device.type == "cpu" and requested() != "triton":
+    if tensor.dim() == 3 or (tensor.device.type == "cpu" and requested() != "triton"):
         return plain(*arguments)
     if select(tensor.device, tensor.dtype).implementation == "torch":
         return plain(*arguments)
