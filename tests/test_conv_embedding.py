@@ -125,7 +125,7 @@ def test_conv_and_embedding_under_compile_one_norm_a_step():
     other = torch.optim.SGD(doratune.parameter_groups(plain, lr=1e-3), foreach=False)
     before = model.conv.adaptation.cache.evaluations
     for step in range(3):
-        for net, how, opt in ((model, compiled, optimizer), (plain, plain, other)):
+        for how, opt in ((compiled, optimizer), (plain, other)):
             how(ids).square().mean().backward()
             opt.step()
             if step < 2:

@@ -51,11 +51,12 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str = "none", double_quantization: bool = False):
+def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str | dict = "none", double_quantization: bool = False):
     """The causal language model `name` in `dtype`, in evaluation mode.
 
     Args:
-        quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes.
+        quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
+            quantization_config of transformers as a dict.
 
     Raises:
         UserError: it cannot be found or read, with the reason.
@@ -70,7 +71,7 @@ def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str = 
     return model
 
 
-def quantization(quantize: str, dtype: torch.dtype, double: bool) -> dict:
+def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) -> dict:
     """`from_pretrained`'s settings for a quantized base.
 
     Raises:
@@ -78,6 +79,10 @@ def quantization(quantize: str, dtype: torch.dtype, double: bool) -> dict:
     """
     if quantize == "none":
         return {}
+    if isinstance(quantize, dict):
+        from transformers.quantizers import AutoQuantizationConfig
+
+        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(quantize))}
     if quantize not in QUANTIZATIONS:
         raise UserError(
             f"quantize is {quantize!r}; expected none, {', '.join(QUANTIZATIONS)}{near_misses(quantize, QUANTIZATIONS)}"

@@ -70,6 +70,7 @@ def write(folder: Path, what: str, run_facts: dict, result: dict) -> Path:
     Returns:
         The file's path.
     """
-    path = folder / f"{what}_{run_facts['device_type']}.json"
+    quantize = run_facts["settings"]["quantize"]
+    path = folder / f"{what}_{run_facts['device_type']}{'' if quantize == 'none' else '_' + quantize}.json"
     write_json(path, {"what": what, "facts": run_facts, "result": result})
     return path

@@ -38,7 +38,7 @@ def run_all(settings: BenchSettings, say: Callable[[str], None] = print, progres
         say(f"{what}: {record.write(folder, what, facts, results[what])}")
 
     for dtype in settings.dtypes if set(settings.what) & OF_A_MODEL.keys() else []:
-        base = load(settings.model, dtype, settings.torch_device())
+        base = load(settings.model, dtype, settings.torch_device(), settings.quantize)
         select(base, doratune.AdapterConfig(targets=settings.targets))
         for what, measure in OF_A_MODEL.items():
             if what in settings.what:

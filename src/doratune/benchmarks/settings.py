@@ -19,6 +19,7 @@ class BenchSettings:
         what: train_step, decode, memory, norm, layer, sizes
         arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense
         model: hub id, local folder, smollm2-135m-instruct, or a shape with random weights: llama-8b-shape, tiny-shape
+        quantize: none, or the base in nf4, fp4 or int8: train_step and memory of QLoRA and QDoRA, in a file of their own
         targets: names of the adapted layers
         ranks: rows of A
         dtypes: dtypes of the base; layer and sizes take the last
@@ -42,6 +43,7 @@ class BenchSettings:
     what: list[str] = field(default_factory=lambda: list(MEASUREMENTS))
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     model: str = "smollm2-135m-instruct"
+    quantize: str = "none"
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
     ranks: list[int] = field(default_factory=lambda: [16, 64])
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
@@ -84,11 +86,23 @@ class BenchSettings:
         from .arms import check_arms
 
         check_arms(self.arms)
+        self._check_quantized()
         for dtype in self.dtypes:
             torch_dtype(dtype)
         self.torch_device()
         kernels.use(self.kernel)
         return self
+
+    def _check_quantized(self) -> None:
+        from ..models import quantization
+
+        if self.quantize == "none":
+            return
+        quantization(self.quantize, None, False)
+        if "dora_dense" in self.arms:
+            raise UserError("arm dora_dense needs a dense base; leave it out of --arms with --quantize")
+        if bad := sorted(set(self.what) - {"train_step", "memory"}):
+            raise UserError(f"{', '.join(bad)}: measured on dense bases only; with --quantize give --what train_step memory")
 
     def _check_numbers(self) -> None:
         whole = ["batch_size", "length", "accumulation", "new_tokens", "rounds", "tokens", "norm_size", "norm_rank"]

@@ -31,13 +31,22 @@ SHAPES = {
 }
 
 
-def load(name: str, dtype: str, device: torch.device):
-    """The causal language model `name`, or of the shape `name`, in evaluation mode on `device`.
+def load(name: str, dtype: str, device: torch.device, quantize: str = "none"):
+    """The causal language model `name`, or of the shape `name`, in evaluation mode on `device`, its linear layers quantized.
 
     Raises:
         UserError: it cannot be found, read, or held in memory.
     """
-    model = attempt(lambda: shaped(name, dtype, device) if name in SHAPES else load_model(name, dtype).to(device), device)
+
+    def make():
+        if name in SHAPES:
+            return shaped(name, dtype, device)
+        model = load_model(name, dtype, quantize)
+        return model.to(device) if quantize == "none" or device.type != "cpu" else model
+
+    if name in SHAPES and quantize != "none":
+        raise UserError(f"model {name} has random weights, made on the device; --quantize needs a real model")
+    model = attempt(make, device)
     if model is FAILED:
         raise UserError(f"{name} does not fit into the memory of {device} in {dtype}; use a smaller --model, or --dtypes bfloat16")
     return model.eval()

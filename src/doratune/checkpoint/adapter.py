@@ -64,7 +64,16 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
     write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})
     write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
-    write_json(folder / OWN, {"doratune_version": __version__, "adapter": config.to_dict()})
+    own = {"doratune_version": __version__, "adapter": config.to_dict()}
+    if any(layer.adaptation.base.name != "dense" for layer in layers.values()) and (quantization := _quantization(model)):
+        own["quantization"] = quantization
+    write_json(folder / OWN, own)
+
+
+def _quantization(model: nn.Module) -> dict | None:
+    """How transformers quantized the base, for merging it as it was."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
 
 
 def _task_type(model: nn.Module) -> str | None:

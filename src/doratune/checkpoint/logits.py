@@ -59,9 +59,9 @@ def agreement(base: str, adapter: str | Path, merged: str | Path, dtype: str) ->
     unmerged = reference if dtype == "float32" else _logits(base, adapter, dtype, ids)
     result = _logits(str(merged), None, dtype, ids)
     return Agreement(
-        merged_error=_distance(result, reference),
-        unmerged_error=_distance(unmerged, reference),
-        merged_to_unmerged=_distance(result, unmerged),
+        merged_error=distance(result, reference),
+        unmerged_error=distance(unmerged, reference),
+        merged_to_unmerged=distance(result, unmerged),
         same_top_token=(result.argmax(-1) == unmerged.argmax(-1)).double().mean().item(),
     )
 
@@ -77,5 +77,6 @@ def _logits(model_name: str, adapter, dtype: str, ids: list[Tensor]) -> Tensor:
     return logits
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative RMS difference."""
     return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()

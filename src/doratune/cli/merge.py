@@ -21,6 +21,8 @@ class MergeSettings:
         adapter: adapter folder, ours or PEFT's
         output: folder of the merged model
         dtype: dtype of the result; none keeps the base's
+        into: for adapters trained on a quantized base: dequantized (16 bit, what was trained; the default), original (the base
+            before quantization), or same (quantized again)
         check: compare logits of base + adapter and of the result (loads both models, one after the other)
         overwrite: replace an output folder that exists
     """
@@ -29,6 +31,7 @@ class MergeSettings:
     adapter: str = ""
     output: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    into: Literal["dequantized", "original", "same"] | None = None
     check: bool = True
     overwrite: bool = False
 
@@ -40,12 +43,15 @@ def main(argv: list[str]) -> int:
     from ..checkpoint.files import read_json
     from ..checkpoint.logits import agreement
     from ..checkpoint.merge import base_folder, merge_checkpoint
+    from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
 
     for name in ("adapter", "output"):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} FOLDER")
     base = settings.model or base_model_of(settings.adapter)
+    if settings.into or recorded_quantization(settings.adapter):
+        return _merge_quantized(base, settings, as_json)
     output = merge_checkpoint(base, settings.adapter, settings.output, settings.dtype, settings.overwrite)
     say(f"merged model written to {output}")
     result = {"output": str(output)}
@@ -60,4 +66,16 @@ def main(argv: list[str]) -> int:
             return 1
     if as_json:
         print_json(result)
+    return 0
+
+
+def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:
+    from ..checkpoint.quantized import merge_quantized
+
+    into, dtype = settings.into or "dequantized", settings.dtype or "bfloat16"
+    difference = merge_quantized(base, settings.adapter, settings.output, into, dtype, settings.overwrite)
+    say(f"merged model written to {settings.output}")
+    say(str(difference))
+    if as_json:
+        print_json({"output": settings.output, **difference.__dict__})
     return 0

@@ -1,0 +1,91 @@
+"""Merging an adapter that was trained on a quantized base (QDoRA, §6.1): three results, and what each changes.
+
+    dequantized   W' = g ⊙ (Q(W) + s·B·A) in 16 bit: what was trained, to rounding
+    original      the same onto the unquantized W: without the quantization's error, but not the model that was trained
+    same          W' quantized again as the base was: as small, with a new quantization error
+
+Each prints how far the logits are from base + adapter as they were trained. Cost: the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..merging import merge
+from ..models import load_model, load_tokenizer, quiet_loading
+from .adapter import OWN, load
+from .files import new_folder, read_json
+from .logits import SENTENCES, distance
+from .merge import merge_checkpoint
+
+INTO = ("dequantized", "original", "same")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative RMS difference of the logits to base + adapter as trained, and the share of positions with the same top token."""
+
+    into: str
+    error: float
+    same_top_token: float
+
+    def __str__(self) -> str:
+        same = f"same top token at {100 * self.same_top_token:.1f} % of positions"
+        return f"merged ({self.into}): logits differ from the quantized base + adapter by {self.error:.2g} (relative), {same}"
+
+
+def recorded_quantization(adapter: str | Path) -> dict | None:
+    """How the base was quantized when the adapter was trained, in transformers' terms; None: it was not."""
+    path = Path(adapter) / OWN
+    return read_json(path, "it belongs to the adapter folder").get("quantization") if path.is_file() else None
+
+
+def merge_quantized(
+    base: str, adapter: str | Path, output: str | Path, into: str = "dequantized", dtype: str = "bfloat16", overwrite: bool = False
+) -> Difference:
+    """Write the merged model to `output`, whole or not at all.
+
+    Raises:
+        UserError: the adapter records no quantization, or does not fit; an output folder that exists.
+    """
+    quantization = recorded_quantization(adapter)
+    if quantization is None:
+        raise UserError(f"{adapter} was trained on a base that is not quantized; merge it without --into")
+    tokenizer = load_tokenizer(base)
+    ids = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
+    model = load(load_model(base, dtype, quantization), adapter)
+    trained = logits(model, ids)
+    if into == "original":
+        del model
+        gc.collect()
+        merge_checkpoint(base, adapter, output, dtype, overwrite)
+        result = logits(load_model(str(output), dtype), ids)
+    else:
+        with new_folder(Path(output), overwrite) as folder:
+            merge(model, keep="none", quantized="same" if into == "same" else "dense")
+            result = logits(model, ids)
+            _write(model, tokenizer, folder, dense=into == "dequantized")
+    same = (result.argmax(-1) == trained.argmax(-1)).double().mean().item()
+    return Difference(into, distance(result, trained), same)
+
+
+@torch.no_grad()
+def logits(model, ids: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([model(input_ids=row.to(model.device)).logits[0].float().cpu() for row in ids])
+
+
+def _write(model, tokenizer, folder: Path, dense: bool) -> None:
+    """save_pretrained of a merged model; dense: nothing is quantized any more."""
+    if dense:
+        for owner, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(owner, leftover):
+                delattr(owner, leftover)
+        model.is_quantized = False
+    with quiet_loading():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
