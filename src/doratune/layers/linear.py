@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..math.autograd import ComposeLinear
+from ..math.compose import infer
 from .calls import composed, dropout_mask, flat, scaled_input
 from .kind import LayerKind, differs
 
@@ -28,6 +29,12 @@ class LinearKind(LayerKind):
         plain = type(module).plain_class.forward is nn.Linear.forward
         return module.weight if plain and type(module.weight.data) is Tensor else None
 
+    def _plain_product(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """W, where this call of the layer is just a product with it in x's dtype."""
+        W = self.own_weight(module)
+        plain = W is not None and W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type)
+        return W if plain else None
+
     def forward(self, module, base_forward, x, *args, **kwargs):
         a = module.adaptation
         (A, B), m = a.factors_of(module), module.magnitude
@@ -35,12 +42,14 @@ class LinearKind(LayerKind):
         site = None if traced else module.op_site(gradients, count=True)
         if m is not None and a.axis == "input":
             x, m = scaled_input(module, site, x, A, B, m), None
-        if gradients and not traced and A is not None and not args and not kwargs:
-            W = self.own_weight(module)
-            if W is not None and W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
-                x_TI = flat(x)
-                y = ComposeLinear.apply(x_TI, W, A, B, m, module.bias, *dropout_mask(module, x_TI), site)
-                return y.view(*x.shape[:-1], len(W))
+        if not traced and A is not None and not args and not kwargs and (W := self._plain_product(module, x)) is not None:
+            x_TI = flat(x)
+            mask, keep = dropout_mask(module, x_TI)
+            if gradients:
+                return ComposeLinear.apply(x_TI, W, A, B, m, module.bias, mask, keep, site).view(*x.shape[:-1], len(W))
+            if mask is None and may_overwrite():
+                out_TO = nn.functional.linear(x_TI, W, module.bias)
+                return infer(site, x_TI, out_TO, A, B, m, module.bias, fresh=True).view(*x.shape[:-1], len(W))
         out = base_forward(x, *args, **kwargs)
         if A is None and m is None:
             return out
@@ -79,6 +88,11 @@ class Conv1DKind(LinearKind):
 
     def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
         return weight.T[which]
+
+
+def may_overwrite() -> bool:
+    """May an output of our own product be written over, outside autograd? Not where a mode may hold it, nor in forward mode."""
+    return torch.autograd.forward_ad._current_level < 0 and not torch._C._len_torch_dispatch_stack()
 
 
 def _conv1d() -> type | None:

@@ -110,15 +110,15 @@ def forward(site: Site, given: Inputs, fresh: bool = False) -> Made:
         return Made(kernels.compose(out, gain, bias, z, sB, fresh), z, sB, n)
 
 
-def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias) -> Tensor:
-    """y without anything kept, from factors that are made once per change of A, B and m."""
+def infer(site: Site, x: Tensor | None, out: Tensor, A, B, m, bias, fresh: bool = False) -> Tensor:
+    """y without anything kept, from factors that are made once per change of A, B and m; fresh: `out` may be overwritten."""
     with no_autocast(out.device):
         f = site.factors(A, B, m, out.dtype, kernels.torch_kernels.tokens(out), x is not None)
         if x is None:
             return kernels.compose(out, f.gain, bias, None, None)
         few = f.gain_low is not None and len(out) < kernels.torch_kernels.FEW_ROWS and out.device.type == "cpu"
         z = None if f.A is None else x.to(out.dtype) @ f.A.T
-        return kernels.compose(out, f.gain_low if few else f.gain, bias, z, f.sB)
+        return kernels.compose(out, f.gain_low if few else f.gain, bias, z, f.sB, fresh)
 
 
 def make_factors(site: Site, A, B, m, dtype: torch.dtype, tokens: int, low: bool = True) -> Factors:
