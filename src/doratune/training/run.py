@@ -25,6 +25,7 @@ from ..checkpoint.files import refuse_existing, replacing, write_json
 from ..errors import UserError, near_misses
 from ..layers.adapted import own_parameters
 from ..models import contiguous_head, load_model, load_tokenizer
+from ..verification import verify
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .data import load_items
 from .data.encode import AnswerCollator, encode_all
@@ -70,6 +71,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
     wants_original = recipe.start == "loftq" or recipe.magnitude_from == "original"
     attach(model, recipe.adapter(), original=load_model(recipe.model, recipe.dtype) if wants_original else None)
     say(describe(model))
+    for note in verify(model).notes:
+        say(note)
     if not recipe.resume:
         clear_checkpoints(output)
     output.mkdir(parents=True, exist_ok=True)
