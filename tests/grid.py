@@ -175,6 +175,38 @@ def outcome(kind: str, method: str, axis: str) -> str | None:
     return None
 
 
+def storages() -> list[str]:
+    """The second table of docs/support.md: a linear layer's weight in each storage, as attaching to a real one finds it."""
+    import bases
+
+    lines = [
+        "## Storages of a linear layer's weight",
+        "",
+        "| storage | lora | dora | dvora | magnitude only | norm from | dx from | back |",
+    ]
+    lines.append("|---" * 8 + "|")
+    for name in bases.BASES:
+        marks = []
+        for method in ("lora", "dora", "dvora", "magnitude only"):
+            for axis in AXES if config(method, "output").has_magnitude else AXES[:1]:
+                stored = bases.build(name)
+                doratune.attach(stored.model, config(method, axis))
+            marks.append("yes")
+        base, layer = stored.layer.adaptation.base, stored.layer
+        marks += ["its forward" if base.exact_forward else "row tiles", "its backward" if base.has_gradient else "row tiles"]
+        marks.append("no" if base.requantize_refusal(layer) else "yes")
+        lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    return [
+        *lines,
+        "",
+        "`tests/test_bases.py` checks each on both axes, forward, gradients, merging and zero rows, against the dequantized",
+        "weight. *Norm from*: where its product U comes from; *dx from*: who gives the input's gradient; *back*: does",
+        '`merge(quantized="same")` know how.',
+        "`doratune.bases.register` adds a storage.",
+        "",
+    ]
+
+
 def page() -> str:
     """docs/support.md."""
     lines = [
@@ -200,6 +232,7 @@ def page() -> str:
                 marks.append("yes" if reason is None else f"no ({reasons.setdefault(reason, len(reasons) + 1)})")
             lines.append(f"| {kind} | " + " | ".join(marks) + " |")
         lines.append("")
+    lines += storages()
     lines += ["Refused, with the reason that the error gives:", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join(lines) + "\n"

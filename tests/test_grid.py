@@ -99,4 +99,6 @@ def test_saved_and_loaded(kind, method, axis, tmp_path):
 
 
 def test_the_page_says_what_the_code_does():
+    for package in ("bitsandbytes", "torchao.quantization", "hqq.core.quantize"):
+        pytest.importorskip(package)
     assert (Path(__file__).parents[1] / "docs" / "support.md").read_text(encoding="utf-8") == grid.page()

@@ -155,3 +155,10 @@ def test_no_paths_of_a_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     pattern = re.compile("/wo" + "rk/|/ro" + "ot/|/ho" + "me/[a-z]")
     assert [f for f in files if (ROOT / f).is_file() and pattern.search((ROOT / f).read_text(errors="replace"))] == []
+
+
+def test_every_defect_names_a_test_that_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "defects.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"

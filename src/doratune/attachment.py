@@ -136,6 +136,8 @@ def adapt(
     """Adapt one module in place; rank 0 trains the magnitude alone."""
     kind = kind_of(module)
     base = kind.base(module)
+    base.trial(module)
+    base.adopt(module)
     common = common or Common(Siblings(), shared_factors(config, [base.shape(module)]))
     a = Adaptation(
         kind=kind,
@@ -228,6 +230,7 @@ def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Make an adapted module a plain one again; returns its own parameters."""
     names = (*module.adaptation.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES)
     own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
+    module.adaptation.base.release(module)
     del module.adaptation
     become(module, type(module).plain_class)
     return own
@@ -238,6 +241,7 @@ def put_on(module: nn.Module, a: Adaptation, own: dict[str, nn.Parameter | None]
     for name, p in own.items():
         module.register_parameter(name, p)
     module.adaptation = a
+    a.base.adopt(module)
     become(module, adapted_class(type(module), a.magnitude and a.relative))
 
 

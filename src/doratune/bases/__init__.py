@@ -20,6 +20,8 @@ class Base(Protocol):
     name: str
     exact_forward: bool
     """False where the forward quantizes activations: U then comes from row tiles."""
+    has_gradient: bool
+    """False where autograd does not see the layer's input: its gradient is then `backward_rows`."""
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(O, I) as the maths sees it."""
@@ -45,14 +47,40 @@ class Base(Protocol):
         """(which rows, those rows of W in fp32 or fp64), tile by tile; all rows, or those in the index `rows`."""
 
     def write_rows(self, module: nn.Module, rows: slice, tile_KI: Tensor) -> None:
-        """Overwrite rows of W (merging)."""
+        """Overwrite rows of W (merging); dense storages only, the others have `requantized`."""
+
+    def adopt(self, module: nn.Module) -> None:
+        """The layer gets an adapter: called once, before its class changes."""
+
+    def release(self, module: nn.Module) -> None:
+        """Undo `adopt`."""
+
+    def trial(self, module: nn.Module) -> str | None:
+        """Why the layer cannot be adapted, tried on one tile, or None; finds out whether its forward is exact."""
 
 
 def base_of(kind, module: nn.Module) -> Base | None:
     """The storage that holds this module's weight, or None: one that is not known here."""
-    from . import dense
+    from . import bitsandbytes, dense, hqq, opaque, torchao
 
-    return next((storage(kind) for storage in (dense.DenseBase,) if storage.matches(kind, module)), None)
+    if kind.name == "Linear" and (storage := opaque.storage_of(module)) is not None:
+        return opaque.OpaqueBase(kind, storage)
+    storages = (bitsandbytes.Bnb4bit, bitsandbytes.Bnb8bit, torchao.TorchaoBase, hqq.HQQBase, dense.DenseBase)
+    return next((storage(kind) for storage in storages if storage.matches(kind, module)), None)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Is this a linear layer of which only the forward is known to PyTorch?"""
+    from . import hqq, opaque
+
+    return hqq.is_hqq(module) or opaque.storage_of(module) is not None
+
+
+def register(matches, *, rows=None, exact_forward: bool = True, name: str = "registered") -> None:
+    """Make a quantized linear layer of your own known: see `bases.opaque.register`."""
+    from . import opaque
+
+    opaque.register(matches, rows=rows, exact_forward=exact_forward, name=name)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

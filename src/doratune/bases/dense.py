@@ -20,6 +20,7 @@ class DenseBase:
 
     name = "dense"
     exact_forward = True
+    has_gradient = True
 
     def __init__(self, kind):
         self.kind = kind
@@ -72,3 +73,12 @@ class DenseBase:
         weight = self.weight(module).detach()
         into = self.kind.rows(weight, rows, flatten=False)
         into.copy_(tile_KI.view(into.shape))
+
+    def adopt(self, module: nn.Module) -> None:
+        pass
+
+    def release(self, module: nn.Module) -> None:
+        pass
+
+    def trial(self, module: nn.Module) -> None:
+        return None

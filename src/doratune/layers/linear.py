@@ -10,7 +10,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..math.autograd import ComposeLinear
+from ..bases import is_opaque
+from ..math.autograd import BaseGradient, ComposeLinear
 from ..math.compose import infer
 from .calls import composed, dropout_mask, flat, scaled_input
 from .kind import LayerKind, differs
@@ -22,12 +23,12 @@ class LinearKind(LayerKind):
     name = "Linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, nn.Linear) or is_opaque(module)
 
     def own_weight(self, module: nn.Module) -> Tensor | None:
         """W (O, I), where the layer's forward is just x·Wᵀ + bias, so that the op may compute it."""
         plain = type(module).plain_class.forward is nn.Linear.forward
-        return module.weight if plain and type(module.weight.data) is Tensor else None
+        return module.weight if plain and module.adaptation.base.name == "dense" else None
 
     def _plain_product(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """W, where this call of the layer is just a product with it in x's dtype."""
@@ -50,7 +51,10 @@ class LinearKind(LayerKind):
             if mask is None and may_overwrite():
                 out_TO = nn.functional.linear(x_TI, W, module.bias)
                 return infer(site, x_TI, out_TO, A, B, m, module.bias, fresh=True).view(*x.shape[:-1], len(W))
-        out = base_forward(x, *args, **kwargs)
+        own_gradient = gradients and x.requires_grad and not traced
+        out = base_forward(x.detach() if own_gradient and not a.base.has_gradient else x, *args, **kwargs)
+        if own_gradient and not (a.base.has_gradient and out.requires_grad):
+            out = BaseGradient.apply(x, out, site)
         if A is None and m is None:
             return out
         x_TI = flat(x) if A is not None else None
@@ -60,7 +64,9 @@ class LinearKind(LayerKind):
     def probe(self, module: nn.Module) -> str | None:
         """A subclass with a forward of its own must compute x·Wᵀ + bias: tried on two rows."""
         base, plain = self.base(module), self.plain_forwards()
-        if type(module).forward in plain or base.device(module).type == "meta" or base.name != "dense":
+        if base.name != "dense":
+            return base.trial(module)
+        if type(module).forward in plain or base.device(module).type == "meta":
             return None
         weight = base.matrix(module)
         x = torch.linspace(-1, 1, 2 * weight.shape[1]).view(2, -1).to(weight)

@@ -134,3 +134,18 @@ class ScaleInput(Function):
     @first_order
     def backward(ctx, dX):
         return *scale_input_backward(ctx.site, ctx.needs_input_grad[:4], dX, *ctx.saved_tensors, ctx.dtype), None, None
+
+
+class BaseGradient(Function):
+    """The base's output (…, O) with its input's gradient, for bases whose own kernel has none: dX = dY·W from row tiles."""
+
+    @staticmethod
+    def forward(ctx, x, out, site: Site) -> Tensor:
+        ctx.site, ctx.x_dtype = site, x.dtype
+        return out.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dY):
+        dX = ctx.site.base.backward_rows(ctx.site.module, dY.reshape(-1, dY.shape[-1]))
+        return dX.to(ctx.x_dtype).view(*dY.shape[:-1], dX.shape[-1]), dY, None

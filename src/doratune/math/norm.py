@@ -117,8 +117,8 @@ def row_chunks(rows: int, width: int, device: torch.device):
 
 
 def rounding(base: Base, module: nn.Module) -> float:
-    """ε_U of this base; TF32 products count as what they are."""
-    dtype = base.dtype(module)
+    """ε_U of this base; TF32 products count as what they are, and row tiles as the fp32 that they are in."""
+    dtype = base.dtype(module) if base.exact_forward else torch.float32
     if dtype == torch.float32 and base.device(module).type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return 2**-11
     return _ROUNDING[dtype]
@@ -175,7 +175,7 @@ def full_gradient_input(base, module, A_RI, B_OR, s, q_I, redone) -> tuple[Tenso
     Aq_RI = A * q_I
     Aq_plain = Aq_RI.index_fill(1, redone, 0.0)
     scale = _unit(Aq_plain)
-    VAq_OR = base.forward_rows(module, Aq_plain / scale).T.to(q_I.dtype) * scale
+    VAq_OR = base_times_A(base, module, Aq_plain / scale).to(q_I.dtype) * scale
     VAq_OR = torch.addmm(VAq_OR, B, A @ Aq_plain.T, alpha=s)
     if len(redone):
         BV_RI[:, redone] = 0.0
