@@ -19,8 +19,9 @@ from .config import AdapterConfig
 from .directions import direction_for
 from .directions.vera import SharedFactors
 from .errors import UserError, listed
-from .layers import kind_of
-from .layers.adapted import MAGNITUDE_NAMES, NEVER_TRAINED, Adapted, adapted_class, own_parameters
+from .layers import fastpath, kind_of
+from .layers.adapted import MAGNITUDE_NAMES, NEVER_TRAINED, Adapted, adapted_class, become, own_parameters
+from .layers.layouts import named_layers
 from .layers.site import Adaptation
 from .layers.together import Siblings
 from .targets import Selection, select
@@ -71,7 +72,7 @@ def attach_selection(
     model: nn.Module, config: AdapterConfig, selection: Selection, trainable: bool, original=None, loading: bool = False
 ) -> nn.Module:
     """`attach` for modules, ranks and alphas that are resolved already; loading: the values come from a file afterwards."""
-    modules = dict(model.named_modules())
+    modules = dict(named_layers(model))
     bases = {name: kind_of(modules[name]).base(modules[name]) for name in selection.ranks}
     if empty := [name for name, base in bases.items() if base.device(modules[name]).type == "meta"]:
         raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
@@ -85,8 +86,8 @@ def attach_selection(
     for name in selection.also_train:
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
-    common = Common(Siblings(), shared_factors(config, [bases[n].shape(modules[n]) for n in selection.ranks]), original, loading)
-    common.norm_memory = config.norm_memory
+    shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
+    common = Common(Siblings(), shared_factors(config, shapes), original, loading, config.norm_memory)
     for name, rank in selection.ranks.items():
         adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     record = Attachment(
@@ -100,6 +101,7 @@ def attach_selection(
         buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
     )
     setattr(model, RECORD, record)
+    fastpath.close(model)
     return model
 
 
@@ -115,9 +117,10 @@ class Common:
 
     def may_keep(self, a: Adaptation, module: nn.Module) -> bool:
         """Is there memory left for this layer's U = W·Aᵀ, where A never changes?"""
-        (rows, _), size = a.base.shape(module), a.base.dtype(module).itemsize
-        wanted = rows * a.rank * size + 4 * a.rank**2
-        if a.direction.name != "vera" or not a.magnitude or a.axis != "output" or wanted > self.norm_memory:
+        if a.direction.name != "vera" or not a.magnitude or a.axis != "output" or len(a.base.shape(module)) > 2:
+            return False
+        wanted = a.base.shape(module)[0] * a.rank * a.base.dtype(module).itemsize + 4 * a.rank**2
+        if wanted > self.norm_memory:
             return False
         self.norm_memory -= wanted
         return True
@@ -138,8 +141,8 @@ def adapt(
     base = kind.base(module)
     base.trial(module)
     base.adopt(module)
-    common = common or Common(Siblings(), shared_factors(config, [base.shape(module)]))
-    a = Adaptation(
+    common = common or Common(Siblings(), shared_factors(config, [base.shape(module)[-2:]]))
+    a = kind.adaptation(
         kind=kind,
         base=base,
         direction=direction_for(config, rank, common.shared),
@@ -160,32 +163,25 @@ def adapt(
         p.requires_grad_(trainable and key not in NEVER_TRAINED)
     become(module, adapted_class(type(module), a.magnitude and a.relative))
     a.belongs_to(module)
+    kind.joined(module)
 
 
 def _create(module: nn.Module, a: Adaptation, config: AdapterConfig, seed: int, name: str, common: Common) -> None:
     """Register the direction's parameters and the magnitude, with their first values."""
     dtype, device = accumulation_dtype(a.base.dtype(module)), a.base.device(module)
-    a.direction.create(module, a.base.shape(module), a.rank, seed, dtype, device)
+    a.create(module, seed, dtype, device)
     for key in ("lora_A", "lora_B"):
         if key not in module._parameters:
             module.register_parameter(key, None)
     if common.loading:
         first = a.frozen_facts(module).w2.sqrt() if a.magnitude else None
     else:
-        first = initial.magnitude_and_start(module, a, config, seed, name, common.original)
+        first = initial.of_layer(module, a, config, seed, name, common.original)
     if a.magnitude and a.relative:
         module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
         module.register_parameter("magnitude_start", nn.Parameter(first))
     else:
         module.register_parameter("magnitude", nn.Parameter(first) if a.magnitude else None)
-
-
-def become(module: nn.Module, cls: type) -> None:
-    """Give a module another class. accelerate's hooks keep the old class's forward on the module: they get the new one."""
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
-            setattr(module, name, cls.forward.__get__(module))
-    module.__class__ = cls
 
 
 def _train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
@@ -211,8 +207,9 @@ def detach(model: nn.Module) -> nn.Module:
     record = record_of(model)
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before doratune.detach(model)")
-    for _, module in adapters(model):
+    for _, module in list(adapters(model)):
         take_off(module)
+    fastpath.reopen(model)
     for path, p in record.replaced.items():
         owner, _, leaf = path.rpartition(".")
         parameters = model.get_submodule(owner)._parameters
@@ -230,9 +227,11 @@ def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Make an adapted module a plain one again; returns its own parameters."""
     names = (*module.adaptation.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES)
     own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
+    kind = module.adaptation.kind
     module.adaptation.base.release(module)
     del module.adaptation
     become(module, type(module).plain_class)
+    kind.left(module)
     return own
 
 
@@ -243,6 +242,7 @@ def put_on(module: nn.Module, a: Adaptation, own: dict[str, nn.Parameter | None]
     module.adaptation = a
     a.base.adopt(module)
     become(module, adapted_class(type(module), a.magnitude and a.relative))
+    a.kind.joined(module)
 
 
 def record_of(model: nn.Module) -> Attachment:
@@ -265,8 +265,9 @@ def record_of(model: nn.Module) -> Attachment:
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) for every adapted layer; `.lora_A` (R, I), `.lora_B` (O, R), `.magnitude` (O,) or (I,), `.scaling`.
 
-    `lora_A` and `lora_B` are None on magnitude-only layers, `magnitude` is None under `lora`. On a merged model the second
-    item is the stored adapter of the layer, with the same attributes.
+    `lora_A` and `lora_B` are None on magnitude-only layers, `magnitude` is None under `lora`. A batched weight of experts has the
+    name `<module>.<weight>` and one more dimension in front of each. On a merged model the second item is the stored adapter of
+    the layer, with the same attributes.
     """
     record = vars(model).get(RECORD)
     if record is not None and record.merged is not None:
@@ -274,7 +275,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
-    for name, module in model.named_modules():
+    for name, module in named_layers(model):
         if isinstance(module, Adapted):
             yield name, module
 

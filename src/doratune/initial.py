@@ -20,6 +20,13 @@ from .layers.site import Adaptation, LayerSite
 from .math import decomposition
 
 
+def of_layer(module: nn.Module, a: Adaptation, config, seed: int, name: str, original) -> Tensor | None:
+    """`magnitude_and_start` of each matrix of a layer: m (O,), or (E, O) for experts."""
+    parts = a.matrices(module)
+    first = [magnitude_and_start(part, part.adaptation, config, seed + i, name, original) for i, part in enumerate(parts)]
+    return first[0] if parts[0] is module else None if first[0] is None else torch.stack(first)
+
+
 @torch.no_grad()
 def magnitude_and_start(module: nn.Module, a: Adaptation, config, seed: int, name: str, original) -> Tensor | None:
     """Put the configured start into the module's factors; returns m at the start, None without a magnitude."""

@@ -18,6 +18,7 @@ from .directions import direction_for
 from .errors import UserError
 from .layers import kind_of
 from .layers.adapted import own_parameters
+from .layers.layouts import layer_at
 from .targets import select
 
 NEAR = 1e-3
@@ -25,13 +26,13 @@ NEAR = 1e-3
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted layer; `shape` is the matrix of the maths (O, I)."""
+    """One adapted layer; `shape` is the matrix of the maths (O, I), or (E, O, I) for experts."""
 
     module: str
     kind: str
     base: str
     direction: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     magnitude: str
     trainable: int
@@ -53,7 +54,7 @@ class Inspection:
         """Lines of text: one for each adapted layer, each layer left out, and the sums."""
         heads = ("module", "kind", "base", "direction", "shape", "rank", "magnitude", "trainable", "zero rows", "near zero")
         cells = [
-            (r.module, r.kind, r.base, r.direction, f"{r.shape[0]} x {r.shape[1]}", str(r.rank), r.magnitude, f"{r.trainable:,}")
+            (r.module, r.kind, r.base, r.direction, " x ".join(map(str, r.shape)), str(r.rank), r.magnitude, f"{r.trainable:,}")
             + (str(r.zero), str(r.near_zero))
             for r in self.rows
         ]
@@ -98,12 +99,12 @@ def count(model: nn.Module, config) -> tuple[int, int]:
     selection, trainable = select(model, config), 0
     own = sum(p.numel() for p in model.parameters())
     for name, rank in selection.ranks.items():
-        module = model.get_submodule(name)
+        module = layer_at(model, name)
         kind = kind_of(module)
-        shape, direction = kind.base(module).shape(module), direction_for(config, rank, None)
-        sizes = [size for key, size in direction.shapes(shape, rank).items() if key not in direction.frozen]
-        sizes += [shape[:1] if kind.axis(config) == "output" else shape[1:]] if config.has_magnitude else []
-        trainable += sum(math.prod(size) for size in sizes)
+        (*stack, rows, columns), direction = kind.base(module).shape(module), direction_for(config, rank, None)
+        sizes = [size for key, size in direction.shapes((rows, columns), rank).items() if key not in direction.frozen]
+        sizes += [(rows,) if kind.axis(config) == "output" else (columns,)] if config.has_magnitude else []
+        trainable += math.prod(stack) * sum(math.prod(size) for size in sizes)
     for name in selection.also_train:
         trainable += sum(p.numel() for p in model.get_submodule(name).parameters())
     return trainable, own
@@ -111,7 +112,7 @@ def count(model: nn.Module, config) -> tuple[int, int]:
 
 def _uncounted(layer) -> int:
     """Numbers of a quantized weight that its stored tensor does not count."""
-    rows, columns = layer.adaptation.base.shape(layer)
+    rows, columns = layer.adaptation.base.shape(layer)  # quantized storages hold one matrix
     weight = getattr(layer, "weight", None)
     return rows * columns - (weight.numel() if isinstance(weight, nn.Parameter) else 0)
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .attachment import adapters, put_on, record_of, take_off
 from .errors import UserError
+from .layers import fastpath
 from .layers.adapted import Adapted, own_parameters
+from .layers.layouts import layer_at
 from .layers.site import LayerSite
 from .math.compose import no_autocast
 from .math.decomposition import gain_minus_one
@@ -53,16 +55,19 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     common = _model_dtype(model, layers)
     with no_autocast(next(model.parameters()).device):
         dtypes = {name: _dtype(module, common, quantized) for name, module in layers}
-        gains = {name: checked_gain(name, module, dtypes[name]) for name, module in layers}
+        gains = {
+            name: [checked_gain(name, part, dtypes[name]) for part in module.adaptation.matrices(module)] for name, module in layers
+        }
         try:
             for name, module in layers:
                 merged[name] = _merge_layer(module, gains[name], keep, quantized, dtypes[name])
         except BaseException:
             for name, stored in merged.items():
                 if stored.original is not None:
-                    _restore(model.get_submodule(name), stored)
+                    _restore(layer_at(model, name), stored)
             raise
     record.merged = merged
+    fastpath.reopen(model)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
 
@@ -79,8 +84,9 @@ def unmerge(model: nn.Module) -> None:
     if any(stored.original is None for stored in record.merged.values()):
         raise UserError('merged with keep="none": no original weight was kept; load the base model again')
     for name, stored in record.merged.items():
-        _restore(model.get_submodule(name), stored)
+        _restore(layer_at(model, name), stored)
     record.merged = None
+    fastpath.close(model)
 
 
 def checked_gain(name: str, module: Adapted, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -98,7 +104,7 @@ def checked_gain(name: str, module: Adapted, dtype: torch.dtype | None = None) -
     return gain
 
 
-def _merge_layer(module: Adapted, gain: Tensor | None, keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
+def _merge_layer(module: Adapted, gains: list[Tensor | None], keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
     """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
     a = module.adaptation
     frozen = a.frozen_facts(module).directionless
@@ -106,12 +112,13 @@ def _merge_layer(module: Adapted, gain: Tensor | None, keep: str, quantized: str
     if a.base.name == "dense":
         weight = a.base.weight(module).detach()
         original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
-        for rows, tile in merged_tiles(module, gain):
-            a.base.write_rows(module, rows, tile)
+        for part, gain in zip(a.matrices(module), gains, strict=True):
+            for rows, tile in merged_tiles(part, gain):
+                part.adaptation.base.write_rows(part, rows, tile)
         own = take_off(module)
     else:
         weight = torch.empty(a.base.shape(module), dtype=dtype, device=a.base.device(module))
-        for rows, tile in merged_tiles(module, gain):
+        for rows, tile in merged_tiles(module, gains[0]):
             weight[rows] = tile.to(dtype)
         own = take_off(module)
         original = Stored(module)
@@ -143,7 +150,7 @@ def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     put_on(module, stored.adaptation, stored.own)
     stored.adaptation.changed()
     if base.name == "dense" and dtype != stored.original.dtype:
-        module.to(dtype)
+        stored.adaptation.kind.home(module).to(dtype)
 
 
 def _check_storages(layers: list) -> None:

@@ -3,6 +3,9 @@
 A list entry selects the module of that name and every module whose name ends in "." + entry (PEFT's rule). A string is a
 regex that must match a whole name, "all-linear", or "all-layers" (convolutions and experts too). A pattern that selects nothing
 is an error that names near misses; a module that cannot have what is configured is one that says why.
+
+Experts have a layer `<module>.<weight>` for each batched weight, and their module stands for all of these; an attention stands for
+itself and its `out_proj`.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from .config import AdapterConfig
 from .directions import direction_for
 from .errors import UserError, listed, near_misses
 from .layers import kind_of
+from .layers.layouts import is_experts, layout_problem, named_layers
 
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 LINEAR_KINDS = ("Linear", "Conv1D")
-LAYER_KINDS = (*LINEAR_KINDS, "Conv", "Experts", "Attention")
+LAYER_KINDS = (*LINEAR_KINDS, "Conv", "Experts", "TransposedExperts", "Attention")
+
+EXPERTS_LEFT_OUT = "expert weights; name them, or use all-layers"
 
 Pattern = str | tuple[str, ...]
 
@@ -40,9 +46,9 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     Raises:
         UserError: a pattern that matches nothing, a module that cannot be adapted, overlapping patterns, tied weights.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_layers(model) if name}
     left_out: dict[str, str] = {}
-    excluded = _matching(config.exclude, modules, "exclude") if config.exclude else set()
+    excluded = with_parts(_matching(config.exclude, modules, "exclude"), modules) if config.exclude else set()
     also = tuple(sorted(_matching(config.also_train, modules, "also_train"))) if config.also_train else ()
     also = tuple(a for a in also if not any(a.startswith(b + ".") for b in also))
     covered = {name for name in modules if any(name == a or name.startswith(a + ".") for a in also)}
@@ -75,16 +81,33 @@ def name_matches(pattern: Pattern, name: str) -> bool:
 
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose own forward PyTorch does not call, so that an adapter there would do nothing."""
+    """Linear layers whose own forward PyTorch does not call, so that an adapter there would do nothing: `out_proj` of an attention
+    that is not adapted itself."""
     found = {}
     for name, module in model.named_modules():
-        prefix = name + "." if name else ""
         if isinstance(module, nn.MultiheadAttention):
-            found[prefix + "out_proj"] = "torch.nn.MultiheadAttention uses its weight, not its forward"
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            for part in ("linear1", "linear2"):
-                found[prefix + part] = "torch.nn.TransformerEncoderLayer bypasses its forward in evaluation"
+            fix = f"adapt {name.split('.')[-1] or 'the attention'} itself, or use all-layers"
+            found[f"{name}.out_proj" if name else "out_proj"] = (
+                f"torch.nn.MultiheadAttention uses its weight, not its forward: {fix}"
+            )
     return found
+
+
+def with_parts(names: set[str], modules) -> set[str]:
+    """An attention stands for itself and its `out_proj`, an experts module for its weights."""
+    found = set(names)
+    for name in names:
+        if isinstance(modules[name], nn.MultiheadAttention):
+            found.add(f"{name}.out_proj")
+        elif is_experts(modules[name]) and layout_problem(modules[name]) is None:
+            found.remove(name)
+            found |= {n for n in modules if n.rpartition(".")[0] == name and _is_expert_weight(modules[n])}
+    return found
+
+
+def _is_expert_weight(module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and "Experts" in kind.name
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -99,16 +122,20 @@ def output_head(model: nn.Module) -> str | None:
 def _select(pattern: Pattern, setting, model, modules, config: AdapterConfig, left_out) -> set[str]:
     bypassed = bypassed_modules(model)
 
-    def reason(name: str, kind) -> str | None:
-        return bypassed.get(name) or kind.refusal(modules[name]) or _undefined(kind, modules[name], config)
+    def reason(name: str, kind, found: set[str]) -> str | None:
+        skipped = None if name.rpartition(".")[0] in found else bypassed.get(name)
+        return skipped or kind.refusal(modules[name]) or _undefined(kind, modules[name], config)
 
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         return _all(pattern, setting, model, modules, reason, left_out)
-    found = _matching(pattern, modules, setting)
+    found = with_parts(_matching(pattern, modules, setting), modules)
     problems = []
     for name in sorted(found):
         kind = kind_of(modules[name])
-        problem = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else reason(name, kind)
+        if is_experts(modules[name]) and (problem := layout_problem(modules[name])):
+            problems.append(f"{name}: {problem}")
+            continue
+        problem = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else reason(name, kind, found)
         if problem:
             inner = sorted({n.split(".")[-1] for n, m in modules.items() if n.startswith(name + ".") and kind_of(m)})
             problems.append(f"{name}: {problem}" + (f" (its layers: {', '.join(inner)})" if inner and kind is None else ""))
@@ -122,12 +149,11 @@ def _all(pattern: str, setting: str, model, modules, reason, left_out: dict[str,
     found, head = set(), output_head(model)
     for name, module in modules.items():
         kind = kind_of(module)
-        if kind is None or kind.name not in LAYER_KINDS:
+        if is_experts(module) and (problem := EXPERTS_LEFT_OUT if pattern == ALL_LINEAR else layout_problem(module)):
+            left_out[name] = problem
+        if kind is None or kind.name not in LAYER_KINDS or (pattern == ALL_LINEAR and kind.name not in LINEAR_KINDS):
             continue
-        if pattern == ALL_LINEAR and kind.name not in LINEAR_KINDS:
-            if kind.name == "Experts":
-                left_out[name] = "expert weights; name them, or use all-layers"
-        elif problem := "output head" if name == head else reason(name, kind):
+        if problem := "output head" if name == head else reason(name, kind, found):
             left_out[name] = problem
         else:
             found.add(name)
@@ -139,7 +165,9 @@ def _all(pattern: str, setting: str, model, modules, reason, left_out: dict[str,
 
 
 def _undefined(kind, module, config: AdapterConfig) -> str | None:
-    """Why this layer cannot have the configured axis, or None."""
+    """Why this layer cannot have the configured axis or start, or None."""
+    if "Experts" in kind.name and (config.start == "loftq" or config.magnitude_from == "original"):
+        return "start 'loftq' and magnitude_from 'original' are for quantized weights, which expert weights are not"
     if config.has_magnitude and kind.axis(config) == "input" and (problem := kind.axis_refusal(module)):
         return problem
     return None
@@ -184,13 +212,15 @@ def _check_ranks(config: AdapterConfig, modules, ranks: dict[str, int], left_out
     """Ranks that a layer is too small for: an error where it was named, left out where "all" of a kind were meant."""
     problems = {}
     for name, rank in ranks.items():
-        shape = kind_of(modules[name]).base(modules[name]).shape(modules[name])
+        shape = kind_of(modules[name]).base(modules[name]).shape(modules[name])[-2:]
         if rank and (problem := direction_for(config, rank, None).refusal(shape, rank)):
             problems[name] = problem
     if config.targets in (ALL_LINEAR, ALL_LAYERS) and len(problems) < len(ranks):
         left_out.update({name: f"{problem}; give it less in rank_overrides" for name, problem in problems.items()})
         for name in problems:
             del ranks[name]
+            if isinstance(modules[name], nn.MultiheadAttention) and ranks.pop(f"{name}.out_proj", None) is not None:
+                left_out[f"{name}.out_proj"] = f"{name} is not adapted, and alone it would be bypassed"
     elif problems:
         raise UserError("rank: " + listed([f"{name}: {problem}" for name, problem in problems.items()], 3) + "; see rank_overrides")
 
@@ -201,7 +231,8 @@ def _refuse_tied(model: nn.Module, modules, chosen: set[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in sorted(chosen):
-        weight = kind_of(modules[name]).weight_name
-        others = [o for o in owners.get(id(getattr(modules[name], weight, None)), ()) if o != f"{name}.{weight}"]
+        kind = kind_of(modules[name])
+        key = kind.key(name)
+        others = [o for o in owners.get(id(getattr(modules[name], kind.weight_name, None)), ()) if o != key]
         if others:
-            raise UserError(f"{name}.{weight} is tied to {listed(others)}; exclude {name} or give each a weight of its own")
+            raise UserError(f"{key} is tied to {listed(others)}; exclude {name} or give each a weight of its own")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import adapters, become, record_of
+from .attachment import adapters, record_of
 from .errors import UserError, listed
-from .layers.adapted import NEVER_TRAINED, own_parameters
+from .layers.adapted import NEVER_TRAINED, become, own_parameters
 from .layers.site import LayerSite
 
 
@@ -92,7 +92,7 @@ def _offset(layers) -> str:
 
 
 def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None:
-    site, a = LayerSite(layer, layer.adaptation), layer.adaptation
+    a = layer.adaptation
     for parameter, p in own_parameters(layer).items():
         if p.dtype.itemsize < 4:
             report.problems.append(f"{name}.{parameter} is {p.dtype}, which AdamW cannot move; it must be fp32")
@@ -107,11 +107,18 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
     directionless = a.frozen_facts(layer).directionless
     if zero := int(directionless.sum()):
         report.zero_rows[name] = zero
-    A, B = a.factors_of(layer)
-    dtype = a.base.dtype(layer)
-    if A is not None and torch.isfinite(A).all() and torch.isfinite(B).all():
-        if clamped := int((site.terms(A.to(dtype), B.to(dtype)).clamped & ~directionless).sum()):
-            report.clamped_rows[name] = clamped
+    if clamped := sum(_clamped(part) for part in a.matrices(layer)):
+        report.clamped_rows[name] = clamped
+
+
+def _clamped(layer) -> int:
+    """Rows of one matrix whose norm is clamped."""
+    a = layer.adaptation
+    (A, B), dtype = a.factors_of(layer), a.base.dtype(layer)
+    if A is None or not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        return 0
+    terms = LayerSite(layer, a).terms(A.to(dtype), B.to(dtype))
+    return int((terms.clamped & ~a.frozen_facts(layer).directionless).sum())
 
 
 def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
@@ -131,7 +138,8 @@ def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], re
     report.never_ran = [name for name, layer in layers.items() if layer.adaptation.calls == before[name]]
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    if all(_untouched(layer) for layer in layers.values()) and record_of(model).config.magnitude_from == "base":
+    untouched = all(_untouched(part) for layer in layers.values() for part in layer.adaptation.matrices(layer))
+    if untouched and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
             for layer in layers.values():

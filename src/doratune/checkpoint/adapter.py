@@ -19,6 +19,7 @@ from ..directions import direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
+from ..layers.layouts import layer_at, named_layers
 from ..math.compose import no_autocast
 from ..targets import Selection, name_matches, select
 from . import peft
@@ -43,7 +44,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     record, folder, layers = record_of(model), Path(folder), dict(adapters(model))
     config = record.config
-    modules = {name: model.get_submodule(name) for name in layers}
+    modules = {name: layer_at(model, name) for name in layers}
     problem = peft.cannot_say(config, {name: (layer.adaptation.kind, modules[name]) for name, layer in layers.items()})
     if format == "peft" and problem:
         raise UserError(f'{problem}; save with format="doratune"')
@@ -167,7 +168,7 @@ def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: boo
 
 def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Without list entries that name nothing here: PEFT writes some by rule (`classifier` and `score`), and asks for one hit."""
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in named_layers(model)]
     kept = {}
     for setting in ("targets", "exclude", "also_train"):
         pattern = getattr(config, setting)
@@ -189,6 +190,8 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
         present = {name for name, _ in tensors if name}
         ranks = {name: rank for name, rank in ranks.items() if name in present}
         config = replace(config, targets=tuple(ranks))
+    if raw.get("peft_type") != peft.OWN_TYPE:  # PEFT's names select modules, never batched expert weights
+        ranks = {name: rank for name, rank in ranks.items() if "Experts" not in kind_of(layer_at(model, name)).name}
     for name in ranks:
         if ranks[name]:
             written = peft.as_written(config)
@@ -206,7 +209,7 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
 def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tuple[int, ...]]:
     """Every tensor that a file must hold for these modules, with its shape."""
     shapes: dict[Key, tuple[int, ...]] = {}
-    modules = dict(model.named_modules())
+    modules = dict(named_layers(model))
     for name, rank in selection.ranks.items():
         kind, module = kind_of(modules[name]), modules[name]
         base, direction = kind.base(module), direction_for(config, rank, None)
@@ -228,7 +231,7 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
         if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
             problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
     if raw.get("peft_type") == peft.PEFT_TYPE:
-        problems += peft.bent_convolutions({name: model.get_submodule(name) for name in selection.ranks})
+        problems += peft.bent_convolutions({name: layer_at(model, name) for name in selection.ranks})
     if problems:
         raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
 

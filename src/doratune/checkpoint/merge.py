@@ -18,6 +18,7 @@ from ..attachment import Common, adapt, shared_factors
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
+from ..layers.layouts import layer_at
 from ..layers.together import Siblings
 from ..merging import checked_gain, merged_tiles
 from ..models import model_path, readable_errors, torch_dtype
@@ -112,7 +113,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     prefix = getattr(skeleton, "base_model_prefix", "")
     merged, missing = {}, []
     for name in selection.ranks:
-        key = _key_in(f"{name}.{kind_of(skeleton.get_submodule(name)).weight_name}", keys, prefix)
+        key = _key_in(f"{name}.{kind_of(layer_at(skeleton, name)).weight_name}", keys, prefix)
         merged |= {key: name} if key else {}
         missing += [] if key else [name]
     if missing:
@@ -122,8 +123,8 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
         )
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
-    modules = [skeleton.get_submodule(name) for name in selection.ranks]
-    common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m) for m in modules]), loading=True)
+    modules = [layer_at(skeleton, name) for name in selection.ranks]
+    common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m)[-2:] for m in modules]), loading=True)
     return Plan(skeleton, config, selection, tensors, common, merged, replaced)
 
 

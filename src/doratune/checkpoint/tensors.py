@@ -6,7 +6,7 @@
     VeRA         vera_lambda_b (O,), vera_lambda_d (R,), and once vera_A, vera_B
     an offset start (PiSSA, OLoRA)   a LoRA of rank 2R: [A − A₀; A₀], [B, B − B₀]
 
-Every other direction has its parameters under their own names.
+Every other direction has its parameters under their own names. Experts have each of these once more for each expert, in front.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_key(key: str) -> Key:
 
 def expected(kind, base, module: nn.Module, direction, rank: int, magnitude: bool, axis: str) -> dict[str, tuple[int, ...]]:
     """Parameter → shape in the file, flattened to matrices and vectors (see `fitted`); rank 0: magnitude only."""
-    rows, columns = base.shape(module)
+    *stack, rows, columns = base.shape(module)
     if direction.name in ("lora", "lora_offset", "none"):
         width = 2 * rank if direction.name == "lora_offset" else rank or 1
         shapes = {"lora_A": (width, columns), "lora_B": (rows, width)}
@@ -66,7 +66,8 @@ def expected(kind, base, module: nn.Module, direction, rank: int, magnitude: boo
             shapes = {"embedding_A": (width, rows), "embedding_B": (columns, width)}
     else:
         shapes = direction.shapes((rows, columns), rank)
-    return shapes | ({"magnitude": (rows if axis == "output" else columns,)} if magnitude else {})
+    shapes |= {"magnitude": (rows if axis == "output" else columns,)} if magnitude else {}
+    return {name: (*stack, *shape) for name, shape in shapes.items()}
 
 
 def fitted(t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -88,16 +89,16 @@ def to_file(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, T
     get = {name: getattr(layer, name).detach().clone() for name in a.direction.names if getattr(layer, name) is not None}
     if a.direction.name == "lora_offset":
         A, B, A0, B0 = (get[name] for name in a.direction.names)
-        get = {"lora_A": torch.cat([A - A0, A0]), "lora_B": torch.cat([B, B - B0], 1)}
+        get = {"lora_A": torch.cat([A - A0, A0], -2), "lora_B": torch.cat([B, B - B0], -1)}
     elif a.direction.name == "none":
-        rows, columns = a.base.shape(module)
+        *stack, rows, columns = a.base.shape(module)
         device, s = a.base.device(module), scaling_of_rank_one
-        get = {"lora_A": torch.zeros(1, columns, device=device), "lora_B": torch.zeros(rows, 1, device=device)}
-        get["lora_A"][0, 0] = 1.0
+        get = {"lora_A": torch.zeros(*stack, 1, columns, device=device), "lora_B": torch.zeros(*stack, rows, 1, device=device)}
+        get["lora_A"][..., 0, 0] = 1.0
     m = layer.magnitude
     if m is not None:
         get["magnitude"] = m.detach().clone()
-        if a.axis == "output" and "lora_A" in get and kind.name != "Embedding":
+        if a.axis == "output" and "lora_A" in get and get["lora_A"].dim() == 2 and kind.name != "Embedding":
             _rows_without_direction(layer, module, get, s)
     return _shaped(kind, module, get)
 
@@ -146,6 +147,6 @@ def of_file(kind, direction, tensors: dict[str, Tensor], rank: int) -> dict[str,
     if direction.name == "lora_offset":
         wide = accumulation_dtype(own["lora_A"].dtype)
         A, B = own["lora_A"].to(wide), own["lora_B"].to(wide)
-        A0, B_now = A[rank:], B[:, :rank]
-        return {"lora_A": A[:rank] + A0, "lora_B": B_now, "start_A": A0, "start_B": B_now - B[:, rank:]}
+        A0, B_now = A[..., rank:, :], B[..., :rank]
+        return {"lora_A": A[..., :rank, :] + A0, "lora_B": B_now, "start_A": A0, "start_B": B_now - B[..., rank:]}
     return own

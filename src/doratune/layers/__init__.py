@@ -5,12 +5,14 @@
 
 from torch import nn
 
+from .attention import AttentionKind
 from .conv import ConvKind
 from .embedding import EmbeddingKind
+from .experts import ExpertsKind, TransposedExpertsKind
 from .kind import LayerKind
 from .linear import Conv1DKind, LinearKind
 
-KINDS = (LinearKind(), Conv1DKind(), ConvKind(), EmbeddingKind())
+KINDS = (LinearKind(), Conv1DKind(), ConvKind(), EmbeddingKind(), AttentionKind(), ExpertsKind(), TransposedExpertsKind())
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

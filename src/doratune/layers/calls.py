@@ -10,6 +10,7 @@ A layer kind makes the base's output and hands it over as rows (T, O):
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -78,6 +79,17 @@ def dropout_mask(module, x_TI: Tensor | None) -> tuple[Tensor | None, float]:
 def flat(x: Tensor) -> Tensor:
     """(T, I), also where a size is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def outside_compile(function):
+    """`function`, run as it is where torch.compile traces its caller: a break in the graph."""
+    disabled = torch._disable_dynamo(function)  # torch.compiler.disable would import the compiler right here
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -41,11 +41,31 @@ class LayerKind:
         """Why this module cannot be adapted at all, or None."""
         if taken := [name for name in RESERVED if hasattr(module, name)]:
             return f"its class {type(module).__name__} has an attribute {taken[0]!r} of its own"
-        if "forward" in vars(module) and not _calls_its_class(module):
+        if "forward" in vars(module) and not calls_its_class(module):
             return "its forward was replaced on the instance, so an adapter there would do nothing"
         if self.base(module) is None:
             return self._unknown_storage(module)
         return self.probe(module)
+
+    def adaptation(self, **choices):
+        """What a layer of this kind is adapted with."""
+        from .site import Adaptation
+
+        return Adaptation(**choices)
+
+    def key(self, name: str) -> str:
+        """The weight's name in `named_parameters`, for a layer of this name."""
+        return f"{name}.{self.weight_name}"
+
+    def home(self, module: nn.Module) -> nn.Module:
+        """The module that owns the weight."""
+        return module
+
+    def joined(self, module: nn.Module) -> None:
+        """Called once the module is adapted."""
+
+    def left(self, module: nn.Module) -> None:
+        """Called once it is a plain module again."""
 
     def axis(self, config) -> str:
         """Along which axis of W the magnitude lies."""
@@ -71,7 +91,7 @@ class LayerKind:
         return kind_named, (self.name,)
 
 
-def _calls_its_class(module: nn.Module) -> bool:
+def calls_its_class(module: nn.Module) -> bool:
     """Does a forward that was put on the instance (by accelerate's hooks) end in the class's own?"""
     held = (vars(module).get(name) for name in ("forward", "_old_forward"))
     return any(getattr(f, "__func__", None) is type(module).forward for f in held)

@@ -62,6 +62,14 @@ class Adaptation:
     _small: tuple | None = None
     _likeness: tuple | None = None
 
+    def matrices(self, module: nn.Module) -> list:
+        """The layers with one matrix each that this layer is made of: itself, or its experts."""
+        return [module]
+
+    def create(self, module: nn.Module, seed: int, dtype: torch.dtype, device) -> None:
+        """Register the direction's parameters with their first values."""
+        self.direction.create(module, self.base.shape(module), self.rank, seed, dtype, device)
+
     def factors_of(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         """(A (K, I), B (O, K)) of ΔV = s·B·A, differentiable in what is trained."""
         return self.direction.factors(module)

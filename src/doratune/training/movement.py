@@ -41,7 +41,7 @@ class Movement:
 def measure(model: nn.Module) -> Movement:
     """The movement of an attached model's adapter, against the frozen weight."""
     magnitudes, directions = [], []
-    for _, module in adapters(model):
+    for module in (part for _, layer in adapters(model) for part in layer.adaptation.matrices(layer)):
         a, site = module.adaptation, LayerSite(module, module.adaptation)
         w2, frozen, _ = a.frozen_facts(module)
         A, B = a.factors_of(module)
