@@ -131,6 +131,19 @@ def test_forward_gradients_and_merge(name, method, axis, dtype, full):
     assert torch.equal(stored.model(x), y)
 
 
+@pytest.mark.parametrize("name", [name for name in BASES if name not in NO_EVALUATION])
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_norm_in_evaluation(name, axis):
+    """The norm is W's, also where the forward in evaluation rounds its inputs: that one is not asked."""
+    stored = attached(name, axis=axis, dtype=torch.float32)
+    stored.model.eval()
+    grid.move(stored.layer)
+    A, B, s = stored.layer.lora_A, stored.layer.lora_B, stored.layer.scaling
+    with torch.no_grad():
+        n = stored.layer.op_site(False).norm(A, B, torch.float32, 1)
+    assert relative(n, reference.norm(stored.W, A, B, s, axis)) < 1e-6
+
+
 @pytest.mark.parametrize("name", AGAIN)
 @pytest.mark.parametrize("keep", ["cpu", "device", "none"])
 def test_quantized_again(name, keep):
