@@ -67,7 +67,8 @@ class AttentionKind(LayerKind):
         """As nn.MultiheadAttention's, but for nested tensors, which it takes in its fused function only."""
         assert not (query.is_nested or key.is_nested or value.is_nested), "an adapted MultiheadAttention takes no nested tensors"
         F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)
-        batched, same = query.dim() == 3, (query is key, key is value)
+        batched = query.dim() == 3
+        same = batched and query is key, batched and key is value  # PyTorch loses sight of it in unbatched input
         bring = (lambda x: x.transpose(1, 0)) if module.batch_first else (lambda x: x)
         q = bring(query) if batched else query.unsqueeze(1)
         k = q if same[0] else bring(key) if batched else key.unsqueeze(1)
