@@ -112,3 +112,104 @@ def test_mistakes_are_one_line():
         weight_change(W, W, "rows")
     with pytest.raises(UserError, match="has no attribute"):
         model_changes(nn.Linear(2, 2), tiny_llama(), ["lm_head"])
+
+
+def test_the_spectrum_is_the_updates():
+    from doratune.analysis.spectrum import effective_rank, update_spectrum
+
+    _, layer = one_layer(13, 10, rank=4)
+    assert effective_rank(update_spectrum(layer)) == 0.0
+    grid.move(layer)
+    exact = torch.linalg.svdvals((layer.scaling * layer.lora_B @ layer.lora_A).double())[:4]
+    torch.testing.assert_close(update_spectrum(layer), exact, rtol=1e-6, atol=1e-9)
+    assert effective_rank(torch.ones(5)) == pytest.approx(5.0)
+    assert effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1.0)
+
+
+def test_the_share_of_a_gradient_that_changes_magnitudes():
+    from doratune.analysis.gradients import magnitude_share
+
+    W = torch.randn(6, 9)
+    assert magnitude_share(W, 3 * W) == pytest.approx(1.0)
+    G = torch.randn(6, 9)
+    G -= (G * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True) * W
+    assert magnitude_share(W, G) == pytest.approx(0.0, abs=1e-12)
+    assert magnitude_share(W.T, 3 * W.T, "input") == pytest.approx(1.0)
+    with pytest.raises(UserError, match="gradient is 0"):
+        magnitude_share(W, torch.zeros_like(W))
+
+
+def test_regression_of_known_points():
+    from doratune.analysis.points import Point, regression
+
+    points = [Point("", 0, "", 0, 3.0 - 2.0 * x, x) for x in (0.0, 1.0, 4.0)]
+    line = regression(points)
+    assert (line.slope, line.intercept, line.correlation) == pytest.approx((-2.0, 3.0, -1.0))
+    with pytest.raises(UserError, match="without enough spread"):
+        regression(points[:2])
+
+
+def run_of(folder, method, tiny_folder, steps=(2, 4)):
+    """A run's folder with checkpoints, as doratune train leaves it."""
+    model = doratune.attach(tiny_llama(), AdapterConfig(method=method, rank=4))
+    model.config._name_or_path = str(tiny_folder)
+    for number, step in enumerate(steps):
+        randomize(model, seed=step, scale=0.05 * (number + 1))
+        doratune.save(model, folder / f"checkpoint-{step}")
+    doratune.save(model, folder / "adapter")
+    return folder
+
+
+def test_analyze_from_the_command_line(tiny_folder, tmp_path, capsys):
+    import json
+
+    from doratune.cli.main import main
+
+    runs = [str(run_of(tmp_path / method, method, tiny_folder)) for method in ("dora", "lora")]
+    merged = doratune.load(tiny_llama(), tmp_path / "dora" / "adapter")
+    doratune.merge(merged)
+    merged.save_pretrained(tmp_path / "full")
+    arguments = [
+        "analyze",
+        "--runs",
+        *runs,
+        str(tmp_path / "full"),
+        "--modules",
+        "q_proj",
+        "v_proj",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--json"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    dora, lora, full = (result[run]["points"] for run in (*runs, str(tmp_path / "full")))
+    assert [len(dora), len(lora), len(full)] == [8, 8, 4]  # two checkpoints (the last is the adapter), two layers, two modules
+    assert {p["step"] for p in dora} == {2, 4} and {p["layer"] for p in dora} == {0, 1}
+    last = {p["name"]: p for p in dora if p["step"] == 4}
+    for p in full:  # the merged model is the last adapter
+        assert p["direction"] == pytest.approx(last[p["name"]]["direction"], rel=1e-3)
+        assert p["magnitude"] == pytest.approx(last[p["name"]]["magnitude"], rel=1e-2)
+    assert -1 <= result[runs[0]]["line"]["correlation"] <= 1
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"points.json", "scatter.png", "layers.png"}
+    assert (tmp_path / "out" / "scatter.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([*arguments, "--format", "svg", "--overwrite"]) == 0
+    assert "<svg" in (tmp_path / "out" / "scatter.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "runs is not set"),
+        (["--runs", "nowhere"], "holds no adapter"),
+        (["--runs", "A", "A"], "twice"),
+        (["--runs", "A", "--modules", "qproj"], "no weight is named qproj"),
+    ],
+)
+def test_analyze_mistakes_are_one_line(arguments, message, tiny_folder, tmp_path, capsys):
+    from doratune.cli.main import main
+
+    run = run_of(tmp_path / "run", "dora", tiny_folder)
+    assert main(["analyze", *(str(run) if a == "A" else a for a in arguments), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
