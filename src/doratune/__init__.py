@@ -23,10 +23,13 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-__all__ = sorted(_HOME)
+_PACKAGES = ("analysis", "bases")
+__all__ = sorted([*_HOME, *_PACKAGES])
 
 
 def __getattr__(name: str):
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'doratune' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)

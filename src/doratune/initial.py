@@ -66,7 +66,10 @@ def original_weight(original, name: str, shape: tuple[int, int], config) -> Tens
     if original is None:
         why = "start is 'loftq'" if config.start == "loftq" else "magnitude_from is 'original'"
         raise UserError(f"{why}, which needs the unquantized weights; pass doratune.attach(..., original=unquantized_model)")
-    W = original.get_submodule(name).weight if isinstance(original, nn.Module) else original(name)
+    try:
+        W = original.get_submodule(name).weight if isinstance(original, nn.Module) else original(name)
+    except (AttributeError, KeyError):
+        raise UserError(f"the original model has no weight named {name}; pass the unquantized model of the same names") from None
     if tuple(W.shape) != tuple(shape):
         raise UserError(f"{name}: the original weight has shape {tuple(W.shape)}, the quantized one {tuple(shape)}")
     return W.detach()

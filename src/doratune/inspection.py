@@ -47,6 +47,9 @@ class Inspection:
     trainable: int
     total: int
 
+    def __str__(self) -> str:
+        return self.table()
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 

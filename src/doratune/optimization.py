@@ -39,7 +39,7 @@ def parameter_groups(
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before training")
     for name, value in (("magnitude_lr_ratio", magnitude_lr_ratio), ("output_factor_lr_ratio", output_factor_lr_ratio)):
-        if not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise UserError(f"{name} is {value!r}; expected a number of at least 0")
     if magnitude_decay and record.config.magnitude_form != "relative":
         raise UserError("magnitude_decay needs magnitude_form='relative': decay of a direct m would pull it to 0, not to m₀")

@@ -50,6 +50,7 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     left_out: dict[str, str] = {}
     excluded = with_parts(_matching(config.exclude, modules, "exclude"), modules) if config.exclude else set()
     also = tuple(sorted(_matching(config.also_train, modules, "also_train"))) if config.also_train else ()
+    _refuse_whole(modules, also)
     also = tuple(a for a in also if not any(a.startswith(b + ".") for b in also))
     covered = {name for name in modules if any(name == a or name.startswith(a + ".") for a in also)}
 
@@ -64,9 +65,16 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     left_out.update({name: "excluded" for name in sorted((chosen | magnitudes) & excluded)})
     left_out.update({name: "trained whole (also_train)" for name in sorted((chosen | magnitudes) & covered)})
     chosen, magnitudes = chosen - excluded - covered, magnitudes - excluded - covered
+    if not config.targets and not config.magnitude_only:
+        raise UserError("targets is empty; name modules, or use all-linear or all-layers")
     if not chosen | magnitudes:
         raise UserError("targets select no module after exclude and also_train; leave fewer modules out")
-    _refuse_tied(model, modules, chosen | magnitudes)
+    tied = _tied(model, modules, chosen | magnitudes)
+    if tied and config.targets in (ALL_LINEAR, ALL_LAYERS) and len(tied) < len(chosen):
+        left_out.update(tied)
+        chosen, magnitudes = chosen - set(tied), magnitudes - set(tied)
+    elif tied:
+        raise UserError(listed([f"{reason}; exclude {name} or give each a weight of its own" for name, reason in tied.items()], 3))
     ranks, alphas = _ranks_and_alphas(config, modules, chosen, magnitudes)
     if not loading:
         _check_ranks(config, modules, ranks, left_out)
@@ -169,7 +177,7 @@ def _undefined(kind, module, config: AdapterConfig) -> str | None:
     if "Experts" in kind.name and (config.start == "loftq" or config.magnitude_from == "original"):
         return "start 'loftq' and magnitude_from 'original' are for quantized weights, which expert weights are not"
     if config.has_magnitude and kind.axis(config) == "input" and (problem := kind.axis_refusal(module)):
-        return problem
+        return f"{problem}; set magnitude_axis: output, or exclude it"
     return None
 
 
@@ -181,7 +189,7 @@ def _matching(pattern: Pattern, modules, setting: str) -> set[str]:
         except re.error as error:
             raise UserError(f"{setting}: {pattern!r} is not a valid regular expression: {error}") from None
         if not found:
-            hint = near_misses(pattern, {n.split(".")[-1] for n in modules} | set(modules))
+            hint = near_misses(pattern, {n.split(".")[-1] for n in modules} | {ALL_LINEAR, ALL_LAYERS} | set(modules))
             raise UserError(f"{setting}: the regex {pattern!r} matches no whole module name{hint}")
         return found
     found = set()
@@ -222,12 +230,28 @@ def _check_ranks(config: AdapterConfig, modules, ranks: dict[str, int], left_out
             if isinstance(modules[name], nn.MultiheadAttention) and ranks.pop(f"{name}.out_proj", None) is not None:
                 left_out[f"{name}.out_proj"] = f"{name} is not adapted, and alone it would be bypassed"
     elif problems:
-        raise UserError("rank: " + listed([f"{name}: {problem}" for name, problem in problems.items()], 3) + "; see rank_overrides")
+        reasons = {problem: [n for n, p in problems.items() if p == problem] for problem in problems.values()}
+        shown = [f"{problem} ({listed(names, 3)})" for problem, names in reasons.items()]
+        raise UserError(f"rank: {listed(shown, 3)}; lower it, or give these modules less in rank_overrides")
 
 
-def _refuse_tied(model: nn.Module, modules, chosen: set[str]) -> None:
-    """A weight shared with another module is refused: merging one view would silently change the other."""
+def _refuse_whole(modules, names) -> None:
+    """Modules that are trained whole need weights that can be trained."""
+    for name in names:
+        for inner, module in modules[name].named_modules() if name in modules else ():
+            kind = kind_of(module)
+            base = None if kind is None else kind.base(module)
+            if kind is not None and (base is None or base.name != "dense"):
+                where = f"{name}.{inner}" if inner else name
+                raise UserError(
+                    f"also_train: {where} is quantized and cannot be trained whole; name it in targets, or leave it out"
+                )
+
+
+def _tied(model: nn.Module, modules, chosen: set[str]) -> dict[str, str]:
+    """Weights shared with another module, with why they are refused: merging one view would silently change the other."""
     owners: dict[int, list[str]] = {}
+    found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in sorted(chosen):
@@ -235,4 +259,5 @@ def _refuse_tied(model: nn.Module, modules, chosen: set[str]) -> None:
         key = kind.key(name)
         others = [o for o in owners.get(id(getattr(modules[name], kind.weight_name, None)), ()) if o != key]
         if others:
-            raise UserError(f"{key} is tied to {listed(others)}; exclude {name} or give each a weight of its own")
+            found[name] = f"{key} is tied to {listed(others)}"
+    return found

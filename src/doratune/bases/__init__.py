@@ -83,6 +83,14 @@ def register(matches, *, rows=None, exact_forward: bool = True, name: str = "reg
     opaque.register(matches, rows=rows, exact_forward=exact_forward, name=name)
 
 
+def dense_weight(base: Base, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W (O, I) as a new dense tensor, from row tiles."""
+    weight = torch.empty(base.shape(module), dtype=dtype, device=base.device(module))
+    for rows, tile in base.row_tiles(module):
+        weight[rows] = tile.to(dtype)
+    return weight
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for every low precision, fp64 for fp64: the dtype of m, n, g − 1 and of all sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -124,11 +124,12 @@ class OpaqueBase(QuantizedBase):
         return tuple(t.detach() for t in self.tensors(module).values())
 
     def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
-        """The layer's own forward; its bias is taken off meanwhile."""
+        """The layer's own forward; its bias is 0 meanwhile."""
         forward, bias = getattr(type(module), "plain_class", type(module)).forward, getattr(module, "bias", None)
-        if bias is None:
+        if not isinstance(bias, Tensor):
             return forward(module, rows_KI.to(self.dtype(module)))
-        module.bias = None
+        zero = torch.zeros_like(bias, requires_grad=False)
+        module.bias = nn.Parameter(zero, requires_grad=False) if isinstance(bias, nn.Parameter) else zero
         try:
             return forward(module, rows_KI.to(self.dtype(module)))
         finally:

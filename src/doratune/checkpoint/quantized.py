@@ -4,7 +4,8 @@
     original      the same onto the unquantized W: without the quantization's error, but not the model that was trained
     same          W' quantized again as the base was: as small, with a new quantization error
 
-Each prints how far the logits are from base + adapter as they were trained. Cost: the whole model in memory.
+Each says how far the logits of what was written are from base + adapter as they were trained. The model that is written is never
+run before: bitsandbytes repacks a 4-bit layer in its first evaluation on a CPU, and saves it so. Cost: the whole model in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import torch
 
+from ..bases import dense_weight
 from ..errors import UserError
+from ..layers import kind_of
 from ..merging import merge
 from ..models import load_model, load_tokenizer, quiet_loading
+from ..stored_layers import Stored
 from .adapter import OWN, load
-from .files import new_folder, read_json
+from .files import new_folder, read_json, refuse_existing
 from .logits import SENTENCES, distance
 from .merge import merge_checkpoint
 
@@ -46,9 +50,15 @@ def recorded_quantization(adapter: str | Path) -> dict | None:
 
 
 def merge_quantized(
-    base: str, adapter: str | Path, output: str | Path, into: str = "dequantized", dtype: str = "bfloat16", overwrite: bool = False
-) -> Difference:
-    """Write the merged model to `output`, whole or not at all.
+    base: str,
+    adapter: str | Path,
+    output: str | Path,
+    into: str = "dequantized",
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    check: bool = True,
+) -> Difference | None:
+    """Write the merged model to `output`, whole or not at all; check: compare what was written (None: not compared).
 
     Raises:
         UserError: the adapter records no quantization, or does not fit; an output folder that exists.
@@ -56,22 +66,39 @@ def merge_quantized(
     quantization = recorded_quantization(adapter)
     if quantization is None:
         raise UserError(f"{adapter} was trained on a base that is not quantized; merge it without --into")
+    refuse_existing(Path(output), overwrite)
+    if into == "original":
+        merge_checkpoint(base, adapter, output, dtype, overwrite)
+    else:
+        _merge_in_memory(base, adapter, Path(output), into, dtype, overwrite, quantization)
+    if not check:
+        return None
     tokenizer = load_tokenizer(base)
     ids = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
-    model = load(load_model(base, dtype, quantization), adapter)
-    trained = logits(model, ids)
-    if into == "original":
-        del model
-        gc.collect()
-        merge_checkpoint(base, adapter, output, dtype, overwrite)
-        result = logits(load_model(str(output), dtype), ids)
-    else:
-        with new_folder(Path(output), overwrite) as folder:
-            merge(model, keep="none", quantized="same" if into == "same" else "dense")
-            result = logits(model, ids)
-            _write(model, tokenizer, folder, dense=into == "dequantized")
+    trained = logits(load(load_model(base, dtype, quantization), adapter), ids)
+    gc.collect()
+    result = logits(load_model(str(output), dtype), ids)
     same = (result.argmax(-1) == trained.argmax(-1)).double().mean().item()
     return Difference(into, distance(result, trained), same)
+
+
+def _merge_in_memory(base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict) -> None:
+    model = load(load_model(base, dtype, quantization), adapter)
+    merge(model, keep="none", quantized="same" if into == "same" else "dense")
+    if into == "dequantized":
+        dequantize(model)
+    with new_folder(output, overwrite) as folder:
+        _write(model, load_tokenizer(base), folder, dense=into == "dequantized")
+
+
+@torch.no_grad()
+def dequantize(model) -> None:
+    """Make every layer that is still quantized an ordinary nn.Linear in the model's dtype, in place."""
+    for module in list(model.modules()):
+        kind = kind_of(module)
+        base = None if kind is None else kind.base(module)
+        if base is not None and base.name != "dense":
+            Stored(module).make_dense(module, dense_weight(base, module, model.dtype))
 
 
 @torch.no_grad()

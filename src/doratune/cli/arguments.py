@@ -7,6 +7,7 @@ list takes words (`--arms lora dora`), commas (`--arms lora,dora`) or YAML (`--a
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,9 @@ import yaml
 from ..errors import UserError, near_misses
 
 T = TypeVar("T")
+
+_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)+")
+"""Names with commas between them: no regular expression that could mean anything else."""
 
 
 def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: bool = False) -> tuple[T, bool]:
@@ -45,9 +49,23 @@ def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: boo
     try:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).replace("\n", " ").split())) from None
+        raise UserError(_in_words(" ".join(str(error).split()), fields)) from None
     values = {name: namespace[name] for name in fields}
     return cls(**values), as_json
+
+
+def _in_words(message: str, fields) -> str:
+    """jsonargparse's message about a value of the wrong type, as: which setting, which value, what is expected."""
+    found = re.search(r'key "(\w+)":.*Got value: (.*?)(?: Given value type.*)?$', message)
+    if not found or found[1] not in fields:
+        return message
+    name, value = found[1], found[2].strip()
+    text = str(fields[name].type)
+    if choices := re.search(r"Literal\[([^\]]*)\]", text):
+        known = [choice.strip().strip("'\"") for choice in choices[1].split(",")]
+        return f"{name} is {value!r}; expected one of {', '.join(known)}{near_misses(value, known)}"
+    words = (("bool", "true or false"), ("list", "a list"), ("dict", "a mapping"), ("int", "a whole number"), ("float", "a number"))
+    return f"{name} is {value!r}; expected {next((word for key, word in words if key in text), text)}"
 
 
 def _check_recipe(path: Path, fields) -> None:
@@ -94,5 +112,9 @@ def _one_word_lists(argv: list[str], fields) -> list[str]:
                 words.append(rest.pop(0))
             value = words[0] if len(words) == 1 and words[0].startswith("[") else f"[{','.join(words)}]"
             equals = "="
+        elif field and "list[" in str(field.type) and not equals and rest and _NAMES.fullmatch(rest[0]):
+            equals, value = "=", f"[{rest.pop(0)}]"
+        elif field and "list[" in str(field.type) and equals and _NAMES.fullmatch(value):
+            value = f"[{value}]"
         out.append(name + equals + value)
     return out

@@ -25,6 +25,7 @@ class EvaluateSettings:
         batch_size: sequences at once; the score does not depend on it
         limit: only the first so many items of each task
         dtype: dtype of the model
+        quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         output: folder for results.json and every item with its verdict
         mirror: base address of a mirror of the published data sets
         overwrite: replace an output folder that exists
@@ -39,6 +40,7 @@ class EvaluateSettings:
     batch_size: int = 32
     limit: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     output: str = "runs/evaluate"
     mirror: str | None = None
     overwrite: bool = False
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
     from ..attachment import record_of
     from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.files import refuse_existing
+    from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
     from ..evaluation.run import PROTOCOLS, evaluate, load_tasks, show
     from ..models import load_model, load_tokenizer
@@ -67,7 +70,9 @@ def main(argv: list[str]) -> int:
     refuse_existing(Path(settings.output), settings.overwrite)
     tasks = load_tasks(names, settings.mirror, settings.limit)
     name = settings.model or base_model_of(settings.adapter)
-    tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype)
+    recorded = recorded_quantization(settings.adapter) if settings.adapter else None
+    quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
+    tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype, quantize)
     facts = name, None, None
     if settings.adapter:
         config = record_of(load(model, settings.adapter)).config

@@ -11,6 +11,9 @@ from .output import keep_freed_memory, print_json, say
 EXAMPLE = "doratune inspect --model smollm2-135m-instruct --targets q_proj,v_proj --rank 8"
 
 
+OF_A_CONFIG = ("method", "rank", "targets", "exclude", "magnitude_axis")
+
+
 @dataclass(kw_only=True)
 class InspectSettings:
     """Show what is adapted (module, kind, base, direction, rank, trainable numbers, rows without direction) and what is left out.
@@ -23,7 +26,7 @@ class InspectSettings:
         targets: list of names, regex, all-linear or all-layers
         exclude: modules to leave out
         magnitude_axis: output (per row) or input (per column)
-        quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8
+        quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8; with an adapter, none is what it was trained on
         dtype: dtype of the model
     """
 
@@ -43,6 +46,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..attachment import attach
     from ..checkpoint.adapter import base_model_of, load
+    from ..checkpoint.quantized import recorded_quantization
     from ..config import AdapterConfig
     from ..errors import UserError
     from ..inspection import inspect
@@ -50,11 +54,13 @@ def main(argv: list[str]) -> int:
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
+    if settings.adapter and (idle := [n for n in OF_A_CONFIG if getattr(settings, n) != getattr(InspectSettings(), n)]):
+        raise UserError(f"{', '.join(idle)}: with --adapter the folder says it; drop --adapter or these settings")
     if not settings.adapter:
-        names = ("method", "rank", "targets", "exclude", "magnitude_axis")
-        config = AdapterConfig(**{name: getattr(settings, name) for name in names})
+        config = AdapterConfig(**{name: getattr(settings, name) for name in OF_A_CONFIG})
     name = settings.model or base_model_of(settings.adapter)
-    model = load_model(name, settings.dtype, settings.quantize)
+    recorded = recorded_quantization(settings.adapter) if settings.adapter else None
+    model = load_model(name, settings.dtype, (recorded if settings.quantize == "none" else None) or settings.quantize)
     if settings.adapter:
         load(model, settings.adapter, trainable=True)
     else:

@@ -73,9 +73,10 @@ def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:
     from ..checkpoint.quantized import merge_quantized
 
     into, dtype = settings.into or "dequantized", settings.dtype or "bfloat16"
-    difference = merge_quantized(base, settings.adapter, settings.output, into, dtype, settings.overwrite)
+    difference = merge_quantized(base, settings.adapter, settings.output, into, dtype, settings.overwrite, settings.check)
     say(f"merged model written to {settings.output}")
-    say(str(difference))
+    if difference is not None:
+        say(str(difference))
     if as_json:
-        print_json({"output": settings.output, **difference.__dict__})
+        print_json({"output": settings.output, "into": into, **(difference.__dict__ if difference else {})})
     return 0

@@ -38,7 +38,7 @@ class LinearKind(LayerKind):
 
     def forward(self, module, base_forward, x, *args, **kwargs):
         a = module.adaptation
-        (A, B), m = a.factors_of(module), module.magnitude
+        (A, B), m, bias = a.factors_of(module), module.magnitude, getattr(module, "bias", None)
         traced, gradients = torch.compiler.is_compiling(), torch.is_grad_enabled()
         site = None if traced else module.op_site(gradients, count=True)
         if m is not None and a.axis == "input":
@@ -47,10 +47,10 @@ class LinearKind(LayerKind):
             x_TI = flat(x)
             mask, keep = dropout_mask(module, x_TI)
             if gradients:
-                return ComposeLinear.apply(x_TI, W, A, B, m, module.bias, mask, keep, site).view(*x.shape[:-1], len(W))
+                return ComposeLinear.apply(x_TI, W, A, B, m, bias, mask, keep, site).view(*x.shape[:-1], len(W))
             if mask is None and may_overwrite():
-                out_TO = nn.functional.linear(x_TI, W, module.bias)
-                return infer(site, x_TI, out_TO, A, B, m, module.bias, fresh=True).view(*x.shape[:-1], len(W))
+                out_TO = nn.functional.linear(x_TI, W, bias)
+                return infer(site, x_TI, out_TO, A, B, m, bias, fresh=True).view(*x.shape[:-1], len(W))
         own_gradient = gradients and x.requires_grad and not traced
         out = base_forward(x.detach() if own_gradient and not a.base.has_gradient else x, *args, **kwargs)
         if own_gradient and not (a.base.has_gradient and out.requires_grad):
@@ -58,7 +58,7 @@ class LinearKind(LayerKind):
         if A is None and m is None:
             return out
         x_TI = flat(x) if A is not None else None
-        y = composed(module, x_TI, flat(out), A, B, m, module.bias, dropout_mask(module, x_TI), site)
+        y = composed(module, x_TI, flat(out), A, B, m, bias, dropout_mask(module, x_TI), site)
         return y.view(out.shape)
 
     def probe(self, module: nn.Module) -> str | None:

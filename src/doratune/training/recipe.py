@@ -156,6 +156,8 @@ class TrainRecipe:
         for name in ("lr", "epochs"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.double_quantization and self.quantize not in ("nf4", "fp4"):
+            raise UserError(f"double_quantization is for quantize: nf4 or fp4, not {self.quantize}; drop it")
         if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):
             which = "start is loftq" if self.start == "loftq" else "magnitude_from is original"
             raise UserError(f"{which}, which is for a quantized base; set quantize: nf4 or drop it")

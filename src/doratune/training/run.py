@@ -19,11 +19,12 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..attachment import adapters, attach
+from ..attachment import attach
 from ..checkpoint.adapter import save
 from ..checkpoint.files import refuse_existing, replacing, write_json
-from ..errors import UserError, near_misses
-from ..layers.adapted import own_parameters
+from ..config import AdapterConfig
+from ..errors import UserError, listed, near_misses
+from ..inspection import inspect
 from ..models import contiguous_head, load_model, load_tokenizer
 from ..verification import verify
 from .callbacks import Clock, StopOnSignal, TokenProgress
@@ -62,7 +63,9 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
     checkpoint = last_checkpoint(output) if recipe.resume else None
     if recipe.resume and checkpoint is None:
         raise UserError(f"{output} holds no complete checkpoint to resume from; run without --resume")
-    if not recipe.resume:
+    if recipe.resume:
+        check_same(recipe, output / "recipe.yaml")
+    else:
         refuse_existing(output, recipe.overwrite)
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     rows, eval_rows = datasets(recipe, tokenizer, say)
@@ -113,11 +116,9 @@ def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
 
 def describe(model) -> str:
     """One line: how many layers are adapted, how many parameters train."""
-    layers = list(adapters(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = sum(p.numel() for _, m in layers for p in own_parameters(m).values())
-    total = sum(p.numel() for p in model.parameters()) - own
-    return f"{len(layers)} layers adapted, {trained:,} trainable parameters ({100 * trained / total:.2f} % of {total:,})"
+    found = inspect(model)
+    share = 100 * found.trainable / found.total
+    return f"{len(found.rows)} layers adapted, {found.trainable:,} trainable parameters ({share:.2f} % of {found.total:,})"
 
 
 def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tuple[DoRATrainer, Clock]:
@@ -225,6 +226,21 @@ def clear_checkpoints(output: Path) -> None:
     """A new run in an old folder (--overwrite) must not leave checkpoints that a later --resume would take up."""
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
+
+
+def check_same(recipe: TrainRecipe, path: Path) -> None:
+    """A resumed run goes on with the base and the adapter that it had.
+
+    Raises:
+        UserError: a setting of either that is another one now.
+    """
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = ["model", "quantize", "double_quantization", "dtype", *(f.name for f in dataclasses.fields(AdapterConfig))]
+    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
+    if changed := [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if name in before and before[name] != now[name]]:
+        raise UserError(f"{path}: --resume with another {listed(changed)}; leave it as it was, or start a new run")
 
 
 def write_recipe(path: Path, recipe: TrainRecipe) -> None:
