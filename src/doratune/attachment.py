@@ -88,8 +88,6 @@ def attach_selection(
             p.requires_grad_(trainable and p.is_floating_point())
     shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
     common = Common(Siblings(), shared_factors(config, shapes), original, loading, config.norm_memory)
-    for name, rank in selection.ranks.items():
-        adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -101,6 +99,12 @@ def attach_selection(
         buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
     )
     setattr(model, RECORD, record)
+    try:
+        for name, rank in selection.ranks.items():
+            adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
+    except BaseException:
+        detach(model)  # as it was
+        raise
     fastpath.close(model)
     return model
 
@@ -158,7 +162,14 @@ def adapt(
     a.keep_product = common.may_keep(a, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adaptation = a
-    _create(module, a, config, seed, name, common)
+    try:
+        _create(module, a, config, seed, name, common)
+    except BaseException:
+        for key in (*a.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES):
+            module._parameters.pop(key, None)
+        base.release(module)
+        del module.adaptation
+        raise
     for key, p in own_parameters(module).items():
         p.requires_grad_(trainable and key not in NEVER_TRAINED)
     become(module, adapted_class(type(module), a.magnitude and a.relative))

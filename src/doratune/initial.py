@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .bases import TILE_NUMBERS
 from .directions.starts import put_start
 from .errors import UserError
+from .layers import kind_of
 from .layers.site import Adaptation, LayerSite
 from .math import decomposition
 
@@ -67,12 +68,21 @@ def original_weight(original, name: str, shape: tuple[int, int], config) -> Tens
         why = "start is 'loftq'" if config.start == "loftq" else "magnitude_from is 'original'"
         raise UserError(f"{why}, which needs the unquantized weights; pass doratune.attach(..., original=unquantized_model)")
     try:
-        W = original.get_submodule(name).weight if isinstance(original, nn.Module) else original(name)
+        W = _matrix_of(original.get_submodule(name)) if isinstance(original, nn.Module) else original(name)
     except (AttributeError, KeyError):
-        raise UserError(f"the original model has no weight named {name}; pass the unquantized model of the same names") from None
+        W = None
+    if not isinstance(W, Tensor):
+        raise UserError(f"the original model has no weight named {name}; pass the unquantized model of the same names")
     if tuple(W.shape) != tuple(shape):
         raise UserError(f"{name}: the original weight has shape {tuple(W.shape)}, the quantized one {tuple(shape)}")
     return W.detach()
+
+
+def _matrix_of(module: nn.Module) -> Tensor | None:
+    """W (O, I) of a module that need not be of the adapted layer's class (a quantized Conv1D is a linear layer)."""
+    kind = kind_of(module)
+    base = None if kind is None else kind.base(module)
+    return None if base is None or base.name != "dense" else base.matrix(module)
 
 
 def _tiles(W_OI: Tensor, dtype: torch.dtype):

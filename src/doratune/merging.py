@@ -73,7 +73,8 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Restore the original weights bit for bit and the adapter as it was; a move or dtype change meanwhile is kept.
+    """Restore the original weights bit for bit and the adapter as it was; a move or dtype change meanwhile is kept, but
+    for the dtype that a quantized layer computes in.
 
     Raises:
         UserError: not merged, or merged with keep="none".

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from .config import AdapterConfig
@@ -248,16 +249,23 @@ def _refuse_whole(modules, names) -> None:
                 )
 
 
+def _memory(parameter: nn.Parameter) -> int:
+    """Where a parameter's numbers are; of one without memory, which object it is."""
+    plain = type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel() > 0
+    return parameter.data_ptr() if plain else id(parameter)
+
+
 def _tied(model: nn.Module, modules, chosen: set[str]) -> dict[str, str]:
     """Weights shared with another module, with why they are refused: merging one view would silently change the other."""
     owners: dict[int, list[str]] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(_memory(parameter), []).append(name)
     for name in sorted(chosen):
         kind = kind_of(modules[name])
         key = kind.key(name)
-        others = [o for o in owners.get(id(getattr(modules[name], kind.weight_name, None)), ()) if o != key]
+        weight = getattr(modules[name], kind.weight_name, None)
+        others = [o for o in owners.get(_memory(weight), ()) if o != key] if isinstance(weight, nn.Parameter) else []
         if others:
             found[name] = f"{key} is tied to {listed(others)}"
     return found

@@ -6,7 +6,6 @@ modules); a folder without it is PEFT's own. Everything is checked against the m
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +14,14 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attachment import RECORD, adapters, attach_selection, record_of
 from ..config import AdapterConfig
-from ..directions import direction_for
-from ..errors import UserError, listed
-from ..layers import kind_of
-from ..layers.adapted import own_parameters
-from ..layers.layouts import layer_at, named_layers
+from ..errors import UserError
+from ..layers.layouts import layer_at
 from ..math.compose import no_autocast
-from ..targets import Selection, name_matches, select
+from ..targets import Selection
 from . import peft
 from .files import read_json, read_tensors, write_json, write_tensors
-from .tensors import SHARED, Key, expected, file_key, fitted, of_file, parse_key, to_file
+from .fitting import STARTS, check, put, put_starts, resolve
+from .tensors import SHARED, Key, file_key, parse_key, to_file
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
 FORMATS = ("auto", "peft", "doratune")
@@ -58,7 +55,8 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
             exported = to_file(layer, modules[name], config.scaling(1, record.alphas[name]))
         tensors |= {(name, parameter): t for parameter, t in exported.items()}
     if config.direction == "vera":
-        shared = next(layer.adaptation.direction.shared for layer in layers.values() if layer.adaptation.rank)
+        shared = next((layer.adaptation.direction.shared for layer in layers.values() if layer.adaptation.rank), None)
+    if config.direction == "vera" and shared is not None:
         tensors |= {("", name): t.clone() for name, t in zip(SHARED, shared.get(torch.device("cpu"), torch.float32), strict=True)}
     whole = model.state_dict(keep_vars=True)
     for name in record.also_train:
@@ -68,6 +66,9 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if any(layer.adaptation.base.name != "dense" for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
+    if config.magnitude_form == "relative":
+        starts = {name: getattr(layer, "magnitude_start", None) for name, layer in layers.items()}
+        write_tensors(folder / STARTS, {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()})
     write_json(folder / OWN, own)
 
 
@@ -116,6 +117,7 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
     check(model, config, selection, tensors, str(folder), raw)
     attach_selection(model, config, selection, trainable, loading=True)
     put(model, tensors)
+    put_starts(model, Path(folder))
     return model
 
 
@@ -130,6 +132,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     ranks = {name: layer.adaptation.rank for name, layer in adapters(model)}
     check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder), raw)
     put(model, tensors)
+    put_starts(model, Path(folder))
 
 
 def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
@@ -164,112 +167,3 @@ def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: boo
                 f"{CONFIG} is right"
             )
     return own
-
-
-def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """Without list entries that name nothing here: PEFT writes some by rule (`classifier` and `score`), and asks for one hit."""
-    names = [name for name, _ in named_layers(model)]
-    kept = {}
-    for setting in ("targets", "exclude", "also_train"):
-        pattern = getattr(config, setting)
-        if isinstance(pattern, tuple):
-            kept[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
-        elif setting == "exclude" and not any(name_matches(pattern, name) for name in names):
-            kept[setting] = ()
-    if not kept.get("targets", True) and not config.magnitude_only:
-        del kept["targets"]  # nothing left: let the selection say what is near
-    return replace(config, **kept)
-
-
-def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
-    """Which modules of the model the folder speaks of, with their ranks and alphas."""
-    config = _present(config, model)
-    selection = select(model, config, loading=True)
-    ranks, alphas = dict(selection.ranks), dict(selection.alphas)
-    if raw.get("layers_to_transform") is not None:
-        present = {name for name, _ in tensors if name}
-        ranks = {name: rank for name, rank in ranks.items() if name in present}
-        config = replace(config, targets=tuple(ranks))
-    if raw.get("peft_type") != peft.OWN_TYPE:  # PEFT's names select modules, never batched expert weights
-        ranks = {name: rank for name, rank in ranks.items() if "Experts" not in kind_of(layer_at(model, name)).name}
-    for name in ranks:
-        if ranks[name]:
-            written = peft.as_written(config)
-            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, written.rank)) * config.rank // written.rank
-            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, written.alpha) * config.alpha / written.alpha
-    overrides = {n: r for n, r in ranks.items() if r not in (0, config.rank)}
-    config = replace(
-        config,
-        rank_overrides=overrides,
-        alpha_overrides={n: alphas[n] for n in ranks if ranks[n] and alphas[n] != config.alpha},
-    )
-    return Selection(ranks, alphas, selection.left_out, selection.also_train), config
-
-
-def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tuple[int, ...]]:
-    """Every tensor that a file must hold for these modules, with its shape."""
-    shapes: dict[Key, tuple[int, ...]] = {}
-    modules = dict(named_layers(model))
-    for name, rank in selection.ranks.items():
-        kind, module = kind_of(modules[name]), modules[name]
-        base, direction = kind.base(module), direction_for(config, rank, None)
-        wanted = expected(kind, base, module, direction, rank, config.has_magnitude, kind.axis(config))
-        shapes |= {(name, parameter): shape for parameter, shape in wanted.items()}
-    for name in selection.also_train:
-        for key, t in modules[name].state_dict().items():
-            shapes["", f"{name}.{key}"] = tuple(t.shape)
-    return shapes
-
-
-def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
-    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
-    shapes = needed(model, config, selection)
-    shared = [("", name) for name in SHARED] if config.direction == "vera" else []
-    problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
-    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
-    for key, shape in shapes.items():
-        if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
-            problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
-    if raw.get("peft_type") == peft.PEFT_TYPE:
-        problems += peft.bent_convolutions({name: layer_at(model, name) for name in selection.ranks})
-    if problems:
-        raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
-
-
-def _shown(key: tuple[str, str]) -> str:
-    return ".".join(part for part in key if part)
-
-
-@torch.no_grad()
-def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
-    """Copy checked tensors into an attached model."""
-    record = record_of(model)
-    for name, module in adapters(model):
-        put_layer(name, module, tensors, shared_pair(tensors))
-    for name in record.also_train:
-        for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
-            t.detach().copy_(tensors["", f"{name}.{key}"])
-
-
-def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """VeRA's frozen A (R, max I) and B (max O, R), where the file has them."""
-    return tuple(tensors["", name] for name in SHARED) if all(("", name) in tensors for name in SHARED) else None
-
-
-@torch.no_grad()
-def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=None) -> None:
-    """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
-    a = module.adaptation
-    shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
-    found = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
-    own = own_parameters(module)
-    for parameter, t in of_file(a.kind, a.direction, found, a.rank).items():
-        own[parameter].copy_(t)
-    if a.relative:
-        m, m0 = found["magnitude"].to(own["magnitude_start"]), own["magnitude_start"]
-        own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
-    elif a.magnitude:
-        own["magnitude"].copy_(found["magnitude"])
-    if shared is not None and a.direction.name == "vera":
-        a.direction.shared.give(*shared)
-    a.changed()

@@ -23,8 +23,9 @@ from ..layers.together import Siblings
 from ..merging import checked_gain, merged_tiles
 from ..models import model_path, readable_errors, torch_dtype
 from ..targets import Selection
-from .adapter import check, put_layer, read_folder, resolve, shared_pair
+from .adapter import read_folder
 from .files import new_folder, open_tensors, read_json, write_json, write_tensors
+from .fitting import check, put_layer, resolve, shared_pair
 from .tensors import SHARED
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -42,6 +43,7 @@ class Plan:
     common: Common
     merged: dict[str, str]  # key in the checkpoint → adapted module
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
+    untied: dict[str, str]  # a weight that was tied to one of those → the key of their common tensor in the checkpoint
 
 
 def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -58,6 +60,7 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     shards = list_shards(folder)
     plan = make_plan(folder, Path(adapter), {key for keys in shards.values() for key in keys})
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
+    extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
     weight_map, size = {}, 0
     with new_folder(output, overwrite) as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
@@ -123,9 +126,25 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
         )
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
+    untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
+    untied = {peer: found for peer, key in untied.items() if (found := _key_in(key, keys, prefix))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m)[-2:] for m in modules]), loading=True)
-    return Plan(skeleton, config, selection, tensors, common, merged, replaced)
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied)
+
+
+def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Trained parameter → the names of others that are tied to it in the base and were not trained: they keep the base's values."""
+    names: dict[int, list[str]] = {}
+    for name, p in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {key: [n for n in same if n not in whole] for same in names.values() for key in same if key in whole}
+
+
+def _read(folder: Path, shards: dict[str, list[str]], key: str) -> Tensor:
+    shard = next(shard for shard, keys in shards.items() if key in keys)
+    with open_tensors(folder / shard) as file:
+        return file.get_tensor(key)
 
 
 def meta_model(folder: Path) -> nn.Module:

@@ -98,23 +98,32 @@ def to_file(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, T
     m = layer.magnitude
     if m is not None:
         get["magnitude"] = m.detach().clone()
-        if a.axis == "output" and "lora_A" in get and get["lora_A"].dim() == 2 and kind.name != "Embedding":
-            _rows_without_direction(layer, module, get, s)
+        peft_has_it = (a.axis == "input") == (kind.name == "Embedding") and "lora_A" in get and get["lora_A"].dim() == 2
+        if peft_has_it and len(frozen := frozen_rows(layer, module)):
+            (_rows_without_direction if a.axis == "output" else _columns_without_direction)(layer, module, frozen, get, s)
     return _shaped(kind, module, get)
 
 
-def _rows_without_direction(layer, module: nn.Module, get: dict[str, Tensor], s: float) -> None:
+def _rows_without_direction(layer, module: nn.Module, frozen: Tensor, get: dict[str, Tensor], s: float) -> None:
     """m = |W + s·B·A| on rows without direction, where PEFT has no g = 1 of its own. A row that is 0 altogether would be 0/0 in
     PEFT: its B gets 1e-12."""
-    frozen = frozen_rows(layer, module)
-    if not len(frozen):
-        return
     base = layer.adaptation.base
     W = torch.cat([tile for _, tile in base.row_tiles(module, frozen)]) if layer is module else 0.0
     A, B = get["lora_A"], get["lora_B"]
     nothing = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1) < 1e-12
     B[frozen[nothing], 0] += 1e-12 / (abs(s) * torch.linalg.vector_norm(A[0]))
     get["magnitude"][frozen] = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1)
+
+
+def _columns_without_direction(layer, module: nn.Module, frozen: Tensor, get: dict[str, Tensor], s: float) -> None:
+    """The same for an embedding's dimensions."""
+    A, B = get["lora_A"], get["lora_B"]
+    if not B.any():
+        B[0, 0] = 1e-12 / abs(s)
+    total = torch.zeros(len(frozen), dtype=torch.float64, device=A.device)
+    for rows, tile in layer.adaptation.base.row_tiles(module):
+        total += (tile[:, frozen] * (layer is module) + s * B[rows] @ A[:, frozen]).double().square().sum(0)
+    get["magnitude"][frozen] = total.sqrt().to(A.dtype)
 
 
 def frozen_rows(layer, module: nn.Module) -> Tensor:

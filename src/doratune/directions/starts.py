@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from . import register
 from .lora import LoRADirection
 
@@ -66,7 +67,10 @@ def put_start(module: nn.Module, name: str, tiles: Tiles, s: float, seed: int) -
     For loftq the tiles are of W − Q(W)."""
     A, B = module.lora_A, module.lora_B
     make = orthogonal if name == "olora" else leading
-    B0, A0 = make(tiles, len(B), A.shape[1], len(A), A.dtype, A.device, seed)
+    try:
+        B0, A0 = make(tiles, len(B), A.shape[1], len(A), A.dtype, A.device, seed)
+    except torch.linalg.LinAlgError:
+        raise UserError(f"start {name!r}: the weight holds NaN or infinite values; repair it, or use start: zero") from None
     for parameter, value in (("lora_A", A0), ("lora_B", B0), ("start_A", A0), ("start_B", B0)):
         if (p := module._parameters.get(parameter)) is not None:
             p.copy_(value / abs(s) ** 0.5)
@@ -81,8 +85,16 @@ def leading(tiles: Tiles, rows: int, columns: int, rank: int, dtype, device, see
         Q_OK = torch.linalg.qr(times(tiles, Q_IK, rows))[0]
         Q_IK = torch.linalg.qr(times_transposed(tiles, Q_OK, columns))[0]
     U, S, Vh = torch.linalg.svd(times(tiles, Q_IK, rows), full_matrices=False)
-    root = S[:rank].sqrt()
-    return U[:, :rank] * root, root[:, None] * (Vh @ Q_IK.T)[:rank]
+    root = torch.zeros(rank, dtype=dtype, device=device)
+    root[: len(S)] = S[:rank].sqrt()
+    B, A = torch.zeros(rows, rank, dtype=dtype, device=device), torch.zeros(rank, columns, dtype=dtype, device=device)
+    B[:, : len(S)], A[: len(S)] = U[:, :rank], (Vh @ Q_IK.T)[:rank]
+    B, A = B * root, A * root[:, None]
+    dead = root <= 1e-6 * root.max()  # A = B = 0 would never learn: such directions start as LoRA's do
+    if dead.any():
+        fresh = (torch.rand(A.shape, generator=generator, dtype=dtype) * 2 - 1).to(device) * columns**-0.5
+        A, B = torch.where(dead[:, None], fresh, A), torch.where(dead, 0.0, B)
+    return B, A
 
 
 def orthogonal(tiles: Tiles, rows: int, columns: int, rank: int, dtype, device, seed: int) -> tuple[Tensor, Tensor]:

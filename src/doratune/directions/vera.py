@@ -42,13 +42,18 @@ class SharedFactors:
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """Kaiming-uniform: U(−√(6/fan in), √(6/fan in)); A first, then B, from one CPU generator."""
         generator = torch.Generator().manual_seed(self.seed)
-        return tuple(
-            torch.empty(shape).uniform_(-math.sqrt(6 / shape[1]), math.sqrt(6 / shape[1]), generator=generator)
-            for shape in ((self.rank, self.columns), (self.rows, self.rank))
-        )
+
+        def draw(rows: int, columns: int) -> Tensor:
+            bound = math.sqrt(6 / columns)
+            return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+        return draw(self.rank, self.columns), draw(self.rows, self.rank)
 
     def __deepcopy__(self, memo):
-        return self  # the tensors are never written to
+        """One pair for all layers of the copy; the tensors, which are never written to, are shared."""
+        copied = memo[id(self)] = SharedFactors(self.rank, self.rows, self.columns, self.seed, self.given)
+        copied._copies = dict(self._copies)
+        return copied
 
     def __reduce__(self):
         return SharedFactors, (self.rank, self.rows, self.columns, self.seed, self.given)
@@ -65,6 +70,7 @@ class VeRADirection:
     def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
         register(module, "vera_b", torch.zeros(shape[0], dtype=dtype), device)
         register(module, "vera_d", torch.full((rank,), FIRST_D, dtype=dtype), device)
+        self.shared.get(torch.device(device), dtype)  # drawn here, not under torch.compile
 
     def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         b, d, base = module.vera_b, module.vera_d, module.adaptation.base

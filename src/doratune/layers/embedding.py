@@ -33,9 +33,11 @@ class EmbeddingKind(LayerKind):
         (A, B), m = a.factors_of(module), module.magnitude
         padding = module.padding_idx
         out = F.embedding(ids, module.weight, padding)
-        delta = None if A is None else low_rank(module, ids, A, B, out.dtype, padding)
+        dropping = a.dropout > 0 and module.training
+        delta = None if A is None else low_rank(module, ids, A, B, out.dtype, padding, dropping)
         if m is not None and a.axis == "output":
-            out = scaled_rows(module, ids, out, delta, m, padding)
+            whole = low_rank(module, ids, A, B, out.dtype, padding) if dropping and A is not None else delta
+            out = scaled_rows(module, ids, out, delta, whole, m, padding)
         else:
             out = out if delta is None else out + delta
             out = out if m is None else rescaled(module, out, A, B, m, None)
@@ -64,17 +66,17 @@ def scale_of(module, dtype: torch.dtype):
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padding: int | None) -> Tensor:
+def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padding: int | None, drop: bool = False) -> Tensor:
     """δ = s·B_t·A (…, I) in `dtype`."""
     with torch.autocast(ids.device.type, enabled=False):
         rows = F.embedding(ids, B, padding).to(dtype) * module.adaptation.scaling
-        if module.adaptation.dropout and module.training:
+        if drop:
             rows = F.dropout(rows, module.adaptation.dropout)
         return rows @ A.to(dtype)
 
 
-def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, m: Tensor, padding: int | None) -> Tensor:
-    """g_t ⊙ (W_t + δ_t) in out's dtype; the gain in fp32 (fp64)."""
+def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, whole: Tensor | None, m: Tensor, padding) -> Tensor:
+    """g_t ⊙ (W_t + δ_t) in out's dtype; the gain in fp32 (fp64). whole: δ without dropout, which the norm is of."""
     a = module.adaptation
     dtype = accumulation_dtype(out.dtype)
     if torch.compiler.is_compiling():
@@ -83,12 +85,12 @@ def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, m: Tenso
         w2, frozen = (fact[ids] for fact in a.frozen_facts(module)[:2])
     V = out if delta is None else out + delta
     n2 = w2
-    if delta is not None:
-        delta, wide = delta.to(dtype), out.to(dtype)
-        delta = delta if a.full_gradient else delta.detach()
-        sum_of_parts = w2 + 2 * (wide * delta).sum(-1) + delta.square().sum(-1)
-        direct = (wide + delta).square().sum(-1)
-        n2 = torch.where(sum_of_parts < 1e-3 * w2, direct, sum_of_parts)  # where the parts cancel
+    if whole is not None:
+        change, wide = whole.to(dtype), out.to(dtype)
+        change = change if a.full_gradient else change.detach()
+        sum_of_parts = w2 + 2 * (wide * change).sum(-1) + change.square().sum(-1)
+        direct = (wide + change).square().sum(-1)
+        n2 = torch.where(sum_of_parts < 0.25 * w2, direct, sum_of_parts)  # where the parts cancel
     n2 = torch.where(frozen, 1.0, torch.maximum(n2, 1e-12 * w2))
     n = n2.sqrt()
     gain = torch.where(frozen, 0.0, (F.embedding(ids, m[:, None], padding).squeeze(-1) - n) / n)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..bases import is_opaque
 from ..math.autograd import BaseGradient, ComposeLinear
 from ..math.compose import infer
-from .calls import composed, dropout_mask, flat, scaled_input
+from .calls import composed, dropout_mask, flat, outside_compile, scaled_input
 from .kind import LayerKind, differs
 
 
@@ -37,15 +37,20 @@ class LinearKind(LayerKind):
         return W if plain else None
 
     def forward(self, module, base_forward, x, *args, **kwargs):
+        if torch.compiler.is_compiling() and not module.adaptation.base.has_gradient:
+            return _unseen(self, module, base_forward, x, *args, **kwargs)  # autograd would lose x where the compiler looks
+        return self.adapted(module, base_forward, x, *args, **kwargs)
+
+    def adapted(self, module, base_forward, x, *args, **kwargs):
         a = module.adaptation
         (A, B), m, bias = a.factors_of(module), module.magnitude, getattr(module, "bias", None)
         traced, gradients = torch.compiler.is_compiling(), torch.is_grad_enabled()
         site = None if traced else module.op_site(gradients, count=True)
         if m is not None and a.axis == "input":
             x, m = scaled_input(module, site, x, A, B, m), None
+        x_TI = flat(x) if A is not None else None
+        mask, keep = dropout_mask(module, x_TI)
         if not traced and A is not None and not args and not kwargs and (W := self._plain_product(module, x)) is not None:
-            x_TI = flat(x)
-            mask, keep = dropout_mask(module, x_TI)
             if gradients:
                 return ComposeLinear.apply(x_TI, W, A, B, m, bias, mask, keep, site).view(*x.shape[:-1], len(W))
             if mask is None and may_overwrite():
@@ -57,9 +62,7 @@ class LinearKind(LayerKind):
             out = BaseGradient.apply(x, out, site)
         if A is None and m is None:
             return out
-        x_TI = flat(x) if A is not None else None
-        y = composed(module, x_TI, flat(out), A, B, m, bias, dropout_mask(module, x_TI), site)
-        return y.view(out.shape)
+        return composed(module, x_TI, flat(out), A, B, m, bias, (mask, keep), site).view(out.shape)
 
     def probe(self, module: nn.Module) -> str | None:
         """A subclass with a forward of its own must compute x·Wᵀ + bias: tried on two rows."""
@@ -94,6 +97,11 @@ class Conv1DKind(LinearKind):
 
     def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
         return weight.T[which]
+
+
+@outside_compile
+def _unseen(kind, *args, **kwargs):
+    return kind.adapted(*args, **kwargs)
 
 
 def may_overwrite() -> bool:

@@ -50,7 +50,7 @@ def alike(module: nn.Module) -> tuple:
     """Layers of which this is equal can share the operations of their norms."""
     a, A = module.adaptation, getattr(module, "lora_A", None)
     if a._likeness is None or a._likeness[0] != a.epoch:
-        choices = a.kind.name, a.base.name, a.direction.name, a.rank, a.scaling, a.axis
+        choices = a.kind.name, a.base.name, a.base.exact_forward, a.direction.name, a.rank, a.scaling, a.axis
         facts = *choices, a.base.shape(module), a.base.dtype(module), a.base.device(module)
         a._likeness = a.epoch, (*facts, None if A is None else (A.dtype, A.device))
     return a._likeness[1]
@@ -70,7 +70,7 @@ def norm_and_siblings(site, A_RI: Tensor, B_OR: Tensor, dtype: torch.dtype) -> T
     A_LRI, B_LOR = (torch.stack([pair[i] for pair in pairs]).to(dtype) for i in (0, 1))
     w2_LO = torch.stack([m.adaptation.frozen_facts(m).w2 for m in (module, *others)])
     with no_autocast(A_RI.device):
-        n_LO, trusted = norm.magnitudes(a.base, [module, *others], A_LRI, B_LOR, a.scaling, w2_LO)
+        n_LO, trusted = norm.magnitudes([module, *others], A_LRI, B_LOR, a.scaling, w2_LO)
     n = [n_O.clone() if good else None for n_O, good in zip(n_LO, trusted, strict=True)]
     for i in range(len(n)):
         if n[i] is None:

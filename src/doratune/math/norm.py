@@ -41,13 +41,14 @@ class Terms(NamedTuple):
     clamped: Tensor
 
 
-def magnitudes(base: Base, modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor):
+def magnitudes(modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor):
     """(n (L, O), which layers' n can be trusted): the output axis of L layers of one shape, in few operations; no zero rows.
 
     A and B already in the dtype of the forward. A layer is trusted where none of its rows is in danger of cancellation, by the
     first test of `terms`; the others need `terms`."""
-    dtype = w2_LO.dtype
-    product = torch.stack([base_times_A(base, module, A_RI) for module, A_RI in zip(modules, A_LRI, strict=True)]).to(dtype)
+    dtype, bases = w2_LO.dtype, [module.adaptation.base for module in modules]
+    products = [base_times_A(b, module, A_RI) for b, module, A_RI in zip(bases, modules, A_LRI, strict=True)]
+    product, base = torch.stack(products).to(dtype), bases[0]
     A, B = A_LRI.to(dtype), B_LOR.to(dtype)
     gram_LRR = A @ A.mT
     product.mul_(B)

@@ -1,0 +1,175 @@
+"""Does an adapter folder fit a model, and putting its values in.
+
+Everything is checked against the model before it is touched: which modules the folder speaks of, every tensor and shape it needs,
+VeRA's shared pair, convolutions whose filters PEFT keeps in a form of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment import adapters, record_of
+from ..config import AdapterConfig
+from ..directions import direction_for
+from ..errors import UserError, listed
+from ..layers import kind_of
+from ..layers.adapted import own_parameters
+from ..layers.layouts import layer_at, named_layers
+from ..targets import ALL_LAYERS, ALL_LINEAR, Selection, name_matches, select
+from . import peft
+from .files import read_tensors
+from .tensors import SHARED, Key, expected, fitted, of_file
+
+STARTS = "doratune_starts.safetensors"
+"""m₀ of relative magnitudes, which decay pulls m to."""
+
+
+def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """Without list entries that name nothing here: PEFT writes some by rule (`classifier` and `score`), and asks for one hit."""
+    names = [name for name, _ in named_layers(model)]
+    kept = {}
+    for setting in ("targets", "exclude", "also_train"):
+        pattern = getattr(config, setting)
+        if isinstance(pattern, tuple):
+            kept[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
+        elif setting == "exclude" and not any(name_matches(pattern, name) for name in names):
+            kept[setting] = ()
+    if not kept.get("targets", True) and not config.magnitude_only:
+        del kept["targets"]  # nothing left: let the selection say what is near
+    return replace(config, **kept)
+
+
+def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
+    """Which modules of the model the folder speaks of, with their ranks and alphas."""
+    config = _present(config, model)
+    selection = select(model, config, loading=True)
+    ranks, alphas = dict(selection.ranks), dict(selection.alphas)
+    if config.targets in (ALL_LINEAR, ALL_LAYERS) and isinstance(raw.get("target_modules"), list):  # less may have been left
+        ranks = {name: rank for name, rank in ranks.items() if name_matches(tuple(raw["target_modules"]), name)}
+    if raw.get("layers_to_transform") is not None:
+        present = {name for name, _ in tensors if name}
+        ranks = {name: rank for name, rank in ranks.items() if name in present}
+        config = replace(config, targets=tuple(ranks))
+    if raw.get("peft_type") != peft.OWN_TYPE:  # PEFT's names select modules, never batched expert weights
+        ranks = {name: rank for name, rank in ranks.items() if "Experts" not in kind_of(layer_at(model, name)).name}
+    for name in ranks:
+        if ranks[name]:
+            written = peft.as_written(config)
+            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, written.rank)) * config.rank // written.rank
+            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, written.alpha) * config.alpha / written.alpha
+    overrides = {n: r for n, r in ranks.items() if r not in (0, config.rank)}
+    config = replace(
+        config,
+        rank_overrides=overrides,
+        alpha_overrides={n: alphas[n] for n in ranks if ranks[n] and alphas[n] != config.alpha},
+    )
+    return Selection(ranks, alphas, selection.left_out, selection.also_train), config
+
+
+def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tuple[int, ...]]:
+    """Every tensor that a file must hold for these modules, with its shape."""
+    shapes: dict[Key, tuple[int, ...]] = {}
+    modules = dict(named_layers(model))
+    for name, rank in selection.ranks.items():
+        kind, module = kind_of(modules[name]), modules[name]
+        base, direction = kind.base(module), direction_for(config, rank, None)
+        wanted = expected(kind, base, module, direction, rank, config.has_magnitude, kind.axis(config))
+        shapes |= {(name, parameter): shape for parameter, shape in wanted.items()}
+    for name in selection.also_train:
+        for key, t in modules[name].state_dict().items():
+            shapes["", f"{name}.{key}"] = tuple(t.shape)
+    return shapes
+
+
+def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
+    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
+    shapes = needed(model, config, selection)
+    shared = [("", name) for name in SHARED] if config.direction == "vera" else []
+    problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
+    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
+    for key, shape in shapes.items():
+        if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
+            problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
+    if shared:
+        problems += _shared_problems(tensors, config, [shape for key, shape in needed_sizes(model, selection).items()])
+    if raw.get("peft_type") == peft.PEFT_TYPE:
+        problems += peft.bent_convolutions({name: layer_at(model, name) for name in selection.ranks})
+    if problems:
+        raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
+
+
+def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:
+    """(O, I) of every selected layer, or of its experts."""
+    modules = dict(named_layers(model))
+    return {name: tuple(kind_of(modules[name]).base(modules[name]).shape(modules[name])[-2:]) for name in selection.ranks}
+
+
+def _shared_problems(tensors, config: AdapterConfig, sizes: list[tuple[int, int]]) -> list[str]:
+    """What is wrong with VeRA's pair in a file; none at all is drawn from the seed."""
+    given = [name for name in SHARED if ("", name) in tensors]
+    if len(given) == 1:
+        return [f"{next(name for name in SHARED if name not in given)} is missing beside {given[0]}"]
+    if not given or not sizes:
+        return []
+    rows, columns = (max(size[i] for size in sizes) for i in (0, 1))
+    A, B = (tuple(tensors["", name].shape) for name in SHARED)
+    if len(A) == len(B) == 2 and A[0] == B[1] == config.rank and A[1] >= columns and B[0] >= rows:
+        return []
+    return [f"vera_A {A} and vera_B {B} do not fit; the model needs ({config.rank}, {columns}) and ({rows}, {config.rank})"]
+
+
+def _shown(key: tuple[str, str]) -> str:
+    return ".".join(part for part in key if part)
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
+    """Copy checked tensors into an attached model."""
+    record = record_of(model)
+    for name, module in adapters(model):
+        put_layer(name, module, tensors, shared_pair(tensors))
+    for name in record.also_train:
+        for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
+            t.detach().copy_(tensors["", f"{name}.{key}"])
+
+
+@torch.no_grad()
+def put_starts(model: nn.Module, folder: Path) -> None:
+    """m₀ of relative magnitudes as it was when they were saved, m as it is."""
+    starts = read_tensors(folder / STARTS) if (folder / STARTS).is_file() else {}
+    for name, layer in adapters(model):
+        m0 = starts.get(f"{name}.magnitude_start")
+        if m0 is not None and layer.adaptation.relative and m0.shape == layer.magnitude_start.shape:
+            m = layer.magnitude.clone()
+            layer.magnitude_start.copy_(m0)
+            ratio = torch.where((m > 0) & (layer.magnitude_start > 0), m / layer.magnitude_start, 1.0)
+            layer.magnitude_delta.copy_(ratio.log())
+            layer.adaptation.changed()
+
+
+def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """VeRA's frozen A (R, max I) and B (max O, R), where the file has them."""
+    return tuple(tensors["", name] for name in SHARED) if all(("", name) in tensors for name in SHARED) else None
+
+
+@torch.no_grad()
+def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=None) -> None:
+    """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
+    a = module.adaptation
+    shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
+    found = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
+    own = own_parameters(module)
+    for parameter, t in of_file(a.kind, a.direction, found, a.rank).items():
+        own[parameter].copy_(t)
+    if a.relative:
+        m, m0 = found["magnitude"].to(own["magnitude_start"]), own["magnitude_start"]
+        own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
+    elif a.magnitude:
+        own["magnitude"].copy_(found["magnitude"])
+    if shared is not None and a.direction.name == "vera":
+        a.direction.shared.give(*shared)
+    a.changed()
