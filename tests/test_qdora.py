@@ -84,8 +84,16 @@ def test_a_run_that_was_interrupted_goes_on(tiny_folder, data, tmp_path):
     assert resumed["steps"] == whole["steps"] == 12
 
 
-def test_merged_three_ways(tiny_folder, data, tmp_path, capsys):
-    train(recipe(tiny_folder, data, tmp_path / "run"), say=lambda _: None)
+def test_resuming_with_another_base_is_refused(tiny_folder, data, tmp_path):
+    train(recipe(tiny_folder, data, tmp_path / "run", save_steps=2, max_steps=2), say=lambda _: None)
+    for settings, message in (({"quantize": "none"}, "quantize 'nf4' -> 'none'"), ({"rank": 8}, "rank 4 -> 8")):
+        with pytest.raises(UserError, match=message):
+            train(recipe(tiny_folder, data, tmp_path / "run", max_steps=4, resume=True, **settings), say=lambda _: None)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_merged_three_ways(targets, tiny_folder, data, tmp_path, capsys):
+    train(recipe(tiny_folder, data, tmp_path / "run", targets=targets), say=lambda _: None)
     adapter, errors = tmp_path / "run/adapter", {}
     model = doratune.load(load_model(str(tiny_folder), "float32", "nf4"), adapter)
     trained = logits(model)
@@ -96,7 +104,7 @@ def test_merged_three_ways(tiny_folder, data, tmp_path, capsys):
         quantized = any("4bit" in type(m).__name__ for m in again.modules())
         assert quantized == (into == "same")
         assert distance(logits(again), trained) < 2 * difference.error + 1e-5  # on other tokens
-    assert errors["dequantized"] < 1e-5 < errors["original"] and errors["same"] > 1e-4
+    assert errors["dequantized"] < 0.02 < errors["original"] < 0.5 and 1e-4 < errors["same"] < 0.5
     assert main(["merge", "--model", str(tiny_folder), "--adapter", str(adapter), "--output", str(tmp_path / "cli"), "--json"]) == 0
     out = capsys.readouterr().out
     assert "logits differ from the quantized base + adapter" in out and json.loads(out.splitlines()[-1])["into"] == "dequantized"
