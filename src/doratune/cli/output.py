@@ -37,4 +37,4 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never. Its largest value, 2 GiB, was reached by some arms of a benchmark and not by others
