@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.files import read_json, replacing
 from ..errors import UserError
+from ..models import QUANTIZATIONS
 from .sections import device_sections
 from .settings import MEASUREMENTS
 from .tables import NOT_MEASURED
@@ -37,7 +38,8 @@ def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
     folder = results_folder or root / "benchmarks" / "results"
     cpu, gpu = (read_results(folder, device) for device in ("cpu", "cuda"))
     page, readme = root / "docs" / "performance.md", root / "README.md"
-    contents = {page: performance_page(cpu, gpu), readme: with_table(readme, targets(cpu, gpu))}
+    quantized = {(device, q): read_results(folder, f"{device}_{q}") for device in ("cpu", "cuda") for q in QUANTIZATIONS}
+    contents = {page: performance_page(cpu, gpu, quantized), readme: with_table(readme, targets(cpu, gpu))}
     for path, content in contents.items():
         with replacing(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -60,10 +62,13 @@ def with_table(readme: Path, content: str) -> str:
     return f"{before}{START}\n{content}\n{END}{after}"
 
 
-def performance_page(cpu: Results, gpu: Results) -> str:
-    """The whole of docs/performance.md."""
+def performance_page(cpu: Results, gpu: Results, quantized: dict[tuple[str, str], Results] | None = None) -> str:
+    """The whole of docs/performance.md; quantized: (device, storage) → the same over a quantized base."""
     parts = ["# Performance", INTRODUCTION, "## Targets", targets(cpu, gpu)]
     for title, results, device in (("CPU", cpu, "cpu"), ("GPU", gpu, "cuda")):
         missing = f"{NOT_MEASURED}; `doratune bench --device {device}` measures it"
         parts += [f"## {title}", *(device_sections(results, device) if results else [missing])]
+    for (device, storage), results in (quantized or {}).items():
+        if results:
+            parts += [f"## Base in {storage} ({device.upper()}): QLoRA and QDoRA", *device_sections(results, device, all=False)]
     return "\n\n".join(parts) + "\n"

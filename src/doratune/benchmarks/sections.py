@@ -7,10 +7,12 @@ from .targets import TARGETS, Results
 from .train_step import CHECKPOINTED, PLAIN
 
 
-def device_sections(results: Results, device: str) -> list[str]:
-    """Headings, where the figures come from, and tables of every measurement."""
+def device_sections(results: Results, device: str, all: bool = True) -> list[str]:
+    """Headings, where the figures come from, and tables of every measurement; all: also say which were not made."""
     parts = []
     for what, (title, tables) in SECTIONS.items():
+        if not all and what not in results:
+            continue
         parts.append(f"### {title}")
         parts += [origin(results[what]["facts"]), *tables(results[what]["result"], device)] if what in results else [NOT_MEASURED]
     return parts
