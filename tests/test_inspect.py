@@ -54,13 +54,26 @@ def test_from_the_command_line(tiny_folder, capsys, tmp_path):
     assert {row["magnitude"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]} == {"none"}
 
 
+def test_names_with_commas_are_a_list(tiny_folder, capsys):
+    for words in (["q_proj,v_proj"], ["[q_proj, v_proj]"]):
+        assert main(["inspect", "--model", str(tiny_folder), "--rank", "4", "--targets", *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {row["module"].split(".")[-1] for row in found["rows"]} == {"q_proj", "v_proj"}
+    assert main(["inspect", "--model", str(tiny_folder), "--rank", "4", "--targets", ".*[qk]_proj", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "neither model nor adapter"),
         (["--model", "TINY", "--targets", "qproj"], "did you mean 'q_proj'"),
         (["--model", "TINY", "--rank", "999"], "rank 999 is larger than its smaller side"),
-        (["--model", "TINY", "--quantize", "nf5"], "nf5"),
+        (["--model", "TINY", "--quantize", "nf5"], "quantize is 'nf5'; expected one of none, nf4, fp4, int8; did you mean 'nf4'"),
+        (["--model", "TINY", "--rank", "abc"], "rank is 'abc'; expected a whole number"),
+        (["--model", "TINY", "--method", "dorra"], "did you mean 'dora'"),
+        (["--model", "TINY", "--targets", "all-leyers"], "did you mean 'all-layers'"),
+        (["--adapter", "somewhere", "--rank", "3"], "rank: with --adapter the folder says it"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tiny_folder, capsys):
