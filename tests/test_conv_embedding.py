@@ -207,3 +207,18 @@ def test_dropout_is_on_the_low_rank_branch_of_a_convolution():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_few_positions_of_a_grouped_convolution(groups):
+    """Where conv(x, A) is smaller than ΔV, it is what is computed; many positions take ΔV's own convolution (the grid's cases)."""
+    torch.manual_seed(0)
+    model = doratune.attach(nn.Sequential(nn.Conv2d(64, 32, 3, groups=groups)), AdapterConfig(rank=3, targets=["0"]))
+    layer = model[0]
+    grid.move(layer)
+    x = torch.randn(1, 64, 3, 3)
+    assert x[0, 0].numel() * 3 * groups < layer.weight.numel()
+    V = layer.weight.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).view(layer.weight.shape)
+    W = layer.magnitude.double().view(-1, 1, 1, 1) * V / V.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    exact = nn.functional.conv2d(x.double(), W, layer.bias.double(), groups=groups)
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-4, atol=1e-5)
