@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import doratune
+from doratune.layers.adapted import Adapted
 
 SUPPORTED = [key for key in grid.cells() if grid.outcome(*key) is None]
 
@@ -50,11 +51,11 @@ def test_forward_gradients_and_merge(kind, method, axis, full, dtype):
     with torch.no_grad():
         assert relative(layer(case.x), exact_y) <= max(floor / 4, 3 * relative(peer_y, exact_y))
         doratune.merge(case.model)
-        assert type(layer).__name__ in (type(layer).__mro__[0].__name__,) and not hasattr(layer, "adaptation")
+        assert not isinstance(layer, Adapted) and not hasattr(layer, "adaptation")
         assert relative(layer(case.x), exact_y) <= max(floor, 3 * relative(peer_y, exact_y))
         doratune.unmerge(case.model)
         assert torch.equal(case.to_matrix(layer.weight).double(), W)
-        assert torch.equal(layer(case.x), y) or relative(layer(case.x), y) <= floor / 4
+        assert relative(layer(case.x), y) <= floor / 4
 
 
 @pytest.mark.parametrize(("kind", "method", "axis"), [key for key in SUPPORTED if key[1] in ("dora", "dvora", "magnitude only")])

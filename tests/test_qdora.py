@@ -60,12 +60,13 @@ def logits(model):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"quantize": "fp4", "double_quantization": True}, {"method": "lora"}, {"method": "dvora"}]
+    "settings",
+    [{}, {"quantize": "fp4", "double_quantization": True}, {"method": "lora"}, {"method": "dvora", "rank": 32, "lr": 0.1}],
 )
 def test_the_loss_falls_and_the_adapter_comes_back(settings, tiny_folder, data, tmp_path):
     metrics = train(recipe(tiny_folder, data, tmp_path / "run", **settings), say=lambda _: None)
     losses = [row["loss"] for row in metrics["log"] if "loss" in row]
-    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1 or settings.get("method") == "dvora"
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
     recorded = json.loads((tmp_path / "run/adapter/doratune.json").read_text())["quantization"]
     assert recorded["bnb_4bit_quant_type"] == settings.get("quantize", "nf4")
     quantized = load_model(str(tiny_folder), "float32", settings.get("quantize", "nf4"), settings.get("double_quantization", False))
@@ -104,7 +105,9 @@ def test_merged_three_ways(targets, tiny_folder, data, tmp_path, capsys):
         quantized = any("4bit" in type(m).__name__ for m in again.modules())
         assert quantized == (into == "same")
         assert distance(logits(again), trained) < 2 * difference.error + 1e-5  # on other tokens
-    assert errors["dequantized"] < 0.02 < errors["original"] < 0.5 and 1e-4 < errors["same"] < 0.5
+    # a layer that is not adapted is repacked by bitsandbytes in evaluation, and rounds otherwise than its dequantized weight
+    assert errors["dequantized"] < (1e-5 if targets == "all-linear" else 0.02)
+    assert 0.02 < errors["original"] < 0.5 and 1e-4 < errors["same"] < 0.5
     assert main(["merge", "--model", str(tiny_folder), "--adapter", str(adapter), "--output", str(tmp_path / "cli"), "--json"]) == 0
     out = capsys.readouterr().out
     assert "logits differ from the quantized base + adapter" in out and json.loads(out.splitlines()[-1])["into"] == "dequantized"
