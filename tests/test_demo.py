@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from doratune.cli.main import main
-from doratune.demo import facts
 from doratune.evaluation.tasks import choices, family
+from doratune.training.data import facts
 
 
 def words(items):

@@ -123,6 +123,49 @@ def test_settings_reach_the_run(options, recipe, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out.replace("warning: null", "")
 
 
+def test_full_fine_tuning_trains_everything(recipe, tmp_path, capsys):
+    """All weights move, in float32; the result is an ordinary model folder; resumed and scored as any run is."""
+    output = tmp_path / "run"
+    settings = ["--method", "full", "--lr", "1e-3", "--dtype", "bfloat16", "--save_steps", "4"]
+    score = ["--tasks", "[demo]", "--tasks_limit", "6", "--tasks_protocol", "likelihood"]
+    assert main(["train", str(recipe), "--output", str(output), *settings, *score, "--max_steps", "8"]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["trainable"] == metrics["total"] == sum(p.numel() for p in tiny_llama().parameters())
+    assert metrics["moved"] is None
+    assert metrics["peak_bytes"] > 1e7
+    assert metrics["cpu_seconds"] > 0
+    results = json.loads((output / "scores" / "after" / "results.json").read_text())["results"]
+    assert [(r["task"], r["protocol"], r["total"]) for r in results] == [("demo", "likelihood", 6)]
+    trained, before = load_file(output / "model" / "model.safetensors"), tiny_llama().state_dict()
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+    assert all(not torch.equal(trained[name], before[name]) for name in trained)
+    assert last_checkpoint(output).name == "checkpoint-8"
+    assert main(["train", str(recipe), "--output", str(tmp_path / "q"), "--method", "full", "--quantize", "nf4"]) == 2
+    assert "full trains a dense base; quantize is 'nf4'" in capsys.readouterr().err
+    scored = ["--model", str(output / "model"), "--task", "demo", "--limit", "3", "--output", str(tmp_path / "e")]
+    assert main(["evaluate", *scored]) == 0
+
+
+def test_a_run_killed_while_it_is_scored_resumes_to_its_end(recipe, tmp_path, monkeypatch):
+    from doratune.evaluation import run as evaluation
+
+    output = tmp_path / "run"
+    options = ["train", str(recipe), "--output", str(output), "--max_steps", "4", "--tasks", "[demo]", "--tasks_limit", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(options) == 130
+    assert not (output / "metrics.json").exists()
+    assert main([*options, "--resume"]) == 0
+    assert json.loads((output / "metrics.json").read_text())["steps"] == 4
+    assert (output / "scores" / "after" / "results.json").is_file()
+
+
+def test_a_task_that_is_not_there_is_found_before_the_training(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "--output", str(tmp_path / "run"), "--tasks", "[boolk]"]) == 2
+    assert "unknown task 'boolk'; did you mean 'boolq'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_chat_data(recipe, tmp_path, capsys):
     turns = [[("user", f"{i}?"), ("assistant", ANSWERS[i % 2])] for i in range(12)]
     lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) for turn in turns]

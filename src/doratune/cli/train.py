@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from .arguments import parse
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 --output runs/r8"
 
@@ -18,11 +18,12 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     import yaml
 
+    from ..evaluation.run import after_training
     from ..training.run import Interrupted, dataclasses, train
 
     say(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
     try:
-        metrics = train(recipe, say)
+        metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
         print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status

@@ -24,9 +24,9 @@ from ..errors import UserError
 from ..evaluation.run import evaluate, show
 from ..evaluation.tasks import load_task
 from ..models import WHEEL_MODEL, load_model, load_tokenizer
+from ..training.data import facts
 from ..training.recipe import TrainRecipe
 from ..training.run import train, write_recipe
-from . import facts
 
 
 @dataclass(kw_only=True)

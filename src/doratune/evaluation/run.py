@@ -6,17 +6,15 @@ OUTPUT/results.json                    the figures           OUTPUT/TASK.PROTOCO
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.files import replacing, write_json
+from ..environment import peak_bytes
 from ..errors import UserError, near_misses
 from ..models import contiguous_head
+from ..training.recipe import TrainRecipe
 from .generate import generate
 from .likelihood import likelihood
 from .report import add_published, overall, summarize, table
@@ -92,11 +90,29 @@ def load_tasks(names: Sequence[str], mirror: str | None = None, limit: int | Non
     return tasks
 
 
-def peak_bytes() -> int:
-    """Peak memory: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def after_training(recipe: TrainRecipe, say, progress):
+    """What scores the model that a training run ends with, on the recipe's tasks into OUTPUT/scores/after; None without tasks.
+
+    The tasks are read now: a file that is not there is found before the training, not after it.
+    """
+    if not recipe.tasks:
+        return None
+    tasks = load_tasks(recipe.tasks, recipe.mirror, recipe.tasks_limit)
+
+    def score(model, tokenizer) -> None:
+        summary = evaluate(
+            model,
+            tokenizer,
+            tasks,
+            PROTOCOLS if recipe.tasks_protocol == "both" else (recipe.tasks_protocol,),
+            batch_size=recipe.tasks_batch_size,
+            output=Path(recipe.output) / "scores" / "after",
+            facts=(recipe.model, recipe.method, recipe.rank),
+            progress=progress,
+        )
+        say(show(summary))
+
+    return score
 
 
 def _write_items(path: Path, records: Sequence[dict]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UserError, near_misses
-from ..training.data import published
+from ..training.data import DEMO, facts, published
 from ..training.data.files import read_examples
 
 ANSWERS = {
@@ -32,18 +32,20 @@ _FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 
 
 def load_task(task: str, mirror: str | None = None, limit: int | None = None) -> tuple[str, list[dict]]:
-    """(name, items) of a task by name, or of a .json/.jsonl file in the tasks' format.
+    """(name, items) of a task by name, of `demo` (the demonstration's test half), or of a .json/.jsonl file in the tasks' format.
 
     Raises:
         UserError: unknown task, malformed file, or an item without instruction, or whose answer no pattern accepts.
     """
     path = Path(task)
+    if task == DEMO:
+        return DEMO, facts.items("test")[:limit]
     if task in ANSWERS:
         name, path = task, published.fetch(task, **({"base_url": mirror} if mirror else {}))
     elif path.suffix in (".json", ".jsonl") or path.exists():
         name = path.parent.name if path.stem == "test" and path.parent.name else path.stem
     else:
-        raise UserError(f"unknown task {task!r}{near_misses(task, ANSWERS)}; give {', '.join(ANSWERS)} or a .json file")
+        raise UserError(f"unknown task {task!r}{near_misses(task, ANSWERS)}; give {', '.join(ANSWERS)}, {DEMO} or a .json file")
     items = read_examples(path)[:limit]
     for number, item in enumerate(items, 1):
         where = f"{path}: item {number}"

@@ -8,6 +8,8 @@ import time
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..environment import peak_bytes
+
 
 class TokenProgress(ProgressCallback):
     """transformers' bar, with the loss and the padding-free tokens a second beside it."""
@@ -37,15 +39,17 @@ class TokenProgress(ProgressCallback):
 
 
 class Clock(TrainerCallback):
-    """Seconds and real tokens of this process's part of the training."""
+    """Seconds, CPU seconds, peak memory and real tokens of this process's part of the training."""
 
-    seconds, tokens = 0.0, 0
+    seconds, cpu_seconds, peak_bytes, tokens = 0.0, 0.0, 0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.cpu_started = time.process_time()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.started
+        self.seconds, self.cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        self.peak_bytes = peak_bytes()
         self.tokens = state.num_input_tokens_seen - self.tokens_before
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import AdapterConfig
+from ..config import METHODS, AdapterConfig
 from ..errors import UserError
 
 
@@ -27,7 +27,7 @@ class TrainRecipe:
         eval_size: or: this many examples split off from data
         quantize: store the frozen base in 4 or 8 bits: none, nf4, fp4 or int8 (needs bitsandbytes); nf4 is QDoRA
         double_quantization: quantize the 4-bit scales too
-        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr
+        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr; full (all weights, in float32 under autocast)
         rank: rows of A, columns of B
         alpha: scaling is alpha / rank; default 2 * rank
         rank_scaling: standard or rslora
@@ -64,6 +64,10 @@ class TrainRecipe:
         group_by_length: batches of like length, so that little is padding
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
+        tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
+        tasks_protocol: generate, likelihood or both
+        tasks_limit: only the first so many items of each task
+        tasks_batch_size: sequences at once; the score does not depend on it
         seed: for data order, dropout and the start of A
         log_steps: log the loss every so many steps
         eval_steps: evaluate every so many steps; 0 for once an epoch
@@ -88,7 +92,7 @@ class TrainRecipe:
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
 
-    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
+    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr", "full"] = "dora"
     rank: int = 16
     alpha: float | None = None
     rank_scaling: Literal["standard", "rslora"] = "standard"
@@ -126,6 +130,10 @@ class TrainRecipe:
     group_by_length: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+    tasks: list[str] = field(default_factory=list)
+    tasks_protocol: Literal["generate", "likelihood", "both"] = "both"
+    tasks_limit: int | None = None
+    tasks_batch_size: int = 32
     seed: int = 0
     log_steps: int = 10
     eval_steps: int = 0
@@ -146,8 +154,11 @@ class TrainRecipe:
         Raises:
             UserError: the value and what it should be.
         """
-        self.adapter()
-        for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints"):
+        if self.method in METHODS:
+            self.adapter()
+        elif self.quantize != "none":
+            raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
+        for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints", "tasks_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("eval_size", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "magnitude_decay"):
@@ -165,7 +176,8 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}; expected at least 1")
+        for name in ("limit", "tasks_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

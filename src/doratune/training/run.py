@@ -1,7 +1,9 @@
 """One training run: recipe → data → attached model → Trainer → adapter folder, loss curve data and the movement line.
 
-OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result
+OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result (full fine-tuning: model/)
 OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
+
+metrics.json is written last: a run without it is not finished.
 """
 
 from __future__ import annotations
@@ -9,30 +11,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import random
 import shutil
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from ..attachment import attach
-from ..checkpoint.adapter import save
 from ..checkpoint.files import refuse_existing, replacing, write_json
 from ..config import AdapterConfig
+from ..environment import environment
 from ..errors import UserError, listed, near_misses
-from ..inspection import inspect
-from ..models import contiguous_head, load_model, load_tokenizer
-from ..verification import verify
+from ..models import contiguous_head, load_tokenizer
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .data import load_items
 from .data.encode import AnswerCollator, encode_all
-from .movement import measure
+from .methods import AdapterMethod, method_of
 from .recipe import TrainRecipe
-from .trainer import DoRATrainer
 
 
 class Interrupted(Exception):
@@ -43,11 +42,12 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
-def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
+def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None) -> dict:
     """Train as the recipe says and leave the run's folder behind.
 
     Args:
         say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
+        score: called with the trained model and the tokenizer before the run counts as finished.
 
     Returns:
         The contents of metrics.json.
@@ -70,28 +70,29 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None) -> dict:
     tokenizer = tokenizer or load_tokenizer(recipe.model)
     rows, eval_rows = datasets(recipe, tokenizer, say)
     set_seed(recipe.seed)
-    model = model or load_model(recipe.model, recipe.dtype, recipe.quantize, recipe.double_quantization)
-    wants_original = recipe.start == "loftq" or recipe.magnitude_from == "original"
-    attach(model, recipe.adapter(), original=load_model(recipe.model, recipe.dtype) if wants_original else None)
-    say(describe(model))
-    for note in verify(model).notes:
+    method = method_of(recipe)
+    model = model or method.load()
+    for note in method.prepare(model):
         say(note)
     if not recipe.resume:
         clear_checkpoints(output)
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(output / "recipe.yaml", recipe)
-    trainer, clock = build_trainer(recipe, model, tokenizer, rows, eval_rows)
+    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows)
     bar = TokenProgress()
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not (checkpoint and already_trained(trainer, checkpoint)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
         raise Interrupted(stop.received, str(last_checkpoint(output)))
     model.eval()
-    save(model, output / "adapter")
-    tokenizer.save_pretrained(output / "adapter")
-    return finish(trainer, clock, model, output, say)
+    method.save(model, output / method.result)
+    tokenizer.save_pretrained(output / method.result)
+    if score is not None:
+        score(method.scored(model), tokenizer)
+    return finish(method, trainer, clock, model, say)
 
 
 def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
@@ -114,15 +115,9 @@ def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
     return rows, eval_rows
 
 
-def describe(model) -> str:
-    """One line: how many layers are adapted, how many parameters train."""
-    found = inspect(model)
-    share = 100 * found.trainable / found.total
-    return f"{len(found.rows)} layers adapted, {found.trainable:,} trainable parameters ({share:.2f} % of {found.total:,})"
-
-
-def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tuple[DoRATrainer, Clock]:
-    """The Trainer with our progress bar and clock."""
+def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows) -> tuple[Trainer, Clock]:
+    """The method's Trainer with our progress bar and clock."""
+    recipe = method.recipe
     every_epoch = {True: "epoch", False: "steps"}
     if recipe.checkpointing != "none":
         model.enable_input_require_grads()
@@ -156,9 +151,10 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         disable_tqdm=False,
         **checkpointing_arguments(recipe.checkpointing),
+        **method.settings(),
     )
     clock = Clock()
-    trainer = DoRATrainer(
+    trainer = method.trainer(
         model,
         arguments,
         data_collator=AnswerCollator(tokenizer.pad_token_id, model),
@@ -166,8 +162,7 @@ def build_trainer(recipe: TrainRecipe, model, tokenizer, rows, eval_rows) -> tup
         eval_dataset=eval_rows or None,
         callbacks=[clock],
     )
-    for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay"):
-        setattr(trainer, name, getattr(recipe, name))
+    method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
@@ -182,32 +177,52 @@ def checkpointing_arguments(kind: str) -> dict:
     return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
 
 
-def finish(trainer, clock: Clock, model, output: Path, say) -> dict:
+def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
     """Write metrics.json and say how far the adapter moved."""
-    moved, log = measure(model), trainer.state.log_history
-    say(str(moved))
-    if moved.warning:
+    output, log = Path(method.recipe.output), trainer.state.log_history
+    moved, (trainable, total) = method.moved(model), method.counts(model)
+    if moved is not None:
+        say(str(moved))
+    if moved is not None and moved.warning:
         say(f"warning: {moved.warning}")
 
     def last(key: str) -> float | None:
         return next((row[key] for row in reversed(log) if key in row), None)
 
     metrics = {
+        "method": method.recipe.method,
+        "trainable": trainable,
+        "total": total,
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
         "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "peak_bytes": clock.peak_bytes,
         "tokens": clock.tokens,
         "tokens_per_second": clock.tokens / max(clock.seconds, 1e-9),
-        "moved": str(moved),
-        "magnitude_moved": moved.magnitude,
-        "direction_moved": moved.direction,
-        "warning": moved.warning,
+        "moved": None if moved is None else str(moved),
+        "magnitude_moved": None if moved is None else moved.magnitude,
+        "direction_moved": None if moved is None else moved.direction,
+        "warning": None if moved is None else moved.warning,
+        "environment": environment(),
         "log": [row for row in log if "loss" in row or "eval_loss" in row],
     }
     write_json(output / "metrics.json", metrics)
-    say(f"adapter written to {output / 'adapter'} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
+    say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics
+
+
+def already_trained(trainer, checkpoint: Path) -> bool:
+    """Does the checkpoint hold the whole training? Then it is loaded: transformers would train one step too many."""
+    arguments, state = trainer.args, TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
+    if state.global_step < steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def last_checkpoint(output: Path) -> Path | None:

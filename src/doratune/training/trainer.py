@@ -26,7 +26,38 @@ class NonFiniteLoss(UserError):
     """The loss became NaN or infinite; the last checkpoint is the last good state."""
 
 
-class TrainerMixin:
+class SteadyMixin:
+    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, and length-grouped
+    batches that are the same after a resume."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before it could spoil the "
+                "run: lower the learning rate or look at the data, then --resume from the last checkpoint"
+            )
+        return loss
+
+    def _save_checkpoint(self, model, trial=None):
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise NonFiniteLoss(
+                f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
+                "the last good checkpoint: lower the learning rate, then --resume"
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+            column = self.args.length_column_name
+            lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return EpochLengthSampler(size, lengths, self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+
+class TrainerMixin(SteadyMixin):
     """In front of transformers.Trainer or a subclass of it; the model must be attached already."""
 
     magnitude_lr_ratio: float = 1.0
@@ -59,32 +90,6 @@ class TrainerMixin:
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before it could spoil the "
-                "adapter: lower the learning rate or look at the data, then --resume from the last checkpoint"
-            )
-        return loss
-
-    def _save_checkpoint(self, model, trial=None):
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
-            raise NonFiniteLoss(
-                f"the adapter holds NaN or infinite values after step {self.state.global_step}; nothing was saved over the last "
-                "good checkpoint: lower the learning rate, then --resume"
-            )
-        super()._save_checkpoint(model, trial)
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
-            column = self.args.length_column_name
-            lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return EpochLengthSampler(size, lengths, self.args.data_seed or self.args.seed)
-        return super()._get_train_sampler(train_dataset)
-
     def _save(self, output_dir=None, state_dict=None):
         """The adapter alone, and the tokenizer."""
         if not self.args.should_save:
@@ -99,6 +104,10 @@ class TrainerMixin:
 
     def _load_best_model(self):
         load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+
+
+class FullTrainer(SteadyMixin, transformers.Trainer):
+    """transformers.Trainer for full fine-tuning: all weights, checkpoints of the whole model."""
 
 
 class DoRATrainer(TrainerMixin, transformers.Trainer):

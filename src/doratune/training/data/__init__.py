@@ -6,16 +6,19 @@ import re
 from pathlib import Path
 
 from ...errors import UserError, listed
-from . import chat, instruction, published
+from . import chat, facts, instruction, published
 from .files import read_examples
 
 FORMATS = {"instruction": instruction, "chat": chat}
+DEMO = "demo"
+"""The items of `facts`: they come with the package."""
 
 
 def load_items(data: str | list[str], mirror: str | None = None, data_format: str = "auto"):
     """(items, format module) of one or several sources, in order; every item checked.
 
-    A source is a local .json/.jsonl file, a published name or a hub id; `source[:N]` takes its first N items.
+    A source is a local .json/.jsonl file, a published name, `demo` (the demonstration's training half) or a hub id;
+    `source[:N]` takes its first N items.
 
     Raises:
         UserError: nothing of that name, a malformed file, an item without what its format needs, formats that differ.
@@ -33,7 +36,9 @@ def load_items(data: str | list[str], mirror: str | None = None, data_format: st
 def _load_one(source: str, mirror: str | None, data_format: str) -> tuple[list[dict], str]:
     name, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
     path = Path(name)
-    if name in published.ALL:
+    if name == DEMO:
+        items = facts.items("train")
+    elif name in published.ALL:
         path = published.fetch(name, **({"base_url": mirror} if mirror else {}))
         items = read_examples(path)
     elif path.suffix in (".json", ".jsonl") or path.exists():
@@ -41,7 +46,7 @@ def _load_one(source: str, mirror: str | None, data_format: str) -> tuple[list[d
     elif name.count("/") == 1:
         items = _from_hub(name)
     else:
-        known = listed(published.ALL, 12)
+        known = listed([DEMO, *published.ALL], 12)
         raise UserError(f"data is {name!r}: no such file or known set; give a .json or .jsonl file, a hub id, or {known}")
     items = items[:first]
     if not items:

@@ -1,4 +1,4 @@
-"""A hand-written table of everyday facts, and the commonsense items made from it in four published answer formats.
+"""The demonstration's data: a hand-written table of everyday facts, and commonsense items made from it in four published formats.
 
     true/false      "is a trout a kind of fish?"                                   (BoolQ's format)
     answer1…4       "Which of these is a kind of fruit?" with four things          (ARC's and OpenBookQA's)

@@ -1,0 +1,113 @@
+"""What a recipe's method trains and leaves behind, behind one face, so that a run does not ask which it is.
+
+adapters (lora, dora, vera, …)    OUTPUT/adapter    the frozen base in the recipe's dtype
+full fine-tuning                  OUTPUT/model      all weights in float32, bf16 or fp16 by autocast: AdamW's steps would be
+                                                    lost in 16-bit weights
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..attachment import attach
+from ..checkpoint.adapter import save
+from ..checkpoint.files import new_folder
+from ..config import METHODS
+from ..inspection import inspect
+from ..models import load_model, torch_dtype
+from ..verification import verify
+from .movement import Movement, measure
+from .recipe import TrainRecipe
+from .trainer import DoRATrainer, FullTrainer
+
+
+class AdapterMethod:
+    """An adapter over the frozen base."""
+
+    result = "adapter"
+    trainer = DoRATrainer
+
+    def __init__(self, recipe: TrainRecipe):
+        self.recipe = recipe
+
+    def load(self) -> nn.Module:
+        r = self.recipe
+        return load_model(r.model, r.dtype, r.quantize, r.double_quantization)
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        """Make the model ready to train, in place; lines to say about it."""
+        r = self.recipe
+        original = load_model(r.model, r.dtype) if r.start == "loftq" or r.magnitude_from == "original" else None
+        attach(model, r.adapter(), original=original)
+        share = _share(*self.counts(model))
+        return [f"{len(inspect(model).rows)} layers adapted, {share}", *verify(model).notes]
+
+    def counts(self, model: nn.Module) -> tuple[int, int]:
+        """(trainable numbers, the base model's numbers)."""
+        found = inspect(model)
+        return found.trainable, found.total
+
+    def settings(self) -> dict:
+        """Settings of transformers' TrainingArguments beyond the recipe's."""
+        return {}
+
+    def tune(self, trainer) -> None:
+        """Settings of the trainer itself."""
+        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay"):
+            setattr(trainer, name, getattr(self.recipe, name))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save(model, folder)
+
+    def scored(self, model: nn.Module) -> nn.Module:
+        """The model as it is scored: as the recipe's dtype has it."""
+        return model
+
+    def moved(self, model: nn.Module) -> Movement | None:
+        """How far magnitude and direction moved; None where only the dense weights tell (doratune analyze)."""
+        return measure(model)
+
+
+class FullMethod(AdapterMethod):
+    """Full fine-tuning."""
+
+    result = "model"
+    trainer = FullTrainer
+
+    def load(self) -> nn.Module:
+        return load_model(self.recipe.model, "float32")
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        model.requires_grad_(True).float()
+        return [f"full fine-tuning, {_share(*self.counts(model))}"]
+
+    def counts(self, model: nn.Module) -> tuple[int, int]:
+        total = sum(p.numel() for p in model.parameters())
+        return total, total
+
+    def settings(self) -> dict:
+        return {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(self.recipe.dtype, {})
+
+    def tune(self, trainer) -> None:
+        pass
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        with new_folder(folder, overwrite=True) as temporary:
+            model.save_pretrained(temporary)
+
+    def scored(self, model: nn.Module) -> nn.Module:
+        return model.to(torch_dtype(self.recipe.dtype))
+
+    def moved(self, model: nn.Module) -> None:
+        return None
+
+
+def method_of(recipe: TrainRecipe) -> AdapterMethod:
+    """The method that a checked recipe names."""
+    return AdapterMethod(recipe) if recipe.method in METHODS else FullMethod(recipe)
+
+
+def _share(trainable: int, total: int) -> str:
+    return f"{trainable:,} trainable parameters ({100 * trainable / total:.2f} % of {total:,})"
