@@ -21,6 +21,7 @@ LAYERS = [
     {"targets"},
     {"attachment", "merging", "verification"},
     {"models", "checkpoint"},
+    {"baselines"},
     {"training"},
     {"evaluation"},
     {"demo"},

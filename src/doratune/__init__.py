@@ -23,7 +23,7 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_PACKAGES = ("analysis", "bases")
+_PACKAGES = ("analysis", "baselines", "bases")
 __all__ = sorted([*_HOME, *_PACKAGES])
 
 

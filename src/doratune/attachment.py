@@ -26,7 +26,7 @@ from .layers.site import Adaptation
 from .layers.together import Siblings
 from .targets import Selection, select
 
-RECORD = "_doratune"
+RECORD, BASELINE = "_doratune", "_doratune_baseline"
 
 
 @dataclass
@@ -63,7 +63,7 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in model.named_modules():
-        if isinstance(module, Adapted) or vars(module).get(RECORD) is not None:
+        if isinstance(module, Adapted) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
     return attach_selection(model, config, select(model, config), trainable, original)
 

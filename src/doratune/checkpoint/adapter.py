@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..attachment import RECORD, adapters, attach_selection, record_of
+from ..attachment import BASELINE, RECORD, adapters, attach_selection, record_of
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..layers.layouts import layer_at
@@ -111,7 +111,7 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
             (all mismatches in one message). The model is then unchanged.
     """
     config, raw, tensors = read_folder(Path(folder))
-    if vars(model).get(RECORD) is not None:
+    if vars(model).get(RECORD) is not None or BASELINE in vars(model):
         raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
     selection, config = resolve(model, config, raw, tensors)
     check(model, config, selection, tensors, str(folder), raw)

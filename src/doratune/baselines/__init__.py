@@ -1,0 +1,26 @@
+"""The methods that the paper compares DoRA with besides LoRA: series adapter, parallel adapter, prefix tuning.
+
+    series     y + s·up(act(down(y)))   after a linear layer (Houlsby et al., 2019)
+    parallel   y + s·up(act(down(x)))   beside it (He et al., 2022)
+    prefix     trained keys and values in front of every attention's own (Li & Liang, 2021)
+
+Settings are those of LLM-Adapters (Hu et al., 2023), whose figures the paper quotes. None of them merges into the
+weights, and the model must not be quantized.
+"""
+
+from .attach import attach, attached, count, detach, parameters
+from .config import BaselineConfig
+from .folder import is_baseline, load, load_weights, save
+
+__all__ = [
+    "BaselineConfig",
+    "attach",
+    "attached",
+    "count",
+    "detach",
+    "is_baseline",
+    "load",
+    "load_weights",
+    "parameters",
+    "save",
+]
