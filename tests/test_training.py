@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,36 @@ def test_full_fine_tuning_trains_everything(recipe, tmp_path, capsys):
     assert "full trains a dense base; quantize is 'nf4'" in capsys.readouterr().err
     scored = ["--model", str(output / "model"), "--task", "demo", "--limit", "3", "--output", str(tmp_path / "e")]
     assert main(["evaluate", *scored]) == 0
+
+
+@pytest.mark.parametrize("method", ["series", "parallel", "prefix"])
+def test_baselines_train_resume_and_are_scored(method, recipe, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["train", str(recipe), "--method", method, "--baseline_size", "4", "--lr", "1e-2", "--save_steps", "3"]
+    score = ["--tasks", "[demo]", "--tasks_limit", "6", "--dtype", "bfloat16"]
+    assert main([*options, *score, "--output", str(output), "--max_steps", "6", "--keep_checkpoints", "2"]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert 0 < metrics["trainable"] < 0.1 * metrics["total"]
+    saved = load_file(output / "adapter" / "baseline_model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == metrics["trainable"]
+    assert {p.name for p in (output / "checkpoint-3").iterdir()} >= {"baseline_model.safetensors", "optimizer.pt"}
+    assert not list((output / "checkpoint-3").glob("model*"))
+
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "checkpoint-6")
+    assert main([*options, *score, "--output", str(output), "--max_steps", "6", "--resume"]) == 0
+    again = load_file(output / "adapter" / "baseline_model.safetensors")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+    capsys.readouterr()
+    arguments = ["--task", "demo", "--limit", "6", "--dtype", "bfloat16", "--output", str(tmp_path / "e"), "--json"]
+    assert main(["evaluate", "--adapter", str(output / "adapter"), *arguments]) == 0
+    scored = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    during = json.loads((output / "scores" / "after" / "results.json").read_text())
+    keys = "task", "protocol", "right", "total"
+    assert [[r[k] for k in keys] for r in scored["results"]] == [[r[k] for k in keys] for r in during["results"]]
+    assert main(["merge", "--adapter", str(output / "adapter"), "--output", str(tmp_path / "m")]) == 2
+    assert "holds a baseline" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_it_is_scored_resumes_to_its_end(recipe, tmp_path, monkeypatch):

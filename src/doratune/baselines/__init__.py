@@ -10,12 +10,13 @@ weights, and the model must not be quantized.
 
 from .attach import attach, attached, count, detach, parameters
 from .config import BaselineConfig
-from .folder import is_baseline, load, load_weights, save
+from .folder import base_model_of, is_baseline, load, load_weights, save
 
 __all__ = [
     "BaselineConfig",
     "attach",
     "attached",
+    "base_model_of",
     "count",
     "detach",
     "is_baseline",

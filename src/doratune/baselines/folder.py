@@ -34,6 +34,18 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_json(folder / CONFIG, described)
 
 
+def base_model_of(folder: str | Path) -> str:
+    """Name of the base model that a baseline's folder records.
+
+    Raises:
+        UserError: none is recorded.
+    """
+    name = read_json(Path(folder) / CONFIG, "a baseline's folder needs it").get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{Path(folder) / CONFIG} records no base model; give --model")
+    return name
+
+
 def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Module:
     """Attach the baseline in `folder` to a model, in place. Returns the model.
 

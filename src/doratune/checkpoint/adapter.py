@@ -139,6 +139,8 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
+    if (folder / "baseline_config.json").is_file():
+        raise UserError(f"{folder} holds a baseline (series, parallel or prefix), no adapter; it can be trained and evaluated only")
     inner = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
     raw = read_json(folder / CONFIG, f"an adapter folder needs it{inner}")
     config = peft.from_peft(raw, str(folder / CONFIG))

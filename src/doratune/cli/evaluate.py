@@ -17,7 +17,7 @@ class EvaluateSettings:
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
-        adapter: adapter folder, ours or PEFT's; none scores the model alone
+        adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, a .json file, or a list
         protocol: generate (the model writes), likelihood (the most probable answer), or both
         beams: 1 is greedy; the paper uses 4
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from pathlib import Path
 
+    from .. import baselines
     from ..attachment import record_of
     from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.files import refuse_existing
@@ -69,12 +70,15 @@ def main(argv: list[str]) -> int:
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
     tasks = load_tasks(names, settings.mirror, settings.limit)
-    name = settings.model or base_model_of(settings.adapter)
+    baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
+    name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype, quantize)
     facts = name, None, None
-    if settings.adapter:
+    if baseline:
+        facts = name, baselines.attached(baselines.load(model, settings.adapter)).method, None
+    elif settings.adapter:
         config = record_of(load(model, settings.adapter)).config
         facts = name, config.method, config.rank
     summary = evaluate(

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from .. import baselines
 from ..attachment import attach
+from ..baselines.config import METHODS as BASELINES
 from ..checkpoint.adapter import save
 from ..checkpoint.files import new_folder
 from ..config import METHODS
@@ -20,7 +22,7 @@ from ..models import load_model, torch_dtype
 from ..verification import verify
 from .movement import Movement, measure
 from .recipe import TrainRecipe
-from .trainer import DoRATrainer, FullTrainer
+from .trainer import BaselineTrainer, DoRATrainer, FullTrainer
 
 
 class AdapterMethod:
@@ -104,9 +106,33 @@ class FullMethod(AdapterMethod):
         return None
 
 
+class BaselineMethod(AdapterMethod):
+    """Series adapter, parallel adapter or prefix tuning."""
+
+    trainer = BaselineTrainer
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        baselines.attach(model, self.recipe.baseline())
+        return [f"{self.recipe.method}, {_share(*self.counts(model))}"]
+
+    def counts(self, model: nn.Module) -> tuple[int, int]:
+        own = sum(p.numel() for p in baselines.parameters(model).values())
+        return own, sum(p.numel() for p in model.parameters()) - own
+
+    def tune(self, trainer) -> None:
+        pass
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        baselines.save(model, folder)
+
+    def moved(self, model: nn.Module) -> None:
+        return None
+
+
 def method_of(recipe: TrainRecipe) -> AdapterMethod:
     """The method that a checked recipe names."""
-    return AdapterMethod(recipe) if recipe.method in METHODS else FullMethod(recipe)
+    kinds = dict.fromkeys(METHODS, AdapterMethod) | dict.fromkeys(BASELINES, BaselineMethod) | {"full": FullMethod}
+    return kinds[recipe.method](recipe)
 
 
 def _share(trainable: int, total: int) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..baselines.config import METHODS as BASELINES
+from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
 from ..errors import UserError
 
@@ -27,7 +29,10 @@ class TrainRecipe:
         eval_size: or: this many examples split off from data
         quantize: store the frozen base in 4 or 8 bits: none, nf4, fp4 or int8 (needs bitsandbytes); nf4 is QDoRA
         double_quantization: quantize the 4-bit scales too
-        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr; full (all weights, in float32 under autocast)
+        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr; full (all weights, in float32 under autocast);
+            or a baseline of the paper: series, parallel or prefix
+        baseline_size: of a baseline: width of its bottleneck, or number of virtual tokens; default 256, 256, 30
+        baseline_targets: of a baseline: its linear layers; default down_proj (series), up_proj and down_proj (parallel)
         rank: rows of A, columns of B
         alpha: scaling is alpha / rank; default 2 * rank
         rank_scaling: standard or rslora
@@ -92,7 +97,11 @@ class TrainRecipe:
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
 
-    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr", "full"] = "dora"
+    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr", "full", "series", "parallel", "prefix"] = (
+        "dora"
+    )
+    baseline_size: int | None = None
+    baseline_targets: str | list[str] | None = None
     rank: int = 16
     alpha: float | None = None
     rank_scaling: Literal["standard", "rslora"] = "standard"
@@ -148,6 +157,11 @@ class TrainRecipe:
         names = [f.name for f in dataclasses.fields(AdapterConfig)]
         return AdapterConfig(**{name: getattr(self, name) for name in names})
 
+    def baseline(self) -> BaselineConfig:
+        """The baseline that the recipe names."""
+        targets = tuple(self.baseline_targets) if isinstance(self.baseline_targets, list) else self.baseline_targets
+        return BaselineConfig(method=self.method, size=self.baseline_size, targets=targets, seed=self.seed)
+
     def check(self) -> None:
         """Raise for values outside their range, before anything is loaded.
 
@@ -156,7 +170,9 @@ class TrainRecipe:
         """
         if self.method in METHODS:
             self.adapter()
-        elif self.quantize != "none":
+        elif self.method in BASELINES:
+            self.baseline()
+        if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
         for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints", "tasks_batch_size"):
             if getattr(self, name) < 1:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
+from .. import baselines
 from ..attachment import record_of
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
@@ -108,6 +109,17 @@ class TrainerMixin(SteadyMixin):
 
 class FullTrainer(SteadyMixin, transformers.Trainer):
     """transformers.Trainer for full fine-tuning: all weights, checkpoints of the whole model."""
+
+
+class BaselineTrainer(SteadyMixin, transformers.Trainer):
+    """transformers.Trainer for series, parallel and prefix; checkpoints of what they train alone."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            baselines.save(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        baselines.load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
 
 class DoRATrainer(TrainerMixin, transformers.Trainer):
