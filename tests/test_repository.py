@@ -24,7 +24,7 @@ LAYERS = [
     {"baselines"},
     {"training"},
     {"evaluation"},
-    {"demo"},
+    {"demo", "comparison"},
     {"benchmarks"},
     {"cli"},
 ]

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
+    "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "inspect": "what an adapter adapts in a model, what is left out, rows without direction",
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",

@@ -1,0 +1,104 @@
+"""The cells of a grid: each is one plain `doratune train` command with a folder of its own.
+
+    CELLS/dora-r16-n640-lr0.001-s0      method, rank, number of examples, learning rate, seed (without what does not apply)
+
+A grid has two stages. The sweep runs every method at each of its learning rates, at one rank and size; the final cells run every
+method, rank, size and seed at the rate that the sweep chose. The cells that belong to both run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..training.recipe import TrainRecipe
+from .recipe import RANKLESS, CompareRecipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run; rank is None for methods without one, size None for the recipe's."""
+
+    method: str
+    rank: int | None
+    size: int | None
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, f"r{self.rank}" if self.rank else "", f"n{self.size}" if self.size else "", f"lr{self.lr:g}"]
+        return "-".join([part for part in parts if part] + [f"s{self.seed}"])
+
+    @property
+    def configuration(self) -> tuple[str, int | None, int | None]:
+        """What a row of the table is about: seeds are averaged over, the learning rate was chosen."""
+        return self.method, self.rank, self.size
+
+
+def settings_of(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> dict:
+    """The settings in which this cell differs from the shared recipe."""
+    settings = {k: v for k, v in grid.settings_of(cell.method).items() if k != "rank_factor"}
+    if cell.rank is not None:
+        settings["rank"] = cell.rank
+        if shared.alpha is not None:
+            settings["alpha"] = shared.alpha * cell.rank / shared.rank  # the scaling stays what the recipe has
+    if cell.size is not None:
+        settings["limit"] = cell.size
+    return settings | {"lr": cell.lr, "seed": cell.seed}
+
+
+def recipe_of(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> TrainRecipe:
+    """The resolved training recipe of a cell, as its folder records it."""
+    return dataclasses.replace(shared, **settings_of(cell, grid, shared), output=str(folder_of(cell, grid)))
+
+
+def folder_of(cell: Cell, grid: CompareRecipe) -> Path:
+    return Path(grid.output) / "cells" / cell.name
+
+
+def command(cell: Cell, grid: CompareRecipe, shared: TrainRecipe, *extra: str) -> list[str]:
+    """The words of the cell's command, without the program's name."""
+    words = ["train", str(Path(grid.output) / "recipe.yaml")]
+    for name, value in settings_of(cell, grid, shared).items():
+        words += [f"--{name}", f"[{', '.join(value)}]" if isinstance(value, list) else f"{value}"]
+    return [*words, "--output", str(folder_of(cell, grid)), *extra]
+
+
+def shown(words: list[str]) -> str:
+    return shlex.join(["doratune", *words])
+
+
+def ranks_of(method: str, grid: CompareRecipe, shared: TrainRecipe) -> list[int | None]:
+    """The ranks at which a method runs: its own, or the grid's times its factor, or none."""
+    settings = grid.settings_of(method)
+    if settings["method"] in RANKLESS:
+        return [None]
+    if "rank" in settings:
+        return [settings["rank"]]
+    return [max(1, round(rank * settings.get("rank_factor", 1))) for rank in grid.ranks or [shared.rank]]
+
+
+def sweep(grid: CompareRecipe, shared: TrainRecipe) -> list[Cell]:
+    """The cells of the learning-rate sweep; none where no method has a choice. At the recipe's rank where it is in the grid."""
+    found = []
+    for method in grid.methods:
+        ranks, lrs = ranks_of(method, grid, shared), grid.lrs_of(method, shared)
+        position = grid.ranks.index(shared.rank) if len(ranks) > 1 and shared.rank in grid.ranks else 0
+        size = max(grid.sizes) if grid.sizes else None
+        if len(lrs) > 1:
+            found += [Cell(method, ranks[position], size, lr, seed) for lr in lrs for seed in grid.seeds[: grid.tune_seeds]]
+    return found
+
+
+def finals(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> list[Cell]:
+    """The cells that the tables are made of, at each method's learning rate; first all methods on the first seed."""
+    return [
+        Cell(method, rank, size, lrs[method], seed)
+        for seed in grid.seeds
+        for size in grid.sizes or [None]
+        for method in grid.methods
+        for rank in ranks_of(method, grid, shared)
+    ]

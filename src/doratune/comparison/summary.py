@@ -1,0 +1,231 @@
+"""The tables of a grid: scores with intervals, cost beside them, paired differences, and plain words about who is ahead.
+
+A row is one configuration (method, rank, size) at the learning rate of its method's sweep, over the seeds that finished. A
+difference pairs the seeds and items that both configurations share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ..training.recipe import TrainRecipe
+from .cells import ranks_of
+from .collect import Result
+from .recipe import CompareRecipe
+from .statistics import Difference, Estimate, over_seeds, paired_bootstrap, paired_difference
+
+NAMES = {"likelihood": "accuracy, likelihood", "generate": "accuracy, generate", "eval_loss": "evaluation loss"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: what the terminal, Markdown and the report show."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def text(self) -> str:
+        widths = [max(len(row[i]) for row in [self.columns, *self.rows]) for i in range(len(self.columns))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [self.columns, *self.rows]]
+        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *([self.note] if self.note else [])])
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration's figures over its seeds; `scores` by name: likelihood, generate, eval_loss."""
+
+    method: str
+    rank: int | None
+    size: int | None
+    lr: float
+    seeds: list[int]
+    scores: dict[str, Estimate]
+    trainable: int
+    total: int
+    peak_bytes: float | None
+    seconds: float
+    cpu_seconds: float | None
+    tokens_per_second: float
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.method] + [f"r{self.rank}"] * bool(self.rank) + [f"n{self.size}"] * bool(self.size))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Configuration a against b, on one score."""
+
+    a: str
+    b: str
+    score: str
+    difference: Difference
+
+    @property
+    def words(self) -> str:
+        d = self.difference
+        lower = self.score == "eval_loss"
+        figure = (
+            f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]"
+            if lower
+            else f"{100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        )
+        if not d.shown:
+            return f"{self.a} against {self.b}, {NAMES[self.score]}: no difference shown ({figure})"
+        ahead, behind = (self.a, self.b) if (d.mean < 0) == lower else (self.b, self.a)
+        return f"{ahead} is better than {behind} in {NAMES[self.score]}: {self.a} - {self.b} = {figure}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that a finished grid says."""
+
+    rows: list[Row]
+    pairs: list[Pair]
+    lrs: dict[str, float]
+    notes: list[str]
+    score: str
+    confidence: float
+    facts: dict = field(default_factory=dict)
+
+    def tables(self) -> list[Table]:
+        return [score_table(self), pair_table(self)] if self.pairs else [score_table(self)]
+
+    def text(self) -> str:
+        words = [pair.words for pair in self.pairs if pair.score == self.score]
+        return "\n\n".join([*(t.text() for t in self.tables()), "\n".join(words), "\n".join(self.notes)]).strip()
+
+    def curves(self) -> list[dict]:
+        """Score against rank (Fig. 5) and against the number of examples (Fig. 4), where the grid varies them."""
+        found = []
+        for axis, name in (("rank", "rank"), ("size", "training examples")):
+            if len({getattr(row, axis) for row in self.rows if getattr(row, axis)}) > 1:
+                series: dict[str, list[dict]] = {}
+                for row in self.rows:
+                    estimate, x = row.scores.get(self.score), getattr(row, axis)
+                    if estimate is not None:
+                        other = row.size if axis == "rank" else row.rank
+                        label = row.method + (f" {'n' if axis == 'rank' else 'r'}{other}" if other else "")
+                        series.setdefault(label, []).append({"x": x} | dataclasses.asdict(estimate))
+                found.append({"title": f"{NAMES[self.score]} by {name}", "x": name, "y": NAMES[self.score], "series": series})
+        return found
+
+    def to_dict(self) -> dict:
+        tables = [dataclasses.asdict(table) for table in self.tables()]
+        return dataclasses.asdict(self) | {"tables": tables, "curves": self.curves()}
+
+
+def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], lrs: dict[str, float], notes: list[str]) -> Summary:
+    """Rows and pairs of the finished cells."""
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.cell.configuration, []).append(result)
+    rows = {key: _row(key, lrs[key[0]], group, grid.confidence) for key, group in groups.items()}
+    pairs = [
+        Pair(rows[a].name, rows[b].name, score, difference)
+        for a, b in _pairs(grid, shared, groups)
+        for score in NAMES
+        if (difference := _difference(groups[a], groups[b], score, grid)) is not None
+    ]
+    few = sorted({row.name for row in rows.values() if len(row.seeds) < len(grid.seeds)})
+    notes = notes + [f"{name}: fewer than the grid's {len(grid.seeds)} seeds finished" for name in few]
+    if len(grid.seeds) < 3:
+        notes = [
+            *notes,
+            f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}: take at least three before you believe a difference",
+        ]
+    facts = {
+        "model": shared.model,
+        "data": shared.data,
+        "tasks": shared.tasks,
+        "items": sum(len(v) for v in next(iter(results[0].right.values()), {}).values()),
+        "environment": results[0].metrics.get("environment"),
+    }
+    return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
+
+
+def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
+    def mean(name: str) -> float | None:
+        values = [r.metrics[name] for r in group if r.metrics.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    scores = {}
+    for name in NAMES:
+        values = [r.score(name) for r in group if r.score(name) is not None]
+        if values:
+            scores[name] = over_seeds(values, confidence)
+    first = group[0].metrics
+    return Row(
+        *key, lr, sorted(r.cell.seed for r in group), scores, first["trainable"], first["total"],
+        mean("peak_bytes"), mean("seconds"), mean("cpu_seconds"), mean("tokens_per_second"),
+    )  # fmt: skip
+
+
+def _pairs(grid: CompareRecipe, shared: TrainRecipe, groups) -> list[tuple[tuple, tuple]]:
+    """Every configuration against the reference method's (lora, else the first) of the same place in the grid."""
+    reference = "lora" if "lora" in grid.methods else grid.methods[0]
+    theirs, found = ranks_of(reference, grid, shared), []
+    for method in (m for m in grid.methods if m != reference):
+        ours = ranks_of(method, grid, shared)
+        matched = list(zip(ours, theirs)) if len(ours) == len(theirs) else [(a, b) for a in ours for b in theirs]
+        found += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
+    return [(a, b) for a, b in found if a in groups and b in groups]
+
+
+def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecipe) -> Difference | None:
+    """a − b over the seeds that both finished; None without the score, or with too few seeds for a loss."""
+    import numpy as np
+
+    seeds = sorted({r.cell.seed for r in a} & {r.cell.seed for r in b})
+    pairs = [[next(r for r in group if r.cell.seed == seed) for seed in seeds] for group in (a, b)]
+    if not seeds or any(r.score(score) is None for group in pairs for r in group):
+        return None
+    if score == "eval_loss":
+        figures = [[r.score(score) for r in group] for group in pairs]
+        return paired_difference(*figures, grid.confidence) if len(seeds) > 1 else None
+    right = [{task: np.stack([r.right[score][task] for r in group]) for task in group[0].right[score]} for group in pairs]
+    return paired_bootstrap(*right, grid.resamples, grid.confidence)
+
+
+def score_table(summary: Summary) -> Table:
+    used = [name for name in NAMES if any(name in row.scores for row in summary.rows)]
+    columns = ["method", "rank", "examples", "lr", "seeds", *(NAMES[name] for name in used)]
+    columns += ["trained", "share", "peak memory", "time", "CPU time", "tokens/s"]
+    rows = []
+    for row in summary.rows:
+        cells = [row.method, str(row.rank or "-"), str(row.size or "-"), f"{row.lr:g}", str(len(row.seeds))]
+        cells += [_estimate(row.scores.get(name), name) for name in used]
+        cells += [f"{row.trainable:,}", f"{100 * row.trainable / row.total:.2f} %"]
+        cells += ["-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.seconds:.0f} s"]
+        rows.append([*cells, "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s", f"{row.tokens_per_second:.0f}"])
+    note = f"mean over seeds ± half of the {100 * summary.confidence:g} % interval (Student's t); time of the training alone"
+    return Table("scores and cost", columns, rows, note)
+
+
+def pair_table(summary: Summary) -> Table:
+    rows = []
+    for pair in summary.pairs:
+        d, lower = pair.difference, pair.score == "eval_loss"
+        scale, digits, unit = (1, 4, "") if lower else (100, 1, " points")
+        interval = f"[{scale * d.low:+.{digits}f}, {scale * d.high:+.{digits}f}]"
+        verdict = ((pair.a if (d.mean < 0) == lower else pair.b) + " better") if d.shown else "not shown"
+        rows.append([pair.a, pair.b, NAMES[pair.score], f"{scale * d.mean:+.{digits}f}{unit}", interval, f"{d.p:.3f}", verdict])
+    note = 'accuracy: paired bootstrap over seeds and items; loss: Student\'s t over seeds. "not shown" is not "equal".'
+    return Table(
+        "differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
+    )
+
+
+def _estimate(estimate: Estimate | None, name: str) -> str:
+    if estimate is None:
+        return "-"
+    scale, digits, unit = (1, 4, "") if name == "eval_loss" else (100, 1, " %")
+    half = "" if estimate.half is None else f" ± {scale * estimate.half:.{digits}f}"
+    return f"{scale * estimate.mean:.{digits}f}{half}{unit}"
