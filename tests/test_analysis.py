@@ -213,3 +213,22 @@ def test_analyze_mistakes_are_one_line(arguments, message, tiny_folder, tmp_path
     assert main(["analyze", *(str(run) if a == "A" else a for a in arguments), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_words_without_a_flag_are_runs():
+    from doratune.cli.analyze import AnalyzeSettings
+    from doratune.cli.arguments import parse
+
+    def runs_of(*argv):
+        settings, _ = parse(AnalyzeSettings, list(argv), "analyze", "", words="runs")
+        return settings.runs, settings.output, settings.overwrite, settings.modules
+
+    assert runs_of("a", "b: [c", "1") == (["a", "b: [c", "1"], "runs/analysis", False, [])
+    assert runs_of("--output", "o", "a", "--overwrite", "b") == (["a", "b"], "o", True, [])
+    assert runs_of("a", "--modules", "q_proj", "v_proj", "--runs", "b") == (
+        ["a", "b"],
+        "runs/analysis",
+        False,
+        ["q_proj", "v_proj"],
+    )
+    assert runs_of("--overwrite", "false", "--output=o", "a") == (["a"], "o", False, [])

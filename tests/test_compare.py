@@ -105,7 +105,7 @@ def test_ready_grids_expand(pytestconfig):
         "compare_data_size.yaml": 4 * 4 * 3,  # Fig. 4: four methods at four sizes
         "compare_granularity.yaml": 3 * 3,  # Table 6
         "compare_gradient.yaml": 3 * 3,  # Table 7
-        "compare_methods.yaml": 7 * 3,  # Table 1
+        "compare_methods.yaml": 6 * 3,  # Table 1
         "compare_four_tasks.yaml": (2 * 3 + 1) * 3,
     }
     folder = pytestconfig.rootpath / "recipes"

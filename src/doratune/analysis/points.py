@@ -6,6 +6,7 @@ model (full fine-tuning, merged). Cost: one model in memory, one pass over the c
 
 from __future__ import annotations
 
+import filecmp
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,9 +63,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def _same_file(checkpoint: Path, final: Path) -> bool:
-    """Is the last checkpoint the final adapter? (it is written twice)"""
-    files = [folder / "adapter_model.safetensors" for folder in (checkpoint, final)]
-    return all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+    """Is the last checkpoint the final result? (it is written twice)"""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        files = [folder / name for folder in (checkpoint, final)]
+        if all(f.is_file() for f in files):
+            return filecmp.cmp(*files, shallow=False)
+    return False
 
 
 def points_of(base: nn.Module, run: str | Path, modules: tuple[str, ...] = (), magnitude_axis: str = "output") -> list[Point]:

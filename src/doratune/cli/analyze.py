@@ -1,4 +1,4 @@
-"""`doratune analyze --model M --runs RUN …`: ΔM and ΔD of §3.2, as points, correlation and figures."""
+"""`doratune analyze RUN …`: ΔM and ΔD of §3.2, as points, correlation and figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say
 
-EXAMPLE = "doratune analyze --model smollm2-135m-instruct --runs runs/dora runs/lora --modules q_proj v_proj"
+EXAMPLE = "doratune analyze runs/dora runs/lora --modules q_proj v_proj"
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class AnalyzeSettings:
 
 
 def main(argv: list[str]) -> int:
-    settings, as_json = parse(AnalyzeSettings, argv, "analyze", EXAMPLE)
+    settings, as_json = parse(AnalyzeSettings, argv, "analyze", EXAMPLE, words="runs")
     keep_freed_memory()
     from pathlib import Path
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     from ..models import load_model
 
     if not settings.runs:
-        raise UserError("runs is not set; give --runs FOLDER, or several")
+        raise UserError("runs is not set; give doratune analyze RUN, or several")
     if twice := {name for name in settings.runs if settings.runs.count(name) > 1}:
         raise UserError(f"runs names {', '.join(sorted(twice))} twice; name each run once")
     folders = {run: checkpoints(Path(run)) for run in settings.runs}

@@ -21,11 +21,14 @@ _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)+")
 """Names with commas between them: no regular expression that could mean anything else."""
 
 
-def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: bool = False) -> tuple[T, bool]:
+def parse(
+    cls: type[T], argv: list[str], command: str, example: str, recipe: bool = False, words: str | None = None
+) -> tuple[T, bool]:
     """(settings, whether --json was given).
 
     Args:
         recipe: the first argument may be a YAML file of settings.
+        words: the list setting that takes words which stand after no flag: `doratune analyze runs/a runs/b`.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, a recipe file that is not there.
@@ -34,7 +37,8 @@ def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: boo
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
-    usage = f"doratune {command} {'[RECIPE.yaml] ' if recipe else ''}[--SETTING VALUE …] [--json]"
+    before = "[RECIPE.yaml] " if recipe else f"{words.removesuffix('s').upper()}… " if words else ""
+    usage = f"doratune {command} {before}[--SETTING VALUE …] [--json]"
     parser = ArgumentParser(prog=f"doratune {command}", usage=usage, epilog=f"example: {example}", exit_on_error=False)
     if recipe:
         parser.add_argument("--config", action="config", help="a YAML file of settings; also the first argument")
@@ -45,12 +49,15 @@ def parse(cls: type[T], argv: list[str], command: str, example: str, recipe: boo
     if recipe and argv and not argv[0].startswith("-"):
         _check_recipe(Path(argv[0]), fields)
         argv = ["--config", *argv]
+    argv, loose = _loose_words(argv, fields) if words else (argv, [])
     argv = _one_word_lists(_plain_flags(argv, fields, {"config"} if recipe else set()), fields)
     try:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(_in_words(" ".join(str(error).split()), fields)) from None
     values = {name: namespace[name] for name in fields}
+    if loose:
+        values[words] = [*loose, *values[words]]
     return cls(**values), as_json
 
 
@@ -82,6 +89,23 @@ def _check_recipe(path: Path, fields) -> None:
     for key in content:
         if key not in fields:
             raise UserError(f"{path}: unknown setting {key!r}{near_misses(key, fields)}")
+
+
+def _loose_words(argv: list[str], fields) -> tuple[list[str], list[str]]:
+    """(flags with their values, the words that belong to no flag). They are paths, so nothing in them is read as YAML."""
+    flags, loose, rest = [], [], list(argv)
+    while rest:
+        if not rest[0].startswith("-"):
+            loose.append(rest.pop(0))
+            continue
+        flags.append(rest.pop(0))
+        name, equals, _ = flags[-1][2:].partition("=")
+        kind = str(getattr(fields.get(name.replace("-", "_")), "type", ""))
+        takes = len(rest) if kind.startswith("list[") else 0 if equals else 1
+        while takes and rest and not rest[0].startswith("-") and ("bool" not in kind or rest[0] in ("true", "false")):
+            flags.append(rest.pop(0))
+            takes -= 1
+    return flags, loose
 
 
 def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:

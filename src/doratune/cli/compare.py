@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from .arguments import parse
-from .output import print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune compare recipes/compare_demo.yaml --output runs/compare"
 
@@ -14,8 +14,13 @@ def main(argv: list[str]) -> int:
     from ..comparison.recipe import CompareRecipe
 
     grid, as_json = parse(CompareRecipe, argv, "compare", EXAMPLE, recipe=True)
+    keep_freed_memory()
+    from pathlib import Path
+
     from ..comparison.launch import Stopped
     from ..comparison.run import compare
+    from ..errors import UserError
+    from ..report.page import build
 
     try:
         summary = compare(grid, say, progress)
@@ -24,7 +29,15 @@ def main(argv: list[str]) -> int:
         return stop.status
     if summary is None:
         return 0
-    say("\n" + summary.text())
+    say("\n" + summary.text() + "\n")
+    words = [pair.words for pair in summary.pairs if pair.score == summary.score]
+    page = Path(grid.output) / "report.html"
+    try:
+        title = f"{', '.join(grid.methods)} on {Path(grid.output).name}"
+        build([Path(grid.output)], page, title=title, notes=[*words, *summary.notes], overwrite=True, say=say)
+        say(f"page: {page}")
+    except UserError as error:  # the grid stands without its page
+        say(f"no page: {error}")
     if as_json:
         print_json(summary.to_dict() | {"output": grid.output})
     return 0

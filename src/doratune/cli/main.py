@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base: an ordinary transformers folder",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
+    "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
     "inspect": "what an adapter adapts in a model, what is left out, rows without direction",
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
@@ -56,7 +57,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("doratune"):
             raise
-        print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots]'", file=sys.stderr)
+        print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots,report]'", file=sys.stderr)
         return 2
 
 

@@ -2,7 +2,8 @@
 
 OUTPUT/grid.yaml       the grid                      OUTPUT/cells/…         one folder a cell (a run of doratune train)
 OUTPUT/recipe.yaml     the training recipe           OUTPUT/logs/…          what each cell printed
-OUTPUT/base/           the base model's scores       OUTPUT/compare.json    tables and figures; OUTPUT/report.html the page
+OUTPUT/base/           the base model's scores       OUTPUT/compare.json    tables and figures
+OUTPUT/analysis/       ΔM and ΔD
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import yaml
 
-from ..checkpoint.files import replacing, write_json
+from ..analysis.report import analyze
+from ..baselines.config import METHODS as BASELINES
+from ..checkpoint.files import read_json, replacing, write_json
 from ..errors import UserError, listed
+from ..models import load_model
 from ..training.recipe import TrainRecipe
 from ..training.run import last_checkpoint, write_recipe
 from .cells import Cell, command, finals, folder_of, shown, sweep
-from .collect import collect, finished
+from .collect import Result, collect, finished
 from .launch import Job, only_one, run_local, run_on_ray
 from .recipe import CompareRecipe
 from .summary import Summary, summarize
@@ -56,9 +60,27 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
         results, problems = collect(finals(grid, shared, lrs), grid, shared)
         if not results:
             raise UserError(f"no cell of {output} finished; see {output / 'logs'}")
+        problems += look_inside(grid, shared, results, say)
         summary = summarize(grid, shared, results, lrs, [*notes, *problems])
         write_json(output / "compare.json", summary.to_dict())
     return summary
+
+
+def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], say) -> list[str]:
+    """ΔM and ΔD of the first seed's runs that change weights (§3.2) into OUTPUT/analysis, once; a line for what went wrong."""
+    folder = Path(grid.output) / "analysis"
+    first = [r.cell for r in results if r.cell.seed == grid.seeds[0]]
+    runs = [str(folder_of(c, grid)) for c in first if grid.settings_of(c.method)["method"] not in BASELINES]
+    if not grid.analyze or not runs:
+        return []
+    try:
+        if (folder / "points.json").is_file() and set(read_json(folder / "points.json", "delete it")) == set(runs):
+            return []
+        base = load_model(shared.model, "float32")
+        say(analyze(base, runs, tuple(grid.analyze), shared.magnitude_axis, folder, overwrite=True).table())
+    except UserError as error:
+        return [f"no analysis: {error}"]
+    return []
 
 
 def plan(grid: CompareRecipe, shared: TrainRecipe, say) -> None:

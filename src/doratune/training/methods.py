@@ -51,6 +51,10 @@ class AdapterMethod:
         found = inspect(model)
         return found.trainable, found.total
 
+    def zero_rows(self, model: nn.Module) -> int:
+        """Rows (columns) without direction, which stay plain LoRA rows."""
+        return sum(row.zero for row in inspect(model).rows)
+
     def settings(self) -> dict:
         """Settings of transformers' TrainingArguments beyond the recipe's."""
         return {}
@@ -102,6 +106,9 @@ class FullMethod(AdapterMethod):
     def scored(self, model: nn.Module) -> nn.Module:
         return model.to(torch_dtype(self.recipe.dtype))
 
+    def zero_rows(self, model: nn.Module) -> int:
+        return 0
+
     def moved(self, model: nn.Module) -> None:
         return None
 
@@ -124,6 +131,9 @@ class BaselineMethod(AdapterMethod):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         baselines.save(model, folder)
+
+    def zero_rows(self, model: nn.Module) -> int:
+        return 0
 
     def moved(self, model: nn.Module) -> None:
         return None

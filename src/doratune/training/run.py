@@ -193,6 +193,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
         "method": method.recipe.method,
         "trainable": trainable,
         "total": total,
+        "zero_rows": method.zero_rows(model),
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),

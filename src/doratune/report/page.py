@@ -1,0 +1,166 @@
+"""Runs → one HTML file. Tables and samples are written by a template that escapes everything; the charts' data is JSON in a script
+tag without any `<`; plotly.js (4.8 MB) stands in the file. The page's own policy forbids it every request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoint.files import read_json, replacing
+from ..errors import UserError, listed
+from . import points as movement
+from .overview import cost_table, runs_table, unmoved, without_direction
+from .read import Run, Warn, expand, names, read_run
+from .samples import sample_sets
+from .scores import score_tables, unparsable
+from .settings import blocks, differences, groups
+from .tables import Table, shown
+
+
+def build(
+    runs: Sequence[Path],
+    output: Path,
+    *,
+    title: str = "",
+    analysis: str = "auto",
+    modules: Sequence[str] = ("q_proj", "v_proj"),
+    before: Path | None = None,
+    points: dict | None = None,
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Write the page.
+
+    Args:
+        runs: folders of runs, or of comparisons, whose cells are the runs.
+        analysis: "auto" measures ΔM and ΔD now (a comparison has measured already), "none" leaves them out, else a folder
+            of `doratune analyze`.
+        modules: last names of the weights that are measured; none: all.
+        before: scores of the base model, for runs that hold none.
+        points: what points.json holds, in place of `analysis`.
+        tables, notes: shown in front of the scores, below the warnings.
+        say: takes each line of the report.
+
+    Returns:
+        {"output", "runs", "points", "warnings", "bytes"}
+
+    Raises:
+        UserError: a path that is no run, a run named twice, an output that exists, a package that is missing.
+    """
+    template, plotly = _tools()
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give the name of a file, such as {output / 'report.html'}")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; give another name or pass --overwrite")
+    warnings: list[str] = []
+
+    def warn(line: str) -> None:
+        line = " ".join(line.split())
+        if line not in warnings:
+            warnings.append(line)
+            say(f"warning: {line}")
+
+    found, extra = collect(runs, before, warn)
+    for line in [*differences(found), *unparsable(found), *unmoved(found), *without_direction(found)]:
+        warn(line)
+    drawn = _points(found, runs, analysis, tuple(modules), points, warn, say)
+    parts = _parts(found, drawn, warn) | {"tables": [*extra, *tables], "notes": notes, "warnings": warnings}
+    page = template.render(parts, title=title or _title(found), version=__version__, plotly=plotly)
+    content = page.encode("utf-8", "replace")  # half a surrogate pair is valid JSON and no text
+    with replacing(output) as temporary:
+        temporary.write_bytes(content)
+    facts = {"runs": [run.name for run in found], "points": len(drawn), "warnings": warnings, "bytes": len(content)}
+    return {"output": str(output)} | facts
+
+
+def _parts(runs: Sequence[Run], points: list[dict], warn: Warn) -> dict:
+    """What the template shows of the runs."""
+    shared, varying = blocks(runs)
+    return {
+        "runs": runs_table(runs),
+        "groups": [(name, score_tables(some), cost_table(some)) for name, some in groups(runs).items()],
+        "samples": sample_sets(runs, warn),
+        "shared": shared,
+        "varying": varying,
+        "measured": bool(points),
+        "data": script_json({"runs": [{"name": run.name, "log": run.log} for run in runs], "points": points}),
+    }
+
+
+def _title(runs: Sequence[Run]) -> str:
+    shown_names = listed((run.name for run in runs), 4)
+    return f"{len(runs)} training runs: {shown_names}" if len(runs) > 1 else f"Training run {shown_names}"
+
+
+def _tools():
+    """(the template, plotly.js)."""
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise UserError(f"a report needs {error.name.partition('.')[0]}; pip install 'doratune[report]'") from None
+    here = files("doratune.report")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template, style, script = ((here / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment.globals |= {"style": style, "script": script}
+    environment.filters["shown"] = shown
+    return environment.from_string(template), get_plotlyjs()
+
+
+def script_json(value) -> str:
+    """JSON that can stand in a script tag: nothing in it ends the tag, opens a comment, or is no ASCII."""
+    text = json.dumps(value, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def collect(folders: Sequence[Path], before: Path | None, warn: Warn) -> tuple[list[Run], list[Table]]:
+    """(all runs, the tables that comparisons among the folders bring along).
+
+    Raises:
+        UserError: see `read.expand`; a run named twice.
+    """
+    if not folders:
+        raise UserError("runs is not set; give doratune report RUN, or several")
+    bases = {folder: folder / "base" if (folder / "base").is_dir() else before for folder in folders}
+    found = [(run, bases[folder]) for folder in folders for run in expand(folder)]
+    resolved = [run.resolve() for run, _ in found]
+    if twice := sorted({str(run) for run, _ in found if resolved.count(run.resolve()) > 1}):
+        raise UserError(f"runs names {', '.join(twice)} twice; name each run once")
+    labels = names([run for run, _ in found])
+    read = [read_run(run, label, base, warn) for (run, base), label in zip(found, labels)]
+    return read, [table for folder in folders for table in _tables_of(folder, warn)]
+
+
+def _tables_of(folder: Path, warn: Warn) -> list[Table]:
+    """The tables of a comparison's summary."""
+    if not (folder / "compare.json").is_file():
+        return []
+    try:
+        found = read_json(folder / "compare.json", "compare the runs again").get("tables")
+    except UserError as error:
+        warn(str(error))
+        return []
+    return [Table.from_dict(table) for table in found if isinstance(table, dict)] if isinstance(found, list) else []
+
+
+def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> list[dict]:
+    if points is not None:
+        return movement.given(runs, points, warn)
+    if analysis == "none":
+        return []
+    if analysis != "auto":
+        return movement.given(runs, movement.read_points(Path(analysis)), warn)
+    done = [folder / "analysis" for folder in folders if (folder / "analysis" / "points.json").is_file()]
+    if len(done) < len(folders):
+        return movement.measured(runs, modules, warn, say)
+    try:
+        return movement.given(runs, {run: found for folder in done for run, found in movement.read_points(folder).items()}, warn)
+    except UserError as error:
+        warn(str(error))
+        return []

@@ -1,0 +1,98 @@
+"""Sample outputs before and after training: items whose verdict changed first, then the others.
+
+What all prompts of a task have in common (the template) is shown once. Cost: the item files are read whole, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .read import Run, Warn, read_items
+
+SHOWN = 6
+KINDS = {
+    (False, True): "learned",
+    (True, False): "lost",
+    (False, False): "wrong both times",
+    (True, True): "right both times",
+    (None, False): "wrong",
+    (None, True): "right",
+}
+"""(right before, right after) → what to call it, in the order of interest; None: the base model was not scored."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    gold: str
+    before: str | None
+    after: str
+    kind: str
+    right: tuple[bool | None, bool]
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A few items of one task; `counts` are over all of them, `frame` is what every prompt starts and ends with."""
+
+    run: str
+    task: str
+    protocol: str
+    counts: dict[str, int]
+    frame: tuple[str, str]
+    samples: list[Sample]
+
+
+def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
+    """One set a run and task, of the protocol `generate` where there is one: there the model speaks for itself."""
+    found = []
+    for run in runs:
+        for task in dict.fromkeys(r["task"] for r in run.after.results):
+            protocols = sorted({r["protocol"] for r in run.after.results if r["task"] == task})
+            sets = (_sample_set(run, task, protocol, warn) for protocol in protocols)
+            found += [s for s in sets if s is not None][:1]
+    return found
+
+
+def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:
+    after = read_items(run.after.folder, task, protocol, warn)
+    before = {item["prompt"]: item for item in read_items(run.before.folder, task, protocol, warn)}
+    if not after:
+        return None
+    start, end = _frame([item["prompt"] for item in after])
+    by_kind: dict[str, list[Sample]] = {kind: [] for kind in KINDS.values()}
+    for item in after:
+        old = before.get(item["prompt"])
+        right = (bool(old.get("correct")) if old else None, bool(item.get("correct")))
+        prompt = item["prompt"][len(start) : len(item["prompt"]) - len(end)]
+        sample = Sample(prompt, item["gold"], old["output"] if old else None, item["output"], KINDS[right], right)
+        by_kind[sample.kind].append(sample)
+    counts = {kind: len(samples) for kind, samples in by_kind.items() if samples}
+    return SampleSet(run.name, task, protocol, counts, (start, end), _chosen(list(by_kind.values())))
+
+
+def _chosen(kinds: list[list[Sample]]) -> list[Sample]:
+    """Changes of both kinds, half each where there are enough; then the others."""
+    learned, lost, *others = kinds
+    half = SHOWN // 2
+    changed = learned[: max(half, SHOWN - len(lost))] + lost[: max(half, SHOWN - len(learned))]
+    return (changed + [sample for samples in others for sample in samples])[:SHOWN]
+
+
+def _frame(prompts: list[str]) -> tuple[str, str]:
+    """What all prompts start and end with, in whole lines; nothing for a single prompt."""
+    if len(set(prompts)) < 2:
+        return "", ""
+    start = _common_start(prompts)
+    start = start[: start.rfind("\n") + 1]
+    rest = [prompt[len(start) :] for prompt in prompts]
+    end = _common_start([prompt[::-1] for prompt in rest])[::-1]
+    return start, end[end.find("\n") :] if "\n" in end else ""
+
+
+def _common_start(texts: list[str]) -> str:
+    """What all texts start with: the first and the last in order differ soonest."""
+    first, last = min(texts), max(texts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[:same]
