@@ -185,6 +185,7 @@ def setup(tiny_folder, tmp_path_factory):
     settings = shared(tiny_folder, max_steps=3, batch_size=4, dtype="float32", tasks_limit=12, tasks_protocol="likelihood")
     settings |= {"tensorboard": False, "limit": 40, "log_steps": 1, "save_steps": 1}
     values = {"settings": settings, "methods": ["lora", "dora"], "ranks": [4], "lrs": [1e-3, 1e-2], "seeds": [0, 1]}
+    values |= {"analyze": ["q_proj"], "resamples": 500}
     (folder / "grid.yaml").write_text(yaml.safe_dump(values))
     return folder
 
@@ -222,6 +223,12 @@ def test_a_grid_ends_with_tables(whole, capsys):
     assert (whole / "base" / "results.json").is_file()
     assert not list(whole.glob("cells/*/checkpoint-*/optimizer.pt"))
     assert len(list((whole / "cells").iterdir())) == 6
+    assert json.loads((whole / "analysis" / "points.json").read_text()).keys() == {
+        str(whole / "cells" / f"{row['method']}-r4-lr{row['lr']:g}-s0") for row in found["rows"]
+    }
+    page = (whole / "report.html").read_text()
+    for words in ("scores and cost", "differences", "lora-r4-lr0.01-s1", "mean over seeds", "base model"):
+        assert words in page, words
 
 
 def test_a_finished_grid_runs_nothing_again(whole, setup, capsys):
@@ -260,6 +267,26 @@ def test_killed_and_started_again_it_ends_with_the_same_table(whole, setup, caps
         assert "is in use by another doratune compare" in capsys.readouterr().err
         time.sleep(0.5)
     assert figures(output) == figures(whole)
+
+
+def test_the_same_grid_on_ray(whole, setup, capsys):
+    """A real cluster of this machine; the cells are the same commands."""
+    pytest.importorskip("ray")
+    output = setup / "ray"
+    script = (
+        "import sys; from doratune.cli.main import main; "
+        f"sys.exit(main(['compare', {str(setup / 'grid.yaml')!r}, '--output', {str(output)!r}, '--launcher', 'ray', "
+        "'--cell_cpus', '1', '--analyze', '[]']))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert figures(output) == figures(whole)
+
+
+def test_ray_that_is_not_there_is_a_line(setup, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["compare", str(setup / "grid.yaml"), "--output", str(setup / "noray"), "--launcher", "ray"]) == 2
+    assert "pip install 'doratune[cluster]'" in capsys.readouterr().err
 
 
 def test_trouble_in_a_cell_is_a_line(whole, setup, capsys, tmp_path):

@@ -461,6 +461,24 @@ def test_what_models_are_asked_is_text(browser, runs, tmp_path):
         assert page.locator("img").count() == 0 and drawn(page) == 2
 
 
+def test_score_by_rank(browser, runs, tmp_path):
+    """A comparison's curves: one line a method with the interval's bars; what is no point is left out."""
+    cells = tmp_path / "compare" / "cells"
+    shutil.copytree(runs[0], cells / "dora-s0")
+    points = [{"x": x, "mean": m, "low": m - 0.1, "high": m + 0.1, "count": 3} for x, m in ((4, 0.3), (16, 0.5), (64, 0.4))]
+    series = {"dora": points, HOSTILE: [points[0] | {"low": None, "high": None}, {"x": None, "mean": 1}, "no point"]}
+    curve = {"title": "accuracy by rank", "x": "rank", "y": "accuracy, likelihood", "series": series}
+    (tmp_path / "compare" / "compare.json").write_text(json.dumps({"curves": [curve, {"series": 3}, "none"]}))
+    build([tmp_path / "compare"], tmp_path / "r.html", analysis="none", say=lambda line: None)
+    with opened(browser, tmp_path / "r.html") as page:
+        assert page.locator(".chart.grid").count() == 1
+        assert page.locator(".chart.grid .scatterlayer .trace").count() == 2
+        assert page.locator(".chart.grid .scatterlayer .point").count() == 4
+        assert page.locator(".chart.grid .yerror").count() == 3
+        assert page.locator(".chart.grid .xtick text").all_text_contents() == ["4", "16", "64"]
+        assert page.evaluate("window.hacked") is None
+
+
 def test_a_page_of_little(browser, runs, tmp_path):
     """Neither scores nor points nor a log: the page says so."""
     (tmp_path / "bare").mkdir()

@@ -62,6 +62,30 @@
     }), CONFIG);
   }
 
+  // ---- score by rank or by number of examples: one line a method, bars of the interval over seeds
+  function grids() {
+    document.querySelectorAll(".chart.grid").forEach((box, number) => {
+      const grid = data.grids[number];
+      const traces = Object.entries(grid.series).map(([name, points], place) => {
+        const shade = LINES[place % LINES.length][dark() ? 1 : 0];
+        const whole = points.every((p) => p.low !== null && p.high !== null);
+        return {
+          x: points.map((p) => p.x), y: points.map((p) => p.mean), name: plain(name), mode: "lines+markers", line: { color: shade, width: 1.8 },
+          marker: { color: shade, size: 8, symbol: SYMBOLS[place % SYMBOLS.length] },
+          hovertemplate: `${plain(name)}<br>${plain(grid.x)} %{x}<br>${plain(grid.y)} %{y:.4g}<extra></extra>`,
+          ...(whole ? { error_y: { type: "data", symmetric: false, array: points.map((p) => p.high - p.mean),
+            arrayminus: points.map((p) => p.mean - p.low), color: shade, thickness: 1.2, width: 4 } } : {}),
+        };
+      });
+      const places = [...new Set(traces.flatMap((trace) => trace.x))].sort((a, b) => a - b);
+      Plotly.react(box, traces, layout({
+        xaxis: { title: { text: plain(grid.x) }, type: "log", tickvals: places, ticktext: places.map(String) },
+        yaxis: { title: { text: plain(grid.y) }, ...(/accuracy/.test(grid.y) ? { tickformat: ".1%" } : {}) },
+        legend: { orientation: "h", y: -0.2, yanchor: "top" }, showlegend: true,
+      }), CONFIG);
+    });
+  }
+
   // ---- ΔM against ΔD
   const layers = data.points.map((point) => point.layer);
   const [first, last] = [layers.reduce((a, b) => Math.min(a, b), Infinity), layers.reduce((a, b) => Math.max(a, b), -Infinity)];
@@ -166,6 +190,7 @@
   }
 
   function drawAll() {
+    grids();
     curves();
     if (data.points.length) movement();
   }

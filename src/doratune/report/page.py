@@ -14,7 +14,7 @@ from ..checkpoint.files import read_json, replacing
 from ..errors import UserError, listed
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
-from .read import Run, Warn, expand, names, read_run
+from .read import Run, Warn, expand, names, number, read_run
 from .samples import sample_sets
 from .scores import score_tables, unparsable
 from .settings import blocks, differences, groups
@@ -66,11 +66,11 @@ def build(
             warnings.append(line)
             say(f"warning: {line}")
 
-    found, extra = collect(runs, before, warn)
+    found, extra, grids = collect(runs, before, warn)
     for line in [*differences(found), *unparsable(found), *unmoved(found), *without_direction(found)]:
         warn(line)
     drawn = _points(found, runs, analysis, tuple(modules), points, warn, say)
-    parts = _parts(found, drawn, warn) | {"tables": [*extra, *tables], "notes": notes, "warnings": warnings}
+    parts = _parts(found, drawn, grids, warn) | {"tables": [*extra, *tables], "notes": notes, "warnings": warnings}
     page = template.render(parts, title=title or _title(found), version=__version__, plotly=plotly)
     content = page.encode("utf-8", "replace")  # half a surrogate pair is valid JSON and no text
     with replacing(output) as temporary:
@@ -79,7 +79,7 @@ def build(
     return {"output": str(output)} | facts
 
 
-def _parts(runs: Sequence[Run], points: list[dict], warn: Warn) -> dict:
+def _parts(runs: Sequence[Run], points: list[dict], grids: list[dict], warn: Warn) -> dict:
     """What the template shows of the runs."""
     shared, varying = blocks(runs)
     return {
@@ -89,7 +89,8 @@ def _parts(runs: Sequence[Run], points: list[dict], warn: Warn) -> dict:
         "shared": shared,
         "varying": varying,
         "measured": bool(points),
-        "data": script_json({"runs": [{"name": run.name, "log": run.log} for run in runs], "points": points}),
+        "grids": [grid["title"] for grid in grids],
+        "data": script_json({"runs": [{"name": run.name, "log": run.log} for run in runs], "points": points, "grids": grids}),
     }
 
 
@@ -119,8 +120,8 @@ def script_json(value) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def collect(folders: Sequence[Path], before: Path | None, warn: Warn) -> tuple[list[Run], list[Table]]:
-    """(all runs, the tables that comparisons among the folders bring along).
+def collect(folders: Sequence[Path], before: Path | None, warn: Warn) -> tuple[list[Run], list[Table], list[dict]]:
+    """(all runs, the tables and the curves that comparisons among the folders bring along).
 
     Raises:
         UserError: see `read.expand`; a run named twice.
@@ -134,19 +135,36 @@ def collect(folders: Sequence[Path], before: Path | None, warn: Warn) -> tuple[l
         raise UserError(f"runs names {', '.join(twice)} twice; name each run once")
     labels = names([run for run, _ in found])
     read = [read_run(run, label, base, warn) for (run, base), label in zip(found, labels)]
-    return read, [table for folder in folders for table in _tables_of(folder, warn)]
+    summaries = [_summary(folder, warn) for folder in folders]
+    tables = [Table.from_dict(table) for summary in summaries for table in _objects(summary.get("tables"))]
+    return read, tables, [grid for summary in summaries for value in _objects(summary.get("curves")) if (grid := curve(value))]
 
 
-def _tables_of(folder: Path, warn: Warn) -> list[Table]:
-    """The tables of a comparison's summary."""
+def _summary(folder: Path, warn: Warn) -> dict:
+    """A comparison's summary; empty where there is none."""
     if not (folder / "compare.json").is_file():
-        return []
+        return {}
     try:
-        found = read_json(folder / "compare.json", "compare the runs again").get("tables")
+        return read_json(folder / "compare.json", "compare the runs again")
     except UserError as error:
         warn(str(error))
-        return []
-    return [Table.from_dict(table) for table in found if isinstance(table, dict)] if isinstance(found, list) else []
+        return {}
+
+
+def _objects(value) -> list[dict]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def curve(value: dict) -> dict | None:
+    """Score by rank or by examples, one series a method, as the chart takes it; None where no point is whole."""
+    series = value.get("series") if isinstance(value.get("series"), dict) else {}
+    kept = {
+        str(name): [{key: number(p.get(key)) for key in ("x", "mean", "low", "high")} for p in _objects(points)]
+        for name, points in series.items()
+    }
+    kept = {name: [p for p in points if p["x"] is not None and p["mean"] is not None] for name, points in kept.items()}
+    words = {key: str(value.get(key) or "") for key in ("title", "x", "y")}
+    return words | {"series": kept} if any(kept.values()) else None
 
 
 def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> list[dict]:
