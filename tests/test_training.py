@@ -182,12 +182,18 @@ def test_a_run_killed_while_it_is_scored_resumes_to_its_end(recipe, tmp_path, mo
 
     output = tmp_path / "run"
     options = ["train", str(recipe), "--output", str(output), "--max_steps", "4", "--tasks", "[demo]", "--tasks_limit", "4"]
+    options += ["--eval_size", "8", "--save_steps", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(options) == 130
     assert not (output / "metrics.json").exists()
     assert main([*options, "--resume"]) == 0
-    assert json.loads((output / "metrics.json").read_text())["steps"] == 4
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["eval_loss"] is not None  # the checkpoint was written before the evaluation
+    spent = json.loads((output / "checkpoint-4" / "clock.json").read_text())
+    assert {key: metrics[key] for key in spent} == spent  # of the first process: the second trained nothing
+    assert spent["tokens"] > 0
     assert (output / "scores" / "after" / "results.json").is_file()
 
 

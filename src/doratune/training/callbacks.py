@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..checkpoint.files import write_json
 from ..environment import peak_bytes
 
 
@@ -39,18 +43,37 @@ class TokenProgress(ProgressCallback):
 
 
 class Clock(TrainerCallback):
-    """Seconds, CPU seconds, peak memory and real tokens of this process's part of the training."""
+    """Seconds, CPU seconds, real tokens and peak memory of the training, over all parts of a run that was resumed: each checkpoint
+    takes along what was spent until then."""
 
-    seconds, cpu_seconds, peak_bytes, tokens = 0.0, 0.0, 0, 0
+    FILE = "clock.json"
+
+    def __init__(self, checkpoint: Path | None = None):
+        self.spent, self.peak_bytes = {"seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0}, 0
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if checkpoint is not None:
+                before = json.loads((checkpoint / self.FILE).read_text())
+                self.spent, self.peak_bytes = {key: before[key] for key in self.spent}, before["peak_bytes"]
+        self.before = dict(self.spent)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
-        self.cpu_started = time.process_time()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.tokens_before = state.num_input_tokens_seen
+
+    def _read(self, state) -> None:
+        now = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        part = dict(zip(self.spent, (*now, state.num_input_tokens_seen - self.tokens_before), strict=True))
+        self.spent = {key: self.before[key] + part[key] for key in part}
+        self.peak_bytes = max(self.peak_bytes, peak_bytes())
+
+    def on_save(self, args, state, control, **kwargs):
+        self._read(state)
+        write_json(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, self.spent | {"peak_bytes": self.peak_bytes}
+        )
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds, self.cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        self.peak_bytes = peak_bytes()
-        self.tokens = state.num_input_tokens_seen - self.tokens_before
+        self._read(state)
 
 
 class StopOnSignal(TrainerCallback):

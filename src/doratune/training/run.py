@@ -78,7 +78,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         clear_checkpoints(output)
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(output / "recipe.yaml", recipe)
-    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows)
+    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
@@ -87,6 +87,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
         raise Interrupted(stop.received, str(last_checkpoint(output)))
+    if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
+        trainer.evaluate()
     model.eval()
     method.save(model, output / method.result)
     tokenizer.save_pretrained(output / method.result)
@@ -115,7 +117,7 @@ def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
     return rows, eval_rows
 
 
-def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows) -> tuple[Trainer, Clock]:
+def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
     """The method's Trainer with our progress bar and clock."""
     recipe = method.recipe
     every_epoch = {True: "epoch", False: "steps"}
@@ -153,7 +155,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows) -> t
         **checkpointing_arguments(recipe.checkpointing),
         **method.settings(),
     )
-    clock = Clock()
+    clock = Clock(checkpoint)
     trainer = method.trainer(
         model,
         arguments,
@@ -197,11 +199,9 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
-        "seconds": clock.seconds,
-        "cpu_seconds": clock.cpu_seconds,
+        **clock.spent,
+        "tokens_per_second": clock.spent["tokens"] / max(clock.spent["seconds"], 1e-9),
         "peak_bytes": clock.peak_bytes,
-        "tokens": clock.tokens,
-        "tokens_per_second": clock.tokens / max(clock.seconds, 1e-9),
         "moved": None if moved is None else str(moved),
         "magnitude_moved": None if moved is None else moved.magnitude,
         "direction_moved": None if moved is None else moved.direction,
