@@ -8,7 +8,7 @@ from typing import Literal
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
-EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol generate --beams 4"
+EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol paper"
 
 
 @dataclass(kw_only=True)
@@ -19,10 +19,10 @@ class EvaluateSettings:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, a .json file, or a list
-        protocol: generate (the model writes), likelihood (the most probable answer), or both
-        beams: 1 is greedy; the paper uses 4
-        max_new_tokens: longest output
-        batch_size: sequences at once; the score does not depend on it
+        protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
+        beams: of generate; default 1, greedy; paper has 4
+        max_new_tokens: longest output of generate; default 32, as paper has
+        batch_size: sequences at once; in float32 the score does not depend on it
         limit: only the first so many items of each task
         dtype: dtype of the model
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
@@ -34,9 +34,9 @@ class EvaluateSettings:
     model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
-    protocol: Literal["generate", "likelihood", "both"] = "both"
-    beams: int = 1
-    max_new_tokens: int = 32
+    protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
+    beams: int | None = None
+    max_new_tokens: int | None = None
     batch_size: int = 32
     limit: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -57,7 +57,9 @@ def main(argv: list[str]) -> int:
     from ..checkpoint.files import refuse_existing
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
-    from ..evaluation.run import PROTOCOLS, evaluate, load_tasks, show
+    from ..evaluation.paper import check_fixed
+    from ..evaluation.protocols import protocols_of
+    from ..evaluation.run import evaluate, load_tasks, show
     from ..models import load_model, load_tokenizer
 
     if not settings.model and not settings.adapter:
@@ -67,6 +69,9 @@ def main(argv: list[str]) -> int:
     for name in ("batch_size", "beams", "max_new_tokens", "limit"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; expected at least 1")
+    protocols = protocols_of(settings.protocol)
+    if "paper" in protocols:
+        check_fixed(beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
     tasks = load_tasks(names, settings.mirror, settings.limit)
@@ -74,6 +79,8 @@ def main(argv: list[str]) -> int:
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
+    if settings.dtype != "float32" and settings.batch_size > 1:
+        say(f"note: in {settings.dtype} rounding makes single verdicts depend on the batch size; in float32 they do not")
     tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype, quantize)
     facts = name, None, None
     if baseline:
@@ -85,7 +92,7 @@ def main(argv: list[str]) -> int:
         model,
         tokenizer,
         tasks,
-        PROTOCOLS if settings.protocol == "both" else (settings.protocol,),
+        protocols,
         batch_size=settings.batch_size,
         beams=settings.beams,
         max_new_tokens=settings.max_new_tokens,

@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from ..errors import UserError, listed, near_misses
+from ..evaluation.protocols import protocols_of
 from ..training.recipe import TrainRecipe
 
 PRESETS: dict[str, dict] = {
@@ -60,7 +61,7 @@ class CompareRecipe:
         lrs: learning rates to try, a list for all methods
         method_lrs: by method, instead: as many for each as for the others, e.g. {full: [1e-5, 3e-5]}
         tune_seeds: the sweep runs on the first so many seeds
-        score: what ranks the methods: likelihood or generate (accuracy, mean over tasks), or eval_loss
+        score: what ranks the methods: likelihood, generate or paper (accuracy, mean over tasks), or eval_loss
         confidence: of the intervals
         resamples: of the paired bootstrap
         analyze: modules for the scatter of ΔD and ΔM over the first seed's runs, e.g. [q_proj, v_proj]; none skips it
@@ -84,7 +85,7 @@ class CompareRecipe:
     lrs: list[float] = field(default_factory=list)
     method_lrs: dict = field(default_factory=dict)
     tune_seeds: int = 1
-    score: Literal["likelihood", "generate", "eval_loss"] = "likelihood"
+    score: Literal["likelihood", "generate", "paper", "eval_loss"] = "likelihood"
     confidence: float = 0.95
     resamples: int = 10_000
     analyze: list[str] = field(default_factory=list)
@@ -137,7 +138,7 @@ class CompareRecipe:
         shared.check()
         if self.score != "eval_loss" and not shared.tasks:
             raise UserError(f"score is {self.score}, but no tasks are scored; set settings: {{tasks: […]}}, or score: eval_loss")
-        if self.score != "eval_loss" and shared.tasks_protocol not in ("both", self.score):
+        if self.score != "eval_loss" and self.score not in protocols_of(shared.tasks_protocol):
             raise UserError(f"score is {self.score}, but tasks_protocol is {shared.tasks_protocol}; make them agree")
         if self.score == "eval_loss" and not (shared.eval_size or shared.eval_data):
             raise UserError("score is eval_loss, but nothing is held out; set settings: {eval_size: N} or eval_data")

@@ -15,7 +15,12 @@ from .collect import Result
 from .recipe import CompareRecipe
 from .statistics import Difference, Estimate, over_seeds, paired_bootstrap, paired_difference
 
-NAMES = {"likelihood": "accuracy, likelihood", "generate": "accuracy, generate", "eval_loss": "evaluation loss"}
+NAMES = {
+    "likelihood": "accuracy, likelihood",
+    "generate": "accuracy, generate",
+    "paper": "accuracy, paper",
+    "eval_loss": "evaluation loss",
+}
 
 
 @dataclass(frozen=True)

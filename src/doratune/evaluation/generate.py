@@ -1,17 +1,20 @@
-"""Protocol `generate`: the model writes, the first match of the task's pattern counts (the paper's protocol).
+"""Protocol `generate`: the model writes, the first match of the task's pattern counts (the paper's rule).
 
-Left-padded with attention mask, sorted by length; greedy, or beam search with 4 beams as the paper has it. Greedy decoding
-stops a sequence as soon as its first match is there: what comes after cannot change the verdict.
+Left-padded with attention mask, sorted by length; greedy, or beam search. Greedy decoding stops a sequence as soon as its
+first match is there: what comes after cannot change the verdict. What the checkpoint's generation config says is left out:
+transformers fills every setting that a call leaves open from it, sampling and penalties too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..training.data.instruction import prompt_of
+from ..training.data.instruction import prompt_of as plain_prompt
+from . import prefix
 from .tasks import first_answer
 
 
@@ -24,8 +27,15 @@ def generate(
     beams: int,
     max_new_tokens: int,
     done: Callable[[int], None],
+    prompt_of: Callable[[Mapping], str] = plain_prompt,
+    response_of: Callable[[str], str] | None = None,
 ) -> list[dict]:
-    """One record an item, in the items' order: prompt, output, predicted answer, correct."""
+    """One record an item, in the items' order: prompt, output, predicted answer, correct.
+
+    Args:
+        prompt_of: the text in front of the answer.
+        response_of: the part of an output that is searched for the answer; None searches all of it.
+    """
     prompts = [tokenizer(prompt_of(item))["input_ids"] for item in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
@@ -36,20 +46,23 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    stops_early = beams == 1 and response_of is None
     records: list[dict] = [{}] * len(items)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-        stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if beams == 1 else None
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-        )
+        stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if stops_early else None
+        with only_these(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                **prefix.for_beams(model, ids, mask, beams),
+            )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
-            answer = first_answer(text, items[i])
+            answer = first_answer(response_of(text) if response_of else text, items[i])
             records[i] = {
                 "prompt": prompt_of(items[i]),
                 "output": text,
@@ -59,6 +72,16 @@ def generate(
             }
         done(len(batch))
     return records
+
+
+@contextlib.contextmanager
+def only_these(model):
+    """Settings of a call to generate() are not filled up from the checkpoint's generation config."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 class AnswerFound(StoppingCriteria):

@@ -1,4 +1,4 @@
-"""Published accuracies on the eight tasks, by base model, method and rank: the authors' table, protocol `generate`.
+"""Published accuracies on the eight tasks, by base model, method and rank: the authors' table, protocol `paper`.
 
 Source: README of the authors' commonsense experiments (NVlabs/DoRA, commonsense_reasoning); averages agree with the paper's
 Table 1 and Fig. 5. Every figure there is a single run.

@@ -32,8 +32,8 @@ def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protoco
 
 
 def add_published(result: dict, model: str, method: str | None, rank: int | None) -> dict:
-    """Put published figures and the difference from the first beside ours, where there are any (protocol `generate`)."""
-    figures = published(model, method, rank, result["task"]) if result["protocol"] == "generate" else []
+    """Put published figures and the difference from the first beside ours, where there are any; not for `likelihood`."""
+    figures = published(model, method, rank, result["task"]) if result["protocol"] != "likelihood" else []
     if figures:
         listed = [{"accuracy": f.accuracy, "source": f.source} for f in figures]
         result |= {"published": listed, "difference": result["accuracy"] - figures[0].accuracy}

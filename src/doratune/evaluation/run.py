@@ -17,21 +17,21 @@ from ..models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
 from .likelihood import likelihood
+from .paper import check_fixed, paper
+from .protocols import BOTH, PROTOCOLS, protocols_of
 from .report import add_published, overall, summarize, table
 from .tasks import load_task
-
-PROTOCOLS = ("generate", "likelihood")
 
 
 def evaluate(
     model,
     tokenizer,
     tasks: Sequence[tuple[str, list[dict]]],
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = BOTH,
     *,
     batch_size: int = 16,
-    beams: int = 1,
-    max_new_tokens: int = 32,
+    beams: int | None = None,
+    max_new_tokens: int | None = None,
     output: Path | None = None,
     facts: tuple[str, str | None, int | None] = ("", None, None),
     progress: Callable[[str, int], tuple[Callable[[float], None], Callable[[], None]]] | None = None,
@@ -40,6 +40,7 @@ def evaluate(
 
     Args:
         tasks: (name, items) pairs, see `tasks.load_task`.
+        beams, max_new_tokens: of protocol `generate`, 1 and 32 by default; `paper` has its own.
         output: folder for the item files and results.json; None writes nothing.
         facts: (base model, method, rank), to find the published figure.
         progress: (label, number of items) → (advance, close).
@@ -50,6 +51,8 @@ def evaluate(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
+    if "paper" in protocols:
+        check_fixed(beams=beams, max_new_tokens=max_new_tokens)
     was_training = model.training
     model.eval()
     results = []
@@ -59,7 +62,9 @@ def evaluate(
             started = time.perf_counter()
             with contiguous_head(model):
                 if protocol == "generate":
-                    records = generate(model, tokenizer, items, batch_size, beams, max_new_tokens, advance)
+                    records = generate(model, tokenizer, items, batch_size, beams or 1, max_new_tokens or 32, advance)
+                elif protocol == "paper":
+                    records = paper(model, tokenizer, items, batch_size, advance)
                 else:
                     records = likelihood(model, tokenizer, items, batch_size, advance)
             close()
@@ -104,7 +109,7 @@ def after_training(recipe: TrainRecipe, say, progress):
             model,
             tokenizer,
             tasks,
-            PROTOCOLS if recipe.tasks_protocol == "both" else (recipe.tasks_protocol,),
+            protocols_of(recipe.tasks_protocol),
             batch_size=recipe.tasks_batch_size,
             output=Path(recipe.output) / "scores" / "after",
             facts=(recipe.model, recipe.method, recipe.rank),

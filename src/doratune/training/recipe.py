@@ -23,6 +23,7 @@ class TrainRecipe:
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_format: auto, instruction (instruction, input, output) or chat (messages)
+        prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
         eval_data: a second file to evaluate the loss on
@@ -70,9 +71,9 @@ class TrainRecipe:
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
-        tasks_protocol: generate, likelihood or both
+        tasks_protocol: generate, likelihood, both, paper or all
         tasks_limit: only the first so many items of each task
-        tasks_batch_size: sequences at once; the score does not depend on it
+        tasks_batch_size: sequences at once; in float32 the score does not depend on it
         seed: for data order, dropout and the start of A
         log_steps: log the loss every so many steps
         eval_steps: evaluate every so many steps; 0 for once an epoch
@@ -89,6 +90,7 @@ class TrainRecipe:
     source: str = ""
     expected: str = ""
     data_format: Literal["auto", "instruction", "chat"] = "auto"
+    prompt: Literal["plain", "published"] = "plain"
     mirror: str | None = None
     limit: int | None = None
     eval_data: str | None = None
@@ -140,7 +142,7 @@ class TrainRecipe:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     tasks: list[str] = field(default_factory=list)
-    tasks_protocol: Literal["generate", "likelihood", "both"] = "both"
+    tasks_protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     tasks_limit: int | None = None
     tasks_batch_size: int = 32
     seed: int = 0
@@ -192,6 +194,8 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
+        if self.prompt not in ("plain", "published"):
+            raise UserError(f"prompt is {self.prompt!r}; expected plain or published")
         for name in ("limit", "tasks_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -28,7 +28,7 @@ from ..environment import environment
 from ..errors import UserError, listed, near_misses
 from ..models import contiguous_head, load_tokenizer
 from .callbacks import Clock, StopOnSignal, TokenProgress
-from .data import load_items
+from .data import encoder, load_items
 from .data.encode import AnswerCollator, encode_all
 from .methods import AdapterMethod, method_of
 from .recipe import TrainRecipe
@@ -111,9 +111,9 @@ def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
         eval_items, items = items[: recipe.eval_size], items[recipe.eval_size :]
     items = items[: recipe.limit]
     settings = tokenizer, recipe.max_length, recipe.too_long, recipe.train_on_prompt
-    rows, report = encode_all(items, kind.encode, *settings)
+    rows, report = encode_all(items, encoder(kind, recipe.prompt), *settings)
     say(f"training data: {recipe.data}: {report} (max_length {recipe.max_length})")
-    eval_rows = encode_all(eval_items, eval_kind.encode, *settings)[0] if eval_items else []
+    eval_rows = encode_all(eval_items, encoder(eval_kind, recipe.prompt), *settings)[0] if eval_items else []
     return rows, eval_rows
 
 

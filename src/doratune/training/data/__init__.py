@@ -6,12 +6,25 @@ import re
 from pathlib import Path
 
 from ...errors import UserError, listed
-from . import chat, facts, instruction, published
+from . import chat, facts, instruction, published, published_prompts
 from .files import read_examples
 
 FORMATS = {"instruction": instruction, "chat": chat}
 DEMO = "demo"
 """The items of `facts`: they come with the package."""
+
+
+def encoder(kind, prompt: str = "plain"):
+    """How items of a format module become tokens, in the prompt of a recipe.
+
+    Raises:
+        UserError: the published prompt for items that are no instructions.
+    """
+    if prompt == "plain":
+        return kind.encode
+    if kind is not instruction:
+        raise UserError("prompt is published, which is for instruction data; chat data has the tokenizer's template: drop it")
+    return published_prompts.encode
 
 
 def load_items(data: str | list[str], mirror: str | None = None, data_format: str = "auto"):

@@ -1,7 +1,7 @@
 """Instruction data: `instruction`, optional `input`, `output`, in the Alpaca prompt of the paper's commonsense experiments.
 
-One template serves training and evaluation, to the space: the published scripts differ between the two. Prompt and answer are
-tokenized apart, so that the prompt's tokens are the same whether an answer follows or not.
+One template serves training and evaluation, to the space: the published scripts differ between the two (published_prompts.py).
+Prompt and answer are tokenized apart, so that the prompt's tokens are the same whether an answer follows or not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from ...errors import UserError
 from .encode import Encoded
 
-_PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-_PAIRED = (
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PAIRED = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
@@ -21,8 +21,8 @@ _PAIRED = (
 def prompt_of(item: Mapping) -> str:
     """The text in front of the answer."""
     if item.get("input"):
-        return f"{_PAIRED}\n\n### Instruction:\n{item['instruction']}\n\n### Input:\n{item['input']}\n\n### Response:\n"
-    return f"{_PLAIN}\n\n### Instruction:\n{item['instruction']}\n\n### Response:\n"
+        return f"{PAIRED}\n\n### Instruction:\n{item['instruction']}\n\n### Input:\n{item['input']}\n\n### Response:\n"
+    return f"{PLAIN}\n\n### Instruction:\n{item['instruction']}\n\n### Response:\n"
 
 
 def check(item: Mapping, where: str) -> None:
