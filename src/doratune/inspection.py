@@ -19,6 +19,7 @@ from .errors import UserError
 from .layers import kind_of
 from .layers.adapted import own_parameters
 from .layers.layouts import layer_at
+from .tables import aligned
 from .targets import select
 
 NEAR = 1e-3
@@ -61,10 +62,7 @@ class Inspection:
             + (str(r.zero), str(r.near_zero))
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (heads, *cells)
-        ]
+        lines = aligned(heads, cells, rule=False)
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         zero, near = (sum(getattr(r, name) for r in self.rows) for name in ("zero", "near_zero"))
         share = 100 * self.trainable / self.total

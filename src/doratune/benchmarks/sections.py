@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .tables import CLOCKS, NOT_MEASURED, SHORT, main_clock, mib, seconds, spread, table
+from ..tables import markdown
+from .tables import CLOCKS, NOT_MEASURED, SHORT, main_clock, mib, seconds, spread
 from .targets import TARGETS, Results
 from .train_step import CHECKPOINTED, PLAIN
 
@@ -37,7 +38,7 @@ def timed(one: dict, device: str, what: str = "", path: tuple[str, ...] = (), dt
         rows.append([name, words, *(spread(value, clock) for clock in CLOCKS[device])])
     clock = main_clock(device)
     times = ", ".join(f"{name} {seconds(arm, clock)}" for name, arm in one["arms"].items())
-    return [table(["ratio", "target", *CLOCKS[device].values()], rows), f"Median {CLOCKS[device][clock]}: {times}."]
+    return [markdown(["ratio", "target", *CLOCKS[device].values()], rows), f"Median {CLOCKS[device][clock]}: {times}."]
 
 
 def train_tables(result: dict, device: str) -> list[str]:
@@ -73,7 +74,7 @@ def memory_tables(result: dict, device: str) -> list[str]:
                     [f"ratio {name}", *(f"{ratio[key]:.3f}" if key in ratio else "" for key in keys)]
                     for name, ratio in one["ratios"].items()
                 ]
-                parts += [f"{SHORT[dtype]}, rank {rank}, {scenario}:", table(["MiB", *(names[k] for k in keys)], rows)]
+                parts += [f"{SHORT[dtype]}, rank {rank}, {scenario}:", markdown(["MiB", *(names[k] for k in keys)], rows)]
     return parts
 
 
@@ -90,7 +91,7 @@ def norm_tables(result: dict, device: str) -> list[str]:
                     for name, arm in one["arms"].items()
                 ]
                 head = ["", f"median {CLOCKS[device][clock]}", "extra MiB", *(f"error, s·B·A {share} of W" for share in shares)]
-                parts += [f"{size} × {size}, {SHORT[dtype]}, rank {rank}:", table(head, rows)]
+                parts += [f"{size} × {size}, {SHORT[dtype]}, rank {rank}:", markdown(head, rows)]
     return parts
 
 
@@ -117,7 +118,7 @@ def size_tables(result: dict, device: str) -> list[str]:
         for title, figure in figures.items():
             sides = list(next(iter(ranks.values())))
             rows = [[rank, *(figure(sizes[side]) for side in sides)] for rank, sizes in ranks.items()]
-            parts += [f"{title} ({SHORT[dtype]}):", table(["rank", *(f"{side} × {side}" for side in sides)], rows)]
+            parts += [f"{title} ({SHORT[dtype]}):", markdown(["rank", *(f"{side} × {side}" for side in sides)], rows)]
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Markdown of figures: a table, a ratio with its spread, bytes in MiB."""
+"""Figures in words: a ratio with its spread, bytes in MiB."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ NOT_MEASURED = "not measured"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 CLOCKS = {"cpu": {"cpu_s": "CPU time", "wall_s": "wall time"}, "cuda": {"wall_s": "wall time"}}
 """By type of device the clocks that are shown; the first is the one that targets are about."""
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main_clock(device: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tables import MIB, NOT_MEASURED, SHORT, main_clock, table
+from ..tables import markdown
+from .tables import MIB, NOT_MEASURED, SHORT, main_clock
 from .train_step import CHECKPOINTED, PLAIN
 
 BF16, FP32 = "bfloat16", "float32"
@@ -102,7 +103,7 @@ def targets(cpu: Results, gpu: Results) -> str:
         cells = [promise(target, cpu, "cpu", *one) for one in where] or [NOT_MEASURED]
         rows.append([target.label, target.words, *cells, one_cell(target, gpu, "cuda")])
     norm_rows = [[t.label, t.words, one_cell(t, cpu, "cpu"), one_cell(t, gpu, "cuda")] for t in NORM_TARGETS]
-    parts = [table(head, rows), f"Norm of one layer ({norm_size(cpu)}):", table(["", "target", "CPU", "GPU"], norm_rows)]
+    parts = [markdown(head, rows), f"Norm of one layer ({norm_size(cpu)}):", markdown(["", "target", "CPU", "GPU"], norm_rows)]
     return "\n\n".join(parts)
 
 

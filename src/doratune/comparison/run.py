@@ -60,10 +60,18 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
         results, problems = collect(finals(grid, shared, lrs), grid, shared)
         if not results:
             raise UserError(f"no cell of {output} finished; see {output / 'logs'}")
+        problems += strangers(grid, {*sweep(grid, shared), *finals(grid, shared, lrs)})
         problems += look_inside(grid, shared, results, say)
         summary = summarize(grid, shared, results, lrs, [*notes, *problems])
         write_json(output / "compare.json", summary.to_dict())
     return summary
+
+
+def strangers(grid: CompareRecipe, cells: set[Cell]) -> list[str]:
+    """A line about folders that are none of the grid's, such as those of a method that it no longer has."""
+    folder, known = Path(grid.output) / "cells", {cell.name for cell in cells}
+    found = sorted(p.name for p in folder.glob("*") if p.is_dir() and p.name not in known)
+    return [f"{listed(found)} in {folder}: none of this grid's cells; not counted"] if found else []
 
 
 def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], say) -> list[str]:
@@ -176,7 +184,7 @@ def choose(grid: CompareRecipe, shared: TrainRecipe) -> tuple[dict[str, float], 
         UserError: a method whose sweep has no finished cell.
     """
     results, problems = collect(sweep(grid, shared), grid, shared)
-    lrs, notes = {}, [p for p in problems if "not among" not in p]
+    lrs, notes = {}, list(problems)
     for method in grid.methods:
         offered = grid.lrs_of(method, shared)
         losses: dict[float, list[float]] = {}

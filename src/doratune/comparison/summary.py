@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from ..tables import aligned
 from ..training.recipe import TrainRecipe
 from .cells import ranks_of
 from .collect import Result
@@ -33,13 +34,7 @@ class Table:
     note: str = ""
 
     def text(self) -> str:
-        widths = [max(len(row[i]) for row in [self.columns, *self.rows]) for i in range(len(self.columns))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [self.columns, *self.rows]]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *([self.note] if self.note else [])])
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+        return "\n".join([self.title, *aligned(self.columns, self.rows), *([self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)

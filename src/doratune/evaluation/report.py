@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..tables import aligned
 from .published import published
 from .tasks import chance, majority
 
@@ -67,16 +68,14 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
         "items/s",
         "published",
     ]
-    rows = [head]
+    rows = []
     for r in results:
         figure = f"{100 * r['published'][0]['accuracy']:.1f} ({100 * r['difference']:+.1f})" if "published" in r else "-"
         shown = f"{100 * r['accuracy']:.1f} ± {100 * r['standard_error']:.1f} %"
         counts = [f"{100 * r[key]:.1f} %" for key in ("unparsable", "chance", "majority")]
         speed = [f"{r['seconds']:.0f}", f"{r['items_per_second']:.1f}"]
         rows.append([r["task"], r["protocol"], f"{r['right']}/{r['total']}", shown, *counts, *speed, figure])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = aligned(head, rows)
     for r in results:
         for other in r.get("published", ())[1:]:
             gap = 100 * (r["accuracy"] - other["accuracy"])
