@@ -1,8 +1,11 @@
-"""Tables as text: columns aligned for a terminal, or Markdown."""
+"""Tables as text: columns aligned for a terminal, Markdown, and Markdown in its place between the markers of a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], rule: bool = True) -> list[str]:
@@ -14,3 +17,18 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], rule: bool = Tru
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def placed(page: Path, name: str, content: str, text: str | None = None) -> str:
+    """The page's text (or `text`, what it is to become) with `content` between `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        UserError: the page lacks the markers.
+    """
+    text = page.read_text(encoding="utf-8") if text is None else text
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{page.name} lacks the markers; put {start} and {end}, in this order, where its table belongs")
+    return f"{before}{start}\n{content}\n{end}{after}"

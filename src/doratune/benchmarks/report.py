@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.files import read_json, replacing
-from ..errors import UserError
 from ..models import QUANTIZATIONS
+from ..tables import placed
 from .sections import device_sections
 from .settings import MEASUREMENTS
 from .tables import NOT_MEASURED
 from .targets import Results, targets
-
-START, END = "<!-- performance -->", "<!-- /performance -->"
 
 INTRODUCTION = """\
 Written by `python benchmarks/report.py` from the files that `doratune bench` leaves in `benchmarks/results/`; no figure by hand.
@@ -39,7 +37,7 @@ def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
     cpu, gpu = (read_results(folder, device) for device in ("cpu", "cuda"))
     page, readme = root / "docs" / "performance.md", root / "README.md"
     quantized = {(device, q): read_results(folder, f"{device}_{q}") for device in ("cpu", "cuda") for q in QUANTIZATIONS}
-    contents = {page: performance_page(cpu, gpu, quantized), readme: with_table(readme, targets(cpu, gpu))}
+    contents = {page: performance_page(cpu, gpu, quantized), readme: placed(readme, "performance", targets(cpu, gpu))}
     for path, content in contents.items():
         with replacing(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -50,16 +48,6 @@ def read_results(folder: Path, device: str) -> Results:
     """The measurements of `folder` on one type of device."""
     paths = {what: folder / f"{what}_{device}.json" for what in MEASUREMENTS}
     return {what: read_json(path, "run doratune bench again") for what, path in paths.items() if path.is_file()}
-
-
-def with_table(readme: Path, content: str) -> str:
-    """The README's text with `content` between the markers."""
-    text = readme.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"{readme.name} lacks the markers; put {START} and {END}, in this order, where its table belongs")
-    return f"{before}{START}\n{content}\n{END}{after}"
 
 
 def performance_page(cpu: Results, gpu: Results, quantized: dict[tuple[str, str], Results] | None = None) -> str:

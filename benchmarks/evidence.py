@@ -1,0 +1,117 @@
+"""python benchmarks/evidence.py: the tables of docs/evidence.md from benchmarks/results/, between markers; no figure by hand.
+
+compare_*.json             compare.json of `doratune compare`
+movement_four_tasks.json   points.json of `doratune analyze`
+evaluation_cpu.json        benchmarks/evaluation.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from doratune.tables import markdown, placed
+
+PAPER = {"full": -0.62, "lora": +0.83, "dora": -0.31}
+"""Correlation of ΔD and ΔM in Fig. 2, query and value matrices."""
+
+
+def compared(found: dict) -> str:
+    """A grid's tables, and its facts in a line."""
+    facts, environment = found["facts"], found["facts"]["environment"]
+    parts = []
+    for table in found["tables"]:
+        parts += [markdown(table["columns"], table["rows"]), table["note"]]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    notes = [f"- {note}" for note in found["notes"]]
+    machine = f"{environment['device']}, threads: {environment['threads']}"
+    where = f"{facts['items']} test items; {machine}; {versions}; commit {environment['commit']}"
+    return "\n\n".join([*parts, "\n".join(notes), f"{where}."])
+
+
+def movement(found: dict) -> str:
+    """Correlation of ΔD and ΔM by method, beside the paper's."""
+    rows = []
+    for run, value in found.items():
+        line, points = value["line"], value["points"]
+        last = [p for p in points if p["step"] == max(q["step"] for q in points)]
+        means = [sum(p[key] for p in last) / len(last) for key in ("magnitude", "direction")]
+        steps = sorted({p["step"] for p in points})
+        method = Path(run).name.split("-")[0]
+        cells = [method, f"{PAPER[method]:+.2f}", f"{line['correlation']:+.2f}", _range(points), f"{line['slope']:+.3g}"]
+        rows.append([*cells, str(line["points"]), ", ".join(map(str, steps)), *(f"{mean:.3g}" for mean in means)])
+    head = ["method", "paper", "ours", "by module", "slope", "points", "steps", "ΔM at the end", "ΔD at the end"]
+    return markdown(head, rows)
+
+
+def evaluation(found: dict) -> str:
+    """Batch 1 against batches, and items a second beside PEFT."""
+    facts, result = found["facts"], found["result"]
+    settings, parts = facts["settings"], []
+    large = str(settings["batch_size"])
+    rows = [
+        [task, protocol, str(v["items"]), str(v["right"]["1"]), str(v["right"][large]), str(v["differing"]["correct"])]
+        for task, protocols in result["same"].items()
+        for protocol, v in protocols.items()
+    ]
+    head = ["task", "protocol", "items", "right, one at a time", f"right, batches of {large}", "verdicts that differ"]
+    parts += [f"Scores at batch size 1 and {large}, {settings['dtype']}:", markdown(head, rows)]
+    speed = result["speed"]
+    rows = []
+    for name, arm in speed["arms"].items():
+        ratio = speed["times faster than"].get(name, {})
+        times = [
+            f"{ratio[c]['p50']:.2f} × ({ratio[c]['p20']:.2f} to {ratio[c]['p80']:.2f})" if ratio else ""
+            for c in ("wall_s", "cpu_s")
+        ]
+        cells = [name, f"{arm['items_per_wall_s']:.2f}", f"{arm['items_per_cpu_s']:.2f}", *times, str(arm["right"])]
+        rows.append([*cells, str(arm["answers_unlike_peft_one"])])
+    head = [
+        "arm",
+        "items / s",
+        "items / CPU s",
+        "doratune is faster by, time",
+        "CPU time",
+        "right",
+        "answers unlike PEFT's, one at a time",
+    ]
+    parts += [
+        f"`generate`, {speed['items']} items, arms in turn chunk by chunk in one process ({settings['dtype']}):",
+        markdown(head, rows),
+    ]
+    parts += ["`doratune` and `peft_batches` take the items in batches, `doratune_one` and `peft_one` one at a time."]
+    return "\n\n".join(parts)
+
+
+def _range(points: list[dict]) -> str:
+    """The same correlation within each module: how much hangs on mixing them."""
+    found = []
+    for module in sorted({p["module"] for p in points}):
+        some = [(p["direction"], p["magnitude"]) for p in points if p["module"] == module]
+        x, y = zip(*some)
+        mx, my = sum(x) / len(x), sum(y) / len(y)
+        xy = sum((a - mx) * (b - my) for a, b in some)
+        spread = (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+        found.append(f"{module} {xy / spread:+.2f}")
+    return ", ".join(found)
+
+
+def tables(results: Path) -> dict[str, str]:
+    """{marker: Markdown} of the files that are there."""
+    made = {path.stem: compared(json.loads(path.read_text())) for path in sorted(results.glob("compare_*.json"))}
+    for name, file, write in (("movement", "movement_four_tasks", movement), ("evaluation", "evaluation_cpu", evaluation)):
+        if (path := results / f"{file}.json").is_file():
+            made[name] = write(json.loads(path.read_text()))
+    return made
+
+
+def main(root: Path) -> None:
+    page = root / "docs" / "evidence.md"
+    text = page.read_text(encoding="utf-8")
+    for name, content in tables(root / "benchmarks" / "results").items():
+        text = placed(page, name, content, text)
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parents[1])
