@@ -57,5 +57,5 @@ def test_correlation_within_a_module_is_the_analysis(evidence):
 
 def test_a_page_without_its_place_is_a_line(tmp_path):
     (tmp_path / "page.md").write_text("no markers")
-    with pytest.raises(UserError, match="page.md lacks the markers"):
+    with pytest.raises(UserError, match=r"page\.md lacks the markers"):
         placed(tmp_path / "page.md", "x", "y")

@@ -253,7 +253,16 @@ def check_same(recipe: TrainRecipe, path: Path) -> None:
     if not path.is_file():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = ["model", "quantize", "double_quantization", "dtype", *(f.name for f in dataclasses.fields(AdapterConfig))]
+    names = [
+        "model",
+        "quantize",
+        "double_quantization",
+        "dtype",
+        "prompt",
+        "baseline_size",
+        "baseline_targets",
+        *AdapterConfig.__dataclass_fields__,
+    ]
     now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
     if changed := [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if name in before and before[name] != now[name]]:
         raise UserError(f"{path}: --resume with another {listed(changed)}; leave it as it was, or start a new run")
