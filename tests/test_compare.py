@@ -68,6 +68,7 @@ def test_a_cell_is_a_plain_train_command():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"settings": {}}, "neither recipe nor settings are set; give a grid"),
         ({"methods": []}, "methods is empty"),
         ({"methods": ["lora", "lora"]}, "methods holds lora twice"),
         ({"methods": ["dorra"]}, "unknown method 'dorra'; did you mean 'dora'"),

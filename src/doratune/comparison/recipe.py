@@ -102,6 +102,8 @@ class CompareRecipe:
         Raises:
             UserError: a value outside its range, a recipe that is not usable, an unfair sweep.
         """
+        if not self.recipe and not self.settings:
+            raise UserError("neither recipe nor settings are set; give a grid, such as recipes/compare_demo.yaml")
         for name in ("methods", "seeds"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; name at least one")
