@@ -148,3 +148,22 @@ def test_one_step_saved_loaded_and_merged(family, method, tmp_path):
         doratune.unmerge(model)
         doratune.detach(model)
         assert all(torch.equal(a, b) for a, b in zip(outputs(model, inputs), base, strict=True))
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(tiny_folder, tmp_path):
+    """transformers would put random numbers in its place."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from doratune.errors import UserError
+    from doratune.models import load_model
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.self_attn.q_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks model.layers.1.self_attn.q_proj.weight; transformers would take random weights"):
+        load_model(str(folder))
+    assert load_model(str(tiny_folder)) is not None

@@ -261,8 +261,12 @@ def test_a_run_that_cannot_be_measured_leaves_the_others(copies, tmp_path):
     spoil("tensors", a, b)
     said = []
     facts = build([a, b], tmp_path / "r.html", say=said.append)
-    assert facts["points"] == 2 * 2 * 2
+    assert facts["points"] == 2 * 2 * 2 + 2 * 2 * 2  # a's whole checkpoints are there: its last result is what broke
     assert sum("truncated or corrupt" in line for line in facts["warnings"]) == 1
+    for checkpoint in a.glob("checkpoint-*"):
+        shutil.copyfile(a / "adapter" / "adapter_model.safetensors", checkpoint / "adapter_model.safetensors")
+    facts = build([a, b], tmp_path / "r.html", overwrite=True, say=said.append)
+    assert facts["points"] == 2 * 2 * 2 and "and 1 more of its checkpoints" in " ".join(facts["warnings"])
     facts = build([b], tmp_path / "r.html", modules=["qproj"], overwrite=True, say=said.append)
     assert facts["points"] == 0 and any("no weight is named qproj" in line for line in facts["warnings"])
 
@@ -401,6 +405,90 @@ def test_filters_leave_out_points(browser, report):
         assert drawn(page) == 24
 
 
+def curve_names(page):
+    return page.locator("#layers-chart .legendtext").all_text_contents()
+
+
+def curve_data(page):
+    """What plotly was given: [{name, x, y}]."""
+    return page.evaluate("document.getElementById('layers-chart').data.map((t) => ({ name: t.name, x: [...t.x], y: [...t.y] }))")
+
+
+def test_curves_along_the_layers(browser, report):
+    """Fig. 3: the last checkpoint's points, one line a run and module; the choice switches what is drawn."""
+    with opened(browser, report[0]) as page:
+        points = json.loads(page.locator("#data").text_content())["points"]
+        end = max(p["step"] for p in points)
+        choice = page.get_by_label("shown", exact=True)
+        assert choice.locator("option").all_text_contents() == [
+            "ΔM",
+            "ΔD",
+            "|Δm|/m",
+            "effective rank",
+            "singular values of the update",
+        ]
+        for value, key in (("magnitude",) * 2, ("relative",) * 2, ("effective_rank",) * 2, ("direction",) * 2):
+            choice.select_option(value)
+            expect(page.locator("#layers-chart .scatterlayer .trace")).to_have_count(6)
+            drawn_lines = curve_data(page)
+            pairs = [(name, module) for name in NAMES for module in ("q_proj", "v_proj")]
+            assert curve_names(page) == [f"{name} · {module}" for name, module in pairs]
+            for line, (name, module) in zip(drawn_lines, pairs):
+                own = [p for p in points if (p["run"], p["module"], p["step"]) == (name, module, end)]
+                own = sorted(own, key=lambda p: p["layer"])
+                assert (line["x"], line["y"]) == ([p["layer"] for p in own], [p[key] for p in own])
+        assert "1 − cos" in page.locator("#quantity-note").text_content()
+
+
+def test_filters_and_themes_reach_the_curves(browser, report):
+    with opened(browser, report[0]) as page:
+        lines = page.locator("#layers-chart .scatterlayer .trace")
+        page.get_by_role("checkbox", name="v_proj").uncheck()
+        expect(lines).to_have_count(3)
+        page.get_by_role("checkbox", name="dora-1").uncheck()
+        expect(lines).to_have_count(2)
+        page.get_by_label("from").fill("1")
+        assert [line["x"] for line in curve_data(page)] == [[1], [1]]
+        before = page.evaluate("getComputedStyle(document.querySelector('#layers-chart .xtick text')).fill")
+        page.locator("#theme").click()
+        assert page.evaluate("getComputedStyle(document.querySelector('#layers-chart .xtick text')).fill") != before
+        page.get_by_label("shown", exact=True).select_option("spectra")
+        expect(lines).to_have_count(2)
+        page.get_by_label("from").fill("0")
+        expect(lines).to_have_count(4)
+        assert all(line["x"] == [1, 2] and line["y"][0] >= line["y"][1] > 0 for line in curve_data(page))  # rank 2
+        page.get_by_role("checkbox", name="q_proj").uncheck()
+        expect(lines).to_have_count(0)
+        assert "nothing of the runs" in page.locator("#layers-chart").text_content()
+
+
+def test_points_of_an_older_analysis(browser, runs, tmp_path):
+    """Points without the newer figures, a run that could not be measured, and gradients: what is there is offered."""
+    point = {"name": "l.0.q_proj", "layer": 0, "module": "q_proj", "step": 3, "magnitude": 0.1, "direction": 0.2}
+    old = {str(runs[0]): {"line": None, "points": [point, point | {"layer": 1}]}, str(runs[1]): {"problem": "is\ntruncated"}}
+    facts = build(runs, tmp_path / "r.html", points=old, say=lambda line: None)
+    assert facts["points"] == 2 and f"{NAMES[1]}: is truncated" in facts["warnings"]
+    with opened(browser, tmp_path / "r.html") as page:
+        options = page.locator("#quantity option").all_text_contents()
+        assert page.locator("#layers-chart .scatterlayer .trace").count() == 1
+    assert options == ["ΔM", "ΔD"]
+    spectra = {
+        "l.0.q_proj": {"values": [0.4, 0.2, 1e-9, 0.0], "norm": 2.0, "effective_rank": 1.9},
+        "x": 3,
+        "y": {"values": [1], "norm": 0},
+    }
+    new = {str(runs[0]): {"points": [point | {"gradient_share": 0.031}], "spectra": spectra}}
+    build(runs, tmp_path / "r.html", points=new, overwrite=True, say=lambda line: None)
+    with opened(browser, tmp_path / "r.html") as page:
+        page_options = page.locator("#quantity option").all_text_contents()
+        page.locator("#quantity").select_option("gradient_share")
+        page_lines = curve_data(page)
+        page.locator("#quantity").select_option("spectra")
+        assert [line["y"] for line in curve_data(page)] == [[0.2, 0.1]]
+    assert page_options[2:] == ["gradient's share on magnitude", "singular values of the update"]
+    assert page_lines[0]["y"] == [0.031]
+
+
 def test_a_point_says_what_it_is(browser, report):
     with opened(browser, report[0]) as page:
         page.locator(".panel").last.scroll_into_view_if_needed()
@@ -458,6 +546,7 @@ def test_what_models_are_asked_is_text(browser, runs, tmp_path):
         assert page.title() == HOSTILE
         assert HOSTILE in page.locator("#samples article pre").first.text_content()
         assert HOSTILE in page.locator("#filter-modules").text_content()
+        assert HOSTILE in page.locator("#layers-chart .legendtext").first.text_content()
         assert page.locator("img").count() == 0 and drawn(page) == 2
 
 

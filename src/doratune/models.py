@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError, near_misses
+from .errors import UserError, listed, near_misses
 
 WHEEL_MODEL = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,7 +66,10 @@ def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str | 
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     path, settings = model_path(name), quantization(quantize, dtype, double_quantization)
     with quiet_loading(), readable_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **settings).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
+    model.eval()
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
 
@@ -155,9 +158,11 @@ class readable_errors:
     def __exit__(self, kind, error, _):
         from safetensors import SafetensorError
 
-        if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | KeyError | SafetensorError):
+        if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError):
             return
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says"
         raise UserError(f"cannot load {self.name}: {reason[:300]}") from None
 
 

@@ -16,6 +16,7 @@ Rows (columns) without direction count in neither. Cost: one pass over both weig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ..attachment import adapters
 from ..bases import TILE_NUMBERS
 from ..errors import UserError
+from ..layers import kind_of
 from ..math.decomposition import directionless
 
 
@@ -47,6 +49,11 @@ class Change:
         """ΔD (Eq. 4)."""
         return self.directions.mean().item() if self.directions.numel() else 0.0
 
+    @property
+    def relative(self) -> float:
+        """Mean of |m_t − m_0|/m_0: how far m itself moved (of LoRA and dense weights: the norm)."""
+        return self.relative_magnitudes.mean().item() if self.relative_magnitudes.numel() else 0.0
+
 
 @torch.no_grad()
 def weight_change(before: Tensor, after: Tensor, magnitude_axis: str = "output") -> Change:
@@ -67,12 +74,13 @@ def weight_change(before: Tensor, after: Tensor, magnitude_axis: str = "output")
     before, after = before.flatten(1), after.flatten(1)
     if magnitude_axis == "input":
         before, after = before.T, after.T
-    parts = [_rows(b.double(), a.double()) for b, a in _tiles(before, after)]
+    parts = [_rows(b.double(), a.double()) for b, a in tiles(before, after)]
     w, dm, turn = (torch.cat(column) for column in zip(*parts, strict=True)) if parts else (torch.empty(0),) * 3
     return _kept(w, dm, turn, directionless(w))
 
 
-def _tiles(before: Tensor, after: Tensor):
+def tiles(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of two matrices of one shape, a few megabytes at a time."""
     step = max(1, TILE_NUMBERS // max(1, before.shape[1]))
     yield from zip(before.split(step), after.split(step), strict=True)
 
@@ -142,14 +150,27 @@ def _factored(layer, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor
     return w2, along, s * s * ((large @ small) * large).sum(1).clamp_min(0)
 
 
+def named_parts(model: nn.Module) -> Iterator[tuple[str, object]]:
+    """(name, layer with one matrix) of an attached model: its adapted layers, and the single experts of batched ones."""
+    for name, layer in adapters(model):
+        parts = layer.adaptation.matrices(layer)
+        yield from ((name if len(parts) == 1 else f"{name}.{i}", part) for i, part in enumerate(parts))
+
+
 def adapter_changes(model: nn.Module) -> dict[str, Change]:
     """{layer: ΔM and ΔD} of every adapted layer of an attached model, against its frozen weights."""
-    return {
-        name if len(parts) == 1 else f"{name}.{i}": layer_change(part)
-        for name, layer in adapters(model)
-        for parts in [layer.adaptation.matrices(layer)]
-        for i, part in enumerate(parts)
-    }
+    return {name: layer_change(part) for name, part in named_parts(model)}
+
+
+def matrix_of(model: nn.Module, name: str) -> Tensor:
+    """The dense weight of a module, as the maths sees it: (O, I), whichever way round it is stored.
+
+    Raises:
+        AttributeError: no such module, or one without a weight.
+    """
+    module = model.get_submodule(name)
+    kind = kind_of(module)
+    return (module.weight if kind is None else kind.matrix(module.weight)).detach().flatten(1)
 
 
 def model_changes(before: nn.Module, after: nn.Module, names, magnitude_axis: str = "output") -> dict[str, Change]:
@@ -164,8 +185,7 @@ def model_changes(before: nn.Module, after: nn.Module, names, magnitude_axis: st
     found, problems = {}, []
     for name in names:
         try:
-            pair = [model.get_submodule(name).weight for model in (before, after)]
-            found[name] = weight_change(*pair, magnitude_axis)
+            found[name] = weight_change(matrix_of(before, name), matrix_of(after, name), magnitude_axis)
         except (AttributeError, UserError) as error:
             problems.append(f"{name}: {error}")
     if problems:

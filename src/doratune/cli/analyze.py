@@ -1,4 +1,4 @@
-"""`doratune analyze RUN …`: ΔM and ΔD of §3.2, as points, correlation and figures."""
+"""`doratune analyze RUN …`: ΔM and ΔD of §3.2, spectra of the updates, gradients of §4.2, as numbers and figures."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class AnalyzeSettings:
         runs: folders of doratune train, adapter folders, or folders of ordinary models (full fine-tuning)
         modules: last names of the weights that count (the paper takes query and value); none: all
         magnitude_axis: of ordinary models: output (per row) or input (per column); adapters have their own
+        spectrum: singular values of the updates: all, adapters (those of ordinary models take a dense SVD each), or none
+        gradient_data: training data (.json, .jsonl, a published set, demo), for the share of the gradient that changes magnitudes
+        gradient_items: the first so many items of it, in one batch
         dtype: dtype of the base model
         format: of the figures: png or svg
         output: folder for points.json and the figures
@@ -30,6 +33,9 @@ class AnalyzeSettings:
     runs: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     magnitude_axis: Literal["output", "input"] = "output"
+    spectrum: Literal["all", "adapters", "none"] = "all"
+    gradient_data: str | None = None
+    gradient_items: int = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     format: Literal["png", "svg"] = "png"
     output: str = "runs/analysis"
@@ -41,25 +47,48 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from pathlib import Path
 
-    from ..analysis.points import checkpoints
+    from ..analysis.gradients import batch_of
     from ..analysis.report import analyze
-    from ..checkpoint.adapter import base_model_of
+    from ..checkpoint.files import refuse_existing
     from ..errors import UserError
-    from ..models import load_model
+    from ..models import load_model, load_tokenizer
 
     if not settings.runs:
         raise UserError("runs is not set; give doratune analyze RUN, or several")
     if twice := {name for name in settings.runs if settings.runs.count(name) > 1}:
         raise UserError(f"runs names {', '.join(sorted(twice))} twice; name each run once")
-    folders = {run: checkpoints(Path(run)) for run in settings.runs}
-    name = settings.model or base_model_of(folders[settings.runs[0]][-1][1])
-    base = load_model(name, settings.dtype)
     output = Path(settings.output)
-    result = analyze(
-        base, settings.runs, tuple(settings.modules), settings.magnitude_axis, output, settings.format, settings.overwrite
-    )
+    refuse_existing(output, settings.overwrite)
+    name = settings.model or base_of(settings.runs)
+    base = load_model(name, settings.dtype)
+    batch = None
+    if settings.gradient_data is not None:
+        batch = batch_of(settings.gradient_data, base, load_tokenizer(name), settings.gradient_items)
+    places = (output, settings.format, settings.overwrite)
+    result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, settings.spectrum, batch)
     say(result.table())
     say(f"points and figures written to {output}")
     if as_json:
         print_json(result.to_dict() | {"output": settings.output})
     return 0
+
+
+def base_of(runs: list[str]) -> str:
+    """The base model that the first of the runs' adapters records.
+
+    Raises:
+        UserError: none of them does; what the first run lacks.
+    """
+    from pathlib import Path
+
+    from ..analysis.runs import checkpoints
+    from ..checkpoint.adapter import base_model_of
+    from ..errors import UserError
+
+    problems = []
+    for run in runs:
+        try:
+            return base_model_of(checkpoints(Path(run))[-1][1])
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]

@@ -85,7 +85,7 @@ def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result],
         if (folder / "points.json").is_file() and set(read_json(folder / "points.json", "delete it")) == set(runs):
             return []
         base = load_model(shared.model, "float32")
-        say(analyze(base, runs, tuple(grid.analyze), shared.magnitude_axis, folder, overwrite=True).table())
+        say(analyze(base, runs, tuple(grid.analyze), shared.magnitude_axis, folder, overwrite=True, spectrum="adapters").table())
     except UserError as error:
         return [f"no analysis: {error}"]
     return []

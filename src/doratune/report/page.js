@@ -109,10 +109,10 @@
     }
   }
 
-  function selected() {
+  function selected(rows) {
     const [from, to] = ["layer-from", "layer-to"].map((id) => byId(id).valueAsNumber);
-    return data.points.filter((point) => filters.runs.get(point.run).checked && filters.modules.get(point.module).checked &&
-      !(point.layer < from) && !(point.layer > to));  // an empty field limits nothing
+    return rows.filter((row) => filters.runs.get(row.run)?.checked && filters.modules.get(row.module)?.checked &&
+      !(row.layer < from) && !(row.layer > to));  // an empty field limits nothing
   }
 
   // least squares of ΔM on ΔD and Pearson's correlation, as doratune.analysis.points.regression has them
@@ -171,8 +171,76 @@
     }), CONFIG);
   }
 
+  // ---- along the layers (Fig. 3): the last checkpoints; one line a run and module, or one a weight's singular values
+  const QUANTITIES = [
+    ["magnitude", "ΔM", "ΔM", "mean change of the vectors' norms"],
+    ["direction", "ΔD", "ΔD", "mean of 1 − cos of the vectors' turn"],
+    ["relative", "|Δm|/m", "|Δm|/m", "mean relative change of the magnitude"],
+    ["effective_rank", "effective rank", "effective rank", "of the update: of an adapter s·B·A, of other models W − W₀; exp of the entropy of its singular values"],
+    ["gradient_share", "gradient's share on magnitude", "share", "of the loss's gradient by the weight, at the run's end: how much of it lies along the weight's vectors"],
+  ];
+  const SPECTRA = ["spectra", "singular values of the update", "σ / |W|", "one line a weight in its layer's colour; of an adapter s·B·A, of other models W − W₀; |W|: Frobenius norm of the base's weight"];
+  const ends = new Map();  // run → its last step
+  for (const point of data.points) ends.set(point.run, Math.max(point.step, ends.get(point.run) ?? -Infinity));
+  const atEnd = data.points.filter((point) => point.step === ends.get(point.run));
+
+  function lines(key, title) {  // the mean over weights of one layer and module: experts
+    const traces = [], modules = [...filters.modules.keys()];
+    [...filters.runs.keys()].forEach((run, number) => modules.forEach((module, place) => {
+      const layers = new Map();
+      for (const p of selected(atEnd)) {
+        if (p.run === run && p.module === module && p[key] !== null) layers.set(p.layer, [...(layers.get(p.layer) ?? []), p[key]]);
+      }
+      if (!layers.size) return;
+      const x = [...layers.keys()].sort((a, b) => a - b), ink = LINES[number % LINES.length][dark() ? 1 : 0];
+      traces.push({
+        x, y: x.map((layer) => layers.get(layer).reduce((a, b) => a + b) / layers.get(layer).length), mode: "lines+markers",
+        name: `${plain(run)} · ${plain(module)}`, line: { color: ink, width: 1.8, dash: ["solid", "dash", "dot", "dashdot", "longdash"][place % 5] },
+        marker: { color: ink, size: 7, symbol: SYMBOLS[place % SYMBOLS.length] },
+        hovertemplate: `${plain(run)}, ${plain(module)}<br>layer %{x}<br>${title} %{y:.4g}<extra></extra>`,
+      });
+    }));
+    return traces;
+  }
+
+  function spectra() {
+    const named = new Set(), runs = [...filters.runs.keys()];
+    return selected(data.spectra).map((weight) => {
+      const first = !named.has(weight.run), number = runs.indexOf(weight.run);
+      named.add(weight.run);
+      return {
+        x: weight.values.map((_, i) => i + 1), y: weight.values, mode: weight.values.length > 1 ? "lines" : "markers", name: plain(weight.run),
+        legendgroup: String(number), showlegend: first, line: { color: shade(weight.layer), width: 1.3, dash: ["solid", "dash", "dot", "dashdot", "longdash"][number % 5] },
+        marker: { color: shade(weight.layer), size: 7 },
+        hovertemplate: `${plain(weight.run)}, ${plain(weight.module)}<br>layer ${weight.layer}<br>value %{x}: σ / |W| %{y:.4g}<extra></extra>`,
+      };
+    });
+  }
+
+  function alongLayers() {
+    const [key, title, short, note] = [...QUANTITIES, SPECTRA].find(([name]) => name === byId("quantity").value);
+    const values = key === "spectra";
+    byId("quantity-note").textContent = `Last checkpoint of each run: ${note}.`;
+    const traces = values ? spectra() : lines(key, title);
+    Plotly.react("layers-chart", traces, layout({
+      xaxis: { title: { text: values ? "singular value" : "layer", standoff: 6 }, ...(values ? {} : { tickformat: "d" }) },
+      yaxis: { title: { text: short }, exponentformat: "e", ...(values ? { type: "log" } : {}), ...(key === "gradient_share" ? { tickformat: ".2~%" } : {}) },
+      legend: { orientation: "h", y: -0.16, yanchor: "top" }, showlegend: true, uirevision: key,
+      annotations: traces.length ? [] : [{ text: "nothing of the runs, modules and layers chosen", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.6 }],
+    }), CONFIG);
+  }
+
+  function choices() {
+    const known = QUANTITIES.filter(([key]) => atEnd.some((point) => point[key] !== null));
+    for (const [value, text] of [...known, ...(data.spectra.length ? [SPECTRA] : [])]) {
+      byId("quantity").append(Object.assign(document.createElement("option"), { value, textContent: text }));
+    }
+    byId("quantity").addEventListener("input", alongLayers);
+  }
+
   function movement() {
-    const points = selected();
+    const points = selected(data.points);
+    alongLayers();
     byId("scale").children[1].style.background = `linear-gradient(to right, ${(dark() ? LIGHTER : VIRIDIS).map((c) => `rgb(${c})`).join(",")})`;
     byId("count").textContent = `${points.length} of ${data.points.length} points shown`;
     for (const run of panels.keys()) draw(run, points.filter((point) => point.run === run));
@@ -185,6 +253,7 @@
     const [low, , high] = byId("scale").children;
     [low.textContent, high.textContent] = [`layer ${first}`, last];
     for (const run of filters.runs.keys()) panel(run);
+    choices();
     byId("filters").addEventListener("input", movement);
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
   }

@@ -10,11 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from .. import __version__
+from ..analysis.runs import names
 from ..checkpoint.files import read_json, replacing
 from ..errors import UserError, listed
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
-from .read import Run, Warn, expand, names, number, read_run
+from .points import Movement
+from .read import Run, Warn, expand, number, read_run
 from .samples import sample_sets
 from .scores import score_tables, unparsable
 from .settings import blocks, differences, groups
@@ -75,22 +77,23 @@ def build(
     content = page.encode("utf-8", "replace")  # half a surrogate pair is valid JSON and no text
     with replacing(output) as temporary:
         temporary.write_bytes(content)
-    facts = {"runs": [run.name for run in found], "points": len(drawn), "warnings": warnings, "bytes": len(content)}
+    facts = {"runs": [run.name for run in found], "points": len(drawn.points), "warnings": warnings, "bytes": len(content)}
     return {"output": str(output)} | facts
 
 
-def _parts(runs: Sequence[Run], points: list[dict], grids: list[dict], warn: Warn) -> dict:
+def _parts(runs: Sequence[Run], drawn: Movement, grids: list[dict], warn: Warn) -> dict:
     """What the template shows of the runs."""
     shared, varying = blocks(runs)
+    logs = [{"name": run.name, "log": run.log} for run in runs]
     return {
         "runs": runs_table(runs),
         "groups": [(name, score_tables(some), cost_table(some)) for name, some in groups(runs).items()],
         "samples": sample_sets(runs, warn),
         "shared": shared,
         "varying": varying,
-        "measured": bool(points),
+        "measured": bool(drawn.points),
         "grids": [grid["title"] for grid in grids],
-        "data": script_json({"runs": [{"name": run.name, "log": run.log} for run in runs], "points": points, "grids": grids}),
+        "data": script_json({"runs": logs, "points": drawn.points, "spectra": drawn.spectra, "grids": grids}),
     }
 
 
@@ -167,11 +170,11 @@ def curve(value: dict) -> dict | None:
     return words | {"series": kept} if any(kept.values()) else None
 
 
-def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> list[dict]:
+def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> Movement:
     if points is not None:
         return movement.given(runs, points, warn)
     if analysis == "none":
-        return []
+        return Movement()
     if analysis != "auto":
         return movement.given(runs, movement.read_points(Path(analysis)), warn)
     done = [folder / "analysis" for folder in folders if (folder / "analysis" / "points.json").is_file()]
@@ -181,4 +184,4 @@ def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Wa
         return movement.given(runs, {run: found for folder in done for run, found in movement.read_points(folder).items()}, warn)
     except UserError as error:
         warn(str(error))
-        return []
+        return Movement()

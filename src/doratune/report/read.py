@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,16 +82,6 @@ def expand(folder: Path) -> list[Path]:
     if not is_run(folder):
         raise UserError(f"{folder} is no run: it holds none of {', '.join(MARKS)}, checkpoint-N; give the folder of doratune train")
     return [folder]
-
-
-def names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # a link keeps its name
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        found = ["/".join(p[-depth:]) for p in parts]
-        if len(set(found)) == len(found):
-            return found
-    return [str(folder) for folder in folders]
 
 
 def read_run(folder: Path, name: str, base: Path | None, warn: Warn) -> Run:
