@@ -164,6 +164,6 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tiny_folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("model.layers.1.self_attn.q_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks model.layers.1.self_attn.q_proj.weight; transformers would take random weights"):
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.self_attn\.q_proj\.weight; transformers"):
         load_model(str(folder))
     assert load_model(str(tiny_folder)) is not None
