@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from doratune.tables import markdown, placed
 
 PAPER = {"full": -0.62, "lora": +0.83, "dora": -0.31}
@@ -38,9 +40,24 @@ def movement(found: dict) -> str:
         means = [sum(p[key] for p in last) / len(last) for key in ("magnitude", "direction")]
         steps = sorted({p["step"] for p in points})
         method = Path(run).name.split("-")[0]
-        cells = [method, f"{PAPER[method]:+.2f}", f"{line['correlation']:+.2f}", _range(points), f"{line['slope']:+.3g}"]
+        low, high = interval(points)
+        cells = [method, f"{PAPER[method]:+.2f}", f"{line['correlation']:+.2f} [{low:+.2f}, {high:+.2f}]"]
+        modules = sorted({p["module"] for p in points})
+        cells += [", ".join(f"{m} {correlation([p for p in points if p['module'] == m]):+.2f}" for m in modules)]
+        cells += [f"{correlation([p for p in points if p['layer'] > 0]):+.2f}", f"{line['slope']:+.3g}"]
         rows.append([*cells, str(line["points"]), ", ".join(map(str, steps)), *(f"{mean:.3g}" for mean in means)])
-    head = ["method", "paper", "ours", "by module", "slope", "points", "steps", "ΔM at the end", "ΔD at the end"]
+    head = [
+        "method",
+        "paper",
+        "ours [95 % over weights]",
+        "by module",
+        "without layer 0",
+        "slope",
+        "points",
+        "steps",
+        "ΔM at the end",
+        "ΔD at the end",
+    ]
     return markdown(head, rows)
 
 
@@ -83,17 +100,19 @@ def evaluation(found: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _range(points: list[dict]) -> str:
-    """The same correlation within each module: how much hangs on mixing them."""
-    found = []
-    for module in sorted({p["module"] for p in points}):
-        some = [(p["direction"], p["magnitude"]) for p in points if p["module"] == module]
-        x, y = zip(*some)
-        mx, my = sum(x) / len(x), sum(y) / len(y)
-        xy = sum((a - mx) * (b - my) for a, b in some)
-        spread = (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
-        found.append(f"{module} {xy / spread:+.2f}")
-    return ", ".join(found)
+def correlation(points: list[dict]) -> float:
+    """Pearson's, of ΔD and ΔM."""
+    return float(np.corrcoef([p["direction"] for p in points], [p["magnitude"] for p in points])[0, 1])
+
+
+def interval(points: list[dict], resamples: int = 2000) -> tuple[float, float]:
+    """Of the correlation, by drawing weights (all checkpoints of one together) with replacement."""
+    weights: dict[tuple, list[dict]] = {}
+    for p in points:
+        weights.setdefault((p["layer"], p["module"]), []).append(p)
+    groups, random = list(weights.values()), np.random.default_rng(0)
+    drawn = [correlation([p for i in random.integers(len(groups), size=len(groups)) for p in groups[i]]) for _ in range(resamples)]
+    return tuple(np.quantile(drawn, (0.025, 0.975)))
 
 
 def tables(results: Path) -> dict[str, str]:

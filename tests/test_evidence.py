@@ -42,17 +42,13 @@ def test_a_changed_figure_changes_the_page(evidence, pytestconfig, tmp_path):
     assert "+0.12" in (tmp_path / "docs" / "evidence.md").read_text()
 
 
-def test_correlation_within_a_module_is_the_analysis(evidence):
-    points = [
-        {"module": m, "direction": d, "magnitude": g}
-        for m, pairs in {"q": [(1, 2), (2, 3), (4, 3)], "v": [(1, 5), (2, 1), (3, 0)]}.items()
-        for d, g in pairs
-    ]
-    expected = [
-        regression([Point("", 0, m, 0, p["magnitude"], p["direction"]) for p in points if p["module"] == m]).correlation
-        for m in ("q", "v")
-    ]
-    assert evidence._range(points) == f"q {expected[0]:+.2f}, v {expected[1]:+.2f}"
+def test_the_correlation_is_the_analysis(evidence):
+    pairs = [(1, 2), (2, 3), (4, 3), (1, 5), (2, 1), (3, 0)]
+    points = [{"layer": i, "module": "q", "direction": d, "magnitude": g} for i, (d, g) in enumerate(pairs)]
+    expected = regression([Point("", p["layer"], "q", 0, p["magnitude"], p["direction"]) for p in points]).correlation
+    assert evidence.correlation(points) == pytest.approx(expected)
+    low, high = evidence.interval(points * 2, 300)
+    assert -1 <= low < expected < high <= 1
 
 
 def test_a_page_without_its_place_is_a_line(tmp_path):
