@@ -89,8 +89,10 @@ def read_json(path: Path, what: str) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also half a letter, a number of 5000 digits, 10,000 brackets
         raise UserError(f"{path} is not valid JSON ({error}); {what}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {what}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object; {what}")
     return value

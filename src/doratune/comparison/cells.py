@@ -13,6 +13,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from ..errors import UserError
 from ..training.recipe import TrainRecipe
 from .recipe import RANKLESS, CompareRecipe
 
@@ -29,7 +32,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = [self.method, f"r{self.rank}" if self.rank else "", f"n{self.size}" if self.size else "", f"lr{self.lr:g}"]
+        lr = f"{self.lr:g}" if float(f"{self.lr:g}") == self.lr else repr(self.lr)
+        parts = [self.method, f"r{self.rank}" if self.rank else "", f"n{self.size}" if self.size else "", f"lr{lr}"]
         return "-".join([part for part in parts if part] + [f"s{self.seed}"])
 
     @property
@@ -43,7 +47,7 @@ def settings_of(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> dict:
     settings = {k: v for k, v in grid.settings_of(cell.method).items() if k != "rank_factor"}
     if cell.rank is not None:
         settings["rank"] = cell.rank
-        if shared.alpha is not None:
+        if shared.alpha is not None and "alpha" not in settings:
             settings["alpha"] = shared.alpha * cell.rank / shared.rank  # the scaling stays what the recipe has
     if cell.size is not None:
         settings["limit"] = cell.size
@@ -63,8 +67,15 @@ def command(cell: Cell, grid: CompareRecipe, shared: TrainRecipe, *extra: str) -
     """The words of the cell's command, without the program's name."""
     words = ["train", str(Path(grid.output) / "recipe.yaml")]
     for name, value in settings_of(cell, grid, shared).items():
-        words += [f"--{name}", f"[{', '.join(value)}]" if isinstance(value, list) else f"{value}"]
+        words += [f"--{name}", _word(value)]
     return [*words, "--output", str(folder_of(cell, grid)), *extra]
+
+
+def _word(value) -> str:
+    """A setting's value as doratune train reads it back: text and numbers as they are, the rest as YAML on one line."""
+    if isinstance(value, list | dict | bool) or value is None:
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=2**31).removesuffix("...\n").strip()
+    return str(value)
 
 
 def shown(words: list[str]) -> str:
@@ -102,3 +113,28 @@ def finals(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> l
         for method in grid.methods
         for rank in ranks_of(method, grid, shared)
     ]
+
+
+def refuse_mixed(grid: CompareRecipe, shared: TrainRecipe) -> None:
+    """Every cell has a folder of its own, counts once, and is a run that doratune train takes.
+
+    Raises:
+        UserError: two cells of one folder, a method twice at one rank, or a cell's setting out of range.
+    """
+    for method in grid.methods:
+        ranks = ranks_of(method, grid, shared)
+        if twice := [rank for rank in ranks if ranks.count(rank) > 1]:
+            raise UserError(f"ranks: {method} runs at rank {twice[0]} for two of {grid.ranks}; leave one of them out")
+    folders: dict[str, Cell] = {}
+    rates = {lr for method in grid.methods for lr in grid.lrs_of(method, shared)}
+    every = [
+        c for lr in rates for c in finals(grid, shared, dict.fromkeys(grid.methods, lr)) if lr in grid.lrs_of(c.method, shared)
+    ]
+    for cell in every:
+        if folders.setdefault(cell.name, cell) != cell:
+            raise UserError(f"methods: {cell.method} and {folders[cell.name].method} share the folder {cell.name}; rename one")
+        if cell.seed == grid.seeds[0]:
+            try:
+                recipe_of(cell, grid, shared).check()
+            except (TypeError, ValueError) as error:  # UserError is one; else a value of another type
+                raise UserError(f"{cell.method}: {error}") from None

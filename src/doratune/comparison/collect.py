@@ -7,7 +7,9 @@ problem with a line of its own; the other cells still count.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +18,16 @@ import yaml
 
 from ..checkpoint.files import read_json
 from ..errors import UserError, listed
+from ..evaluation.protocols import protocols_of
 from ..training.recipe import TrainRecipe
 from .cells import Cell, folder_of, recipe_of
 from .recipe import CompareRecipe
 
 PLACES = ("output", "resume", "overwrite", "tensorboard", "source", "expected", "keep_checkpoints", "save_steps", "log_steps")
 """Settings that change nothing in a result."""
+
+FIGURES = ("trainable", "total", "seconds", "tokens_per_second")
+"""What a row of the table cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Result:
     """{protocol: mean over tasks}."""
     right: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """{protocol: {task: (N,) 1 where right}}."""
+    items: dict[str, str] = field(default_factory=dict)
+    """{task and protocol: digest of its items}."""
 
     def score(self, name: str) -> float | None:
         """The figure that ranks: an accuracy, or the evaluation loss."""
@@ -50,29 +58,53 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
     if not (folder / "metrics.json").is_file():
         return None
     metrics = read_json(folder / "metrics.json", "delete it, and the cell runs again")
+    if wrong := [name for name in FIGURES if not _finite(metrics.get(name))]:
+        what = f"{wrong[0]} is {metrics.get(wrong[0])!r}" if wrong[0] in metrics else f"{wrong[0]} is missing"
+        raise UserError(f"{folder / 'metrics.json'}: {what}; delete it, and the cell runs again")
+    if grid.score == "eval_loss" and not _finite(metrics.get("eval_loss")):
+        raise UserError(f"{folder / 'metrics.json'}: eval_loss is {metrics.get('eval_loss')!r}; not counted")
+    if not _finite(metrics.get("eval_loss")):
+        metrics["eval_loss"] = None
     _same_recipe(folder / "recipe.yaml", recipe_of(cell, grid, shared))
     if not shared.tasks:
         return Result(cell, metrics)
     scores = folder / "scores" / "after"
     summary = read_json(scores / "results.json", "delete the cell's metrics.json, and it runs again")
     right: dict[str, dict[str, np.ndarray]] = {}
-    for result in summary.get("results", []):
-        task, protocol = result["task"], result["protocol"]
-        right.setdefault(protocol, {})[task] = _verdicts(scores / f"{task}.{protocol}.jsonl", result["total"])
-    accuracy = {protocol: float(np.mean([v.mean() for v in tasks.values()])) for protocol, tasks in right.items()}
-    return Result(cell, metrics, accuracy, right)
-
-
-def _verdicts(path: Path, count: int) -> np.ndarray:
+    items: dict[str, str] = {}
     try:
-        lines = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = [(str(r["task"]), str(r["protocol"]), int(r["total"])) for r in summary["results"]]
+        found = {protocol for _, protocol, _ in named}
+    except (KeyError, TypeError, ValueError):
+        found = set()
+    if not found >= set(protocols_of(shared.tasks_protocol)):
+        raise UserError(f"{scores / 'results.json'} holds no whole results; delete the cell's metrics.json, and it runs again")
+    for task, protocol, total in named:
+        verdicts, items[f"{task} ({protocol})"] = _verdicts(scores / f"{task}.{protocol}.jsonl", total)
+        right.setdefault(protocol, {})[task] = verdicts
+    accuracy = {protocol: float(np.mean([v.mean() for v in tasks.values()])) for protocol, tasks in right.items()}
+    return Result(cell, metrics, accuracy, right, items)
+
+
+def _finite(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
+    """(1 where right, digest of the questions and their answers)."""
+    try:
+        lines, digest = [], hashlib.sha256()
+        for line in path.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            lines.append({True: 1.0, False: 0.0}[item["correct"]])
+            digest.update(json.dumps([item["prompt"], item["gold"]]).encode())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"
         ) from None
     if len(lines) != count:
         raise UserError(f"{path} holds {len(lines)} items, its results {count}; delete the cell's folder, and it runs again")
-    return np.asarray(lines, dtype=np.float64)
+    return np.asarray(lines, dtype=np.float64), digest.hexdigest()
 
 
 def _same_recipe(path: Path, wanted: TrainRecipe) -> None:
@@ -80,7 +112,7 @@ def _same_recipe(path: Path, wanted: TrainRecipe) -> None:
     try:
         had = yaml.safe_load(path.read_text(encoding="utf-8"))
         had = dataclasses.asdict(TrainRecipe()) | dict(had)
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"
         ) from None
@@ -103,4 +135,20 @@ def collect(cells: list[Cell], grid: CompareRecipe, shared: TrainRecipe) -> tupl
             problems.append(f"{cell.name} is unfinished")
         else:
             results.append(result)
-    return results, problems
+    return _of_same_items(results, grid, problems), problems
+
+
+def _of_same_items(results: list[Result], grid: CompareRecipe, problems: list[str]) -> list[Result]:
+    """The results that answered what most of them did: a task's file may have changed between two starts of a grid."""
+    kinds = Counter(tuple(sorted(result.items.items())) for result in results)
+    if len(kinds) < 2:
+        return results
+    usual = dict(kinds.most_common(1)[0][0])
+    kept = [result for result in results if result.items == usual]
+    for result in (result for result in results if result.items != usual):
+        tasks = sorted(name for name in {*usual, *result.items} if usual.get(name) != result.items.get(name))
+        problems.append(
+            f"{folder_of(result.cell, grid)} answered other items of {listed(tasks, 3)} than {len(kept)} of {len(results)} cells; "
+            "not counted: delete its metrics.json, and it runs again"
+        )
+    return kept

@@ -6,6 +6,7 @@ methods × ranks × training-set sizes × seeds on one training recipe, each met
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -136,8 +137,13 @@ class CompareRecipe:
         for name in values:
             if name not in fields:
                 raise UserError(f"unknown setting {name!r} of doratune train{near_misses(name, fields)}")
-        shared = TrainRecipe(**values)
-        shared.check()
+        shared = TrainRecipe(**_numbers(values))
+        try:
+            shared.check()
+        except TypeError as error:  # a value of another type
+            raise UserError(f"settings: {error}; see doratune train --help") from None
+        if not isinstance(shared.tasks, list):
+            raise UserError(f"settings: tasks is {shared.tasks!r}; expected a list")
         if self.score != "eval_loss" and not shared.tasks:
             raise UserError(f"score is {self.score}, but no tasks are scored; set settings: {{tasks: […]}}, or score: eval_loss")
         if self.score != "eval_loss" and self.score not in protocols_of(shared.tasks_protocol):
@@ -161,10 +167,17 @@ class CompareRecipe:
         fields = {f.name for f in dataclasses.fields(TrainRecipe)} | {"rank_factor"}
         if not isinstance(settings, dict) or "method" not in settings:
             raise UserError(f"variants: {method} needs settings with a method, e.g. {{method: dora, magnitude_lr_ratio: 0.1}}")
+        if settings["method"] not in list(plain):
+            raise UserError(f"variants: {method}: method is {settings['method']!r}; expected one of {', '.join(plain)}")
         for name in settings:
             if name not in fields or name in ("seed", "lr", "limit", "output", "resume", "overwrite"):
                 raise UserError(f"variants: {method}: {name!r} is no setting of a method{near_misses(name, fields)}")
-        return settings
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", method):
+            raise UserError(f"variants: {method!r} names folders; give it letters, digits, _, -, + and . alone")
+        factor = settings.get("rank_factor", 1)
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise UserError(f"variants: {method}: rank_factor is {factor!r}; expected a positive number")
+        return _numbers(settings)
 
     def lrs_of(self, method: str, shared: TrainRecipe) -> list[float]:
         """The learning rates of this method's sweep; one means that nothing is swept."""
@@ -173,6 +186,15 @@ class CompareRecipe:
     def _check_sweep(self, shared: TrainRecipe) -> None:
         if unknown := [m for m in self.method_lrs if m not in self.methods]:
             raise UserError(f"method_lrs names {unknown[0]!r}, which is not among methods{near_misses(unknown[0], self.methods)}")
+        for method, values in self.method_lrs.items():
+            if not isinstance(values, list):
+                raise UserError(f"method_lrs: {method} has {values!r}; expected a list of learning rates")
+            try:
+                rates = [float(value) for value in values]
+            except (TypeError, ValueError):
+                rates = [-1.0]
+            if any(not 0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+                raise UserError(f"method_lrs: {method} has {values}; expected positive numbers, each once")
         counts = {method: len(self.lrs_of(method, shared)) for method in self.methods}
         if 0 in counts.values():
             raise UserError(f"method_lrs: {next(m for m, n in counts.items() if not n)} has no learning rate; give at least one")
@@ -195,6 +217,20 @@ def _read(path: str) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"recipe is {path}, which holds no settings; give a recipe of doratune train")
     return values
+
+
+def _numbers(values: dict) -> dict:
+    """YAML reads 1e-3 as text; doratune train takes it as a number, and so does a grid."""
+    types = {f.name: str(f.type) for f in dataclasses.fields(TrainRecipe)}
+    found = dict(values)
+    for name, value in values.items():
+        if isinstance(value, str) and types.get(name, "").startswith(("float", "int")):
+            try:
+                found[name] = float(value) if types[name].startswith("float") else int(value)
+            except ValueError:
+                expected = "a number" if types[name].startswith("float") else "a whole number"
+                raise UserError(f"{name} is {value!r}; expected {expected}") from None
+    return found
 
 
 def _choices(literal: str) -> list[str]:

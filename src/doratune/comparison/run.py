@@ -22,7 +22,7 @@ from ..errors import UserError, listed
 from ..models import load_model
 from ..training.recipe import TrainRecipe
 from ..training.run import last_checkpoint, write_recipe
-from .cells import Cell, command, finals, folder_of, shown, sweep
+from .cells import Cell, command, finals, folder_of, refuse_mixed, shown, sweep
 from .collect import Result, collect, finished
 from .launch import Job, only_one, run_local, run_on_ray
 from .recipe import CompareRecipe
@@ -40,6 +40,7 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
         Stopped: a signal arrived.
     """
     shared = grid.check()
+    refuse_mixed(grid, shared)
     output = Path(grid.output)
     if grid.dry_run:
         return plan(grid, shared, say)

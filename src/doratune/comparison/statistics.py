@@ -4,9 +4,10 @@ Interval of a mean of S seeds: Student's t, mean ± t(S − 1)·sd/√S; none fo
 of test items.
 
 Paired bootstrap of a difference in accuracy: the two methods answered the same items after training with the same seeds, so
-d[seed, item] = correct_a − correct_b is resampled whole, seeds and items each with replacement, items within their task; the
-figure is the mean over tasks, as the score. It covers both, and with three seeds it is rough: an interval that touches 0 means "not
-shown", never "equal". Cost: resamples × seeds × items additions.
+d[seed, item] = correct_a − correct_b. Items are resampled with replacement within their task; the figure is the mean over tasks,
+as the score. Seeds are not resampled: three of them, drawn again, never leave their own range, and 18 to 24 % of true nulls were
+called differences (simulated, 3 seeds, 1000 items). Each resample is moved by t(S − 1)·sd/√S of the seeds' differences instead,
+which leaves 6 % at most. An interval that touches 0 means "not shown", never "equal". Cost: resamples × items additions.
 """
 
 from __future__ import annotations
@@ -73,11 +74,14 @@ def paired_bootstrap(
         raise ValueError("the two methods answered different items, or ran with different numbers of seeds")
     differences = [np.asarray(a[task], dtype=np.float64) - b[task] for task in a]
     random, seeds = np.random.default_rng(seed), len(differences[0])
+    over_items = [d.mean(0) for d in differences]
     drawn = np.empty(resamples)
     for i in range(resamples):
-        rows = random.integers(seeds, size=seeds)
-        means = [d[rows].mean(0)[random.integers(d.shape[1], size=d.shape[1])].mean() for d in differences]
+        means = [d[random.integers(len(d), size=len(d))].mean() for d in over_items]
         drawn[i] = sum(means) / len(means)
+    if seeds > 1:
+        by_seed = np.mean([d.mean(1) for d in differences], axis=0)
+        drawn += random.standard_t(seeds - 1, resamples) * by_seed.std(ddof=1) / np.sqrt(seeds)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     tail = min((drawn <= 0).mean(), (drawn >= 0).mean())
     mean = sum(d.mean() for d in differences) / len(differences)

@@ -217,7 +217,9 @@ def pair_table(summary: Summary) -> Table:
         interval = f"[{scale * d.low:+.{digits}f}, {scale * d.high:+.{digits}f}]"
         verdict = ((pair.a if (d.mean < 0) == lower else pair.b) + " better") if d.shown else "not shown"
         rows.append([pair.a, pair.b, NAMES[pair.score], f"{scale * d.mean:+.{digits}f}{unit}", interval, f"{d.p:.3f}", verdict])
-    note = 'accuracy: paired bootstrap over seeds and items; loss: Student\'s t over seeds. "not shown" is not "equal".'
+    note = (
+        'accuracy: paired bootstrap over items, Student\'s t over seeds; loss: Student\'s t over seeds. "not shown" is not "equal".'
+    )
     return Table(
         "differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
     )

@@ -5,6 +5,7 @@ Cost: the JSON files and the headers of the adapters' tensors; no weight is read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -61,7 +62,9 @@ class Run:
 
 
 def number(value) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    with contextlib.suppress(OverflowError):  # a whole number of 400 digits
+        return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return None
 
 
 def is_run(folder: Path) -> bool:
@@ -115,14 +118,22 @@ def _read_recipe(path: Path, name: str, warn: Warn) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         recipe, problem = None, "is missing"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         recipe, problem = None, "is not a readable YAML file"
     else:
         problem = "holds no settings"
+    if isinstance(recipe, dict) and not _shallow(recipe):
+        recipe, problem = None, "holds lists in lists without end"
     if isinstance(recipe, dict):
         return {str(key): value for key, value in recipe.items()}
     warn(f"{name}: {path} {problem}; its settings are not shown")
     return {}
+
+
+def _shallow(value, levels: int = 4) -> bool:
+    """Settings are flat; YAML can hold a list that holds itself, or a few lines that unfold to gigabytes."""
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else []
+    return not parts or (levels > 0 and all(_shallow(part, levels - 1) for part in parts))
 
 
 def read_scores(folder: Path, name: str, warn: Warn) -> Scores:
