@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ from doratune.cli.arguments import parse
 from doratune.comparison.cells import command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
 from doratune.comparison.collect import collect
 from doratune.comparison.recipe import CompareRecipe
+from doratune.comparison.run import _record, _words, choose
 from doratune.comparison.statistics import paired_bootstrap
 from doratune.comparison.summary import summarize
 from doratune.errors import UserError
 from doratune.report.page import build
 from doratune.training.recipe import TrainRecipe
-from doratune.training.run import write_recipe
+from doratune.training.run import check_same, train, write_recipe
 
 
 def test_seeds_that_differ_are_no_difference_between_methods():
@@ -188,3 +191,89 @@ def test_a_loss_that_is_no_number_is_left_out(finished_grid, tmp_path):
         summary = summarize(one, shared, results, lrs, problems)
         assert next(row.seeds for row in summary.rows if row.method == "lora") == seeds
         assert json.dumps(summary.to_dict(), allow_nan=False)
+
+
+def test_a_method_whose_sweep_failed_is_left_out(finished_grid, tmp_path):
+    """Its loss was NaN at every rate, say: a line, and the others' tables."""
+    shutil.copytree(finished_grid, tmp_path / "out")
+    one = grid(
+        {"tasks_protocol": "likelihood"}, methods=["lora", "dora"], ranks=[4], output=str(tmp_path / "out"), lrs=[1e-3, 1e-2]
+    )
+    for folder in (tmp_path / "out" / "cells").glob("lora-*"):
+        shutil.rmtree(folder)
+    lrs, notes = choose(one, one.check())
+    assert lrs == {"dora": 1e-3}
+    assert any("lora: no learning rate of its sweep finished, so it is left out" in note for note in notes)
+    assert {cell.method for cell in finals(one, one.check(), lrs)} == {"dora"}
+    shutil.rmtree(tmp_path / "out" / "cells")
+    with pytest.raises(UserError, match="no cell of the sweep finished"):
+        choose(one, one.check())
+
+
+def test_a_cell_goes_on_only_in_its_own_recipe(tmp_path):
+    """A checkpoint of other data, begun before the grid was changed, is not resumed."""
+    one = grid(output=str(tmp_path / "out"))
+    shared = one.check()
+    cell = finals(one, shared, {"lora": 1e-3})[0]
+    folder = folder_of(cell, one)
+    write_recipe(folder / "recipe.yaml", recipe_of(cell, one, shared))
+    write_json(folder / "checkpoint-1" / "trainer_state.json", {})
+    assert _words(cell, one, shared)[-1] == "--resume"
+    other = grid({"data": "other.json"}, output=str(tmp_path / "out"))
+    assert _words(cell, other, other.check())[-1] == "--overwrite"
+
+
+def test_scores_of_the_base_model_on_other_tasks_go(tmp_path):
+    one = grid(output=str(tmp_path / "out"))
+    _record(one, one.check())
+    write_json(tmp_path / "out" / "base" / "results.json", {})
+    _record(one, one.check())
+    assert (tmp_path / "out" / "base").is_dir()
+    other = grid({"tasks": ["boolq"]}, output=str(tmp_path / "out"))
+    _record(other, other.check())
+    assert not (tmp_path / "out" / "base").exists()
+
+
+def test_a_run_that_starts_over_is_unfinished(tiny_folder, tmp_path):
+    """--overwrite of a finished run that then stops must not look finished, with figures of the old run."""
+    recipe = {
+        "model": str(tiny_folder),
+        "data": "demo",
+        "limit": 8,
+        "max_steps": 1,
+        "output": str(tmp_path / "run"),
+        "tensorboard": False,
+    }
+    train(TrainRecipe(**recipe), lambda line: None)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+    def stop(model, tokenizer):
+        raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        train(TrainRecipe(**recipe, lr=1e-2, overwrite=True), lambda line: None, score=stop)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_worker_of_ray_that_dies_is_one_failed_cell(tmp_path):
+    pytest.importorskip("ray")
+    script = (
+        "import sys\n"
+        "from doratune.comparison import launch\n"
+        "launch.program = lambda words: [sys.executable, '-c', words[0]]\n"
+        "jobs = [('bad', ['import os; os.kill(os.getppid(), 9)'], 'logs/bad'), ('good', ['print(1)'], 'logs/good')]\n"
+        "launch.run_on_ray(jobs, lambda name, status: print('ended', name, status, flush=True), None, 1, 0)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert {line for line in run.stdout.splitlines() if line.startswith("ended")} == {"ended bad -9", "ended good 0"}, run.stderr[
+        -900:
+    ]
+
+
+@pytest.mark.parametrize("other", [{"data": "other.json"}, {"eval_size": 2}, {"limit": 20}, {"eval_data": "e.json"}])
+def test_resuming_with_other_examples_is_refused(tmp_path, other):
+    before = {"data": "demo", "eval_size": 8, "limit": 10}
+    write_recipe(tmp_path / "recipe.yaml", TrainRecipe(**before))
+    check_same(TrainRecipe(**before), tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match=f"--resume with another {next(iter(other))}"):
+        check_same(TrainRecipe(**before | other), tmp_path / "recipe.yaml")

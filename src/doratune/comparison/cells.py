@@ -111,6 +111,7 @@ def finals(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> l
         for seed in grid.seeds
         for size in grid.sizes or [None]
         for method in grid.methods
+        if method in lrs
         for rank in ranks_of(method, grid, shared)
     ]
 

@@ -65,7 +65,7 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
         raise UserError(f"{folder / 'metrics.json'}: eval_loss is {metrics.get('eval_loss')!r}; not counted")
     if not _finite(metrics.get("eval_loss")):
         metrics["eval_loss"] = None
-    _same_recipe(folder / "recipe.yaml", recipe_of(cell, grid, shared))
+    same_recipe(folder / "recipe.yaml", recipe_of(cell, grid, shared))
     if not shared.tasks:
         return Result(cell, metrics)
     scores = folder / "scores" / "after"
@@ -107,7 +107,7 @@ def _verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
     return np.asarray(lines, dtype=np.float64), digest.hexdigest()
 
 
-def _same_recipe(path: Path, wanted: TrainRecipe) -> None:
+def same_recipe(path: Path, wanted: TrainRecipe) -> None:
     """A finished run counts only for the recipe that made it; settings that a newer version added count as their defaults."""
     try:
         had = yaml.safe_load(path.read_text(encoding="utf-8"))

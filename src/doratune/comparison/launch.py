@@ -129,7 +129,11 @@ def run_on_ray(jobs: list[Job], done: Callable[[str, int], None], address: str |
         waiting = {task.remote(program(words), log, os.getcwd(), cpus): name for name, words, log in jobs}
         while waiting:
             (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-            done(waiting.pop(ready), ray.get(ready))
+            try:
+                status = ray.get(ready)
+            except ray.exceptions.RayError:  # its worker died, of memory or with its node: this cell alone failed
+                status = -signal.SIGKILL
+            done(waiting.pop(ready), status)
     finally:
         if mine:
             ray.shutdown()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from ..errors import UserError, listed
 from ..models import load_model
 from ..training.recipe import TrainRecipe
 from ..training.run import last_checkpoint, write_recipe
-from .cells import Cell, command, finals, folder_of, refuse_mixed, shown, sweep
-from .collect import Result, collect, finished
+from .cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
+from .collect import Result, collect, finished, same_recipe
 from .launch import Job, only_one, run_local, run_on_ray
 from .recipe import CompareRecipe
 from .summary import Summary, summarize
@@ -46,6 +47,7 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
         return plan(grid, shared, say)
     with only_one(output):
         _record(grid, shared)
+        (output / "compare.json").unlink(missing_ok=True)  # tables of what this grid was before; they come again at the end
         total = len(set(sweep(grid, shared)) | set(finals(grid, shared, _first_lrs(grid, shared))))
         advance, close = progress(f"{output.name} cells", total) if progress else (lambda n: None, lambda: None)
         stages = Stages(grid, shared, say, advance)
@@ -182,7 +184,7 @@ def choose(grid: CompareRecipe, shared: TrainRecipe) -> tuple[dict[str, float], 
     """({method: learning rate of the lowest mean evaluation loss in the sweep}, remarks).
 
     Raises:
-        UserError: a method whose sweep has no finished cell.
+        UserError: no method's sweep has a finished cell.
     """
     results, problems = collect(sweep(grid, shared), grid, shared)
     lrs, notes = {}, list(problems)
@@ -197,20 +199,27 @@ def choose(grid: CompareRecipe, shared: TrainRecipe) -> tuple[dict[str, float], 
         if len(offered) == 1:
             lrs[method] = offered[0]
         elif not whole:
-            raise UserError(f"{method}: no cell of its sweep finished; see {Path(grid.output) / 'logs'}")
+            notes.append(f"{method}: no learning rate of its sweep finished, so it is left out; see {Path(grid.output) / 'logs'}")
         else:
             lrs[method] = min(whole, key=whole.__getitem__)
             tried = ", ".join(f"{lr:g}: {whole[lr]:.4f}" if lr in whole else f"{lr:g}: failed" for lr in sorted(offered))
             edge = "; the best is at the edge of the sweep, widen it" if lrs[method] in (min(offered), max(offered)) else ""
             notes.append(f"{method}: learning rate {lrs[method]:g} of {len(offered)} by evaluation loss ({tried}){edge}")
+    if not lrs:
+        raise UserError(f"no cell of the sweep finished; see {Path(grid.output) / 'logs'}")
     return lrs, notes
 
 
 def _words(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> list[str]:
     """The cell's command: it goes on from its checkpoint, or starts (again)."""
     folder = folder_of(cell, grid)
-    extra = "--resume" if last_checkpoint(folder) and (folder / "recipe.yaml").is_file() else "--overwrite"
-    return command(cell, grid, shared, extra)
+    same = last_checkpoint(folder) is not None
+    if same:
+        try:
+            same_recipe(folder / "recipe.yaml", recipe_of(cell, grid, shared))
+        except UserError:  # what another recipe began is not this cell's beginning
+            same = False
+    return command(cell, grid, shared, "--resume" if same else "--overwrite")
 
 
 def _first_lrs(grid: CompareRecipe, shared: TrainRecipe) -> dict[str, float]:
@@ -229,6 +238,8 @@ def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
         changed = [f"{k} {before[k]!r} -> {own[k]!r}" for k in ("settings", "recipe") if k in before and before[k] != own[k]]
         if changed and list((output / "cells").glob("*/metrics.json")):
             raise UserError(f"{output} holds another grid ({listed(changed, 2)}); give another output, or the grid that it was")
+        if changed:
+            shutil.rmtree(output / "base", ignore_errors=True)
     elif output.is_dir() and any(p.name != ".lock" for p in output.iterdir()):
         raise UserError(f"{output} exists and holds no grid; give another output")
     with replacing(path) as temporary:

@@ -76,6 +76,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         say(note)
     if not recipe.resume:
         clear_checkpoints(output)
+    (output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(output / "recipe.yaml", recipe)
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
@@ -245,16 +246,20 @@ def clear_checkpoints(output: Path) -> None:
 
 
 def check_same(recipe: TrainRecipe, path: Path) -> None:
-    """A resumed run goes on with the base and the adapter that it had.
+    """A resumed run goes on with the base, the adapter and the examples that it had: none that it evaluates on is trained on.
 
     Raises:
-        UserError: a setting of either that is another one now.
+        UserError: a setting of these that is another one now.
     """
     if not path.is_file():
         return
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = [
         "model",
+        "data",
+        "limit",
+        "eval_data",
+        "eval_size",
         "quantize",
         "double_quantization",
         "dtype",
