@@ -12,8 +12,8 @@ import pytest
 
 from doratune.checkpoint.files import write_json
 from doratune.cli.arguments import parse
-from doratune.comparison.cells import command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
-from doratune.comparison.collect import collect
+from doratune.comparison.cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
+from doratune.comparison.collect import Result, collect
 from doratune.comparison.recipe import CompareRecipe
 from doratune.comparison.run import _record, _words, choose
 from doratune.comparison.statistics import paired_bootstrap
@@ -277,3 +277,18 @@ def test_resuming_with_other_examples_is_refused(tmp_path, other):
     check_same(TrainRecipe(**before), tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match=f"--resume with another {next(iter(other))}"):
         check_same(TrainRecipe(**before | other), tmp_path / "recipe.yaml")
+
+
+def test_what_a_reader_must_know_is_a_note():
+    """A size that the data does not have, and a loss that was chosen by."""
+    one = grid(sizes=[2000], seeds=[0], lrs=[1e-3, 1e-2], score="eval_loss")
+    training, cell = one.check(), Cell("lora", 16, 2000, 1e-3, 0)
+    figures = {"eval_loss": 1.0, "trainable": 1, "total": 2, "seconds": 1.0, "tokens_per_second": 1.0, "examples": 1192}
+    notes = summarize(one, training, [Result(cell, figures)], {"lora": 1e-3}, []).notes
+    assert f"{cell.name}: the data holds 1192 examples for training, not 2000" in notes
+    assert any("chosen by the loss that is shown" in note for note in notes)
+    assert any("1 seed: take at least three" in note for note in notes)
+    fine = summarize(
+        grid(sizes=[2000], seeds=[0]), training, [Result(cell, figures | {"examples": 2000})], {"lora": 1e-3}, []
+    ).notes
+    assert not any("holds" in note or "chosen by" in note for note in fine)

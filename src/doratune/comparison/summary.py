@@ -136,6 +136,11 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
     ]
     few = sorted({row.name for row in rows.values() if len(row.seeds) < len(grid.seeds)})
     notes = notes + [f"{name}: fewer than the grid's {len(grid.seeds)} seeds finished" for name in few]
+    for r in results:
+        if r.cell.size and r.metrics.get("examples", r.cell.size) < r.cell.size:
+            notes = [*notes, f"{r.cell.name}: the data holds {r.metrics['examples']} examples for training, not {r.cell.size}"]
+    if grid.score == "eval_loss" and any(len(grid.lrs_of(method, shared)) > 1 for method in grid.methods):
+        notes = [*notes, "the learning rates were chosen by the loss that is shown: a little too low, for every method alike"]
     if len(grid.seeds) < 3:
         notes = [
             *notes,

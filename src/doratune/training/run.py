@@ -197,6 +197,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
         "trainable": trainable,
         "total": total,
         "zero_rows": method.zero_rows(model),
+        "examples": len(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
