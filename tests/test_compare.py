@@ -228,7 +228,7 @@ def test_a_grid_ends_with_tables(whole, capsys):
         str(whole / "cells" / f"{row['method']}-r4-lr{row['lr']:g}-s0") for row in found["rows"]
     }
     page = (whole / "report.html").read_text()
-    for words in ("scores and cost", "differences", "lora-r4-lr0.01-s1", "mean over seeds", "base model"):
+    for words in ("Scores and cost", "Differences", "lora-r4-lr0.01-s1", "mean over seeds", "base model"):
         assert words in page, words
 
 

@@ -211,7 +211,7 @@ def score_table(summary: Summary) -> Table:
         cells += ["-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.seconds:.0f} s"]
         rows.append([*cells, "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s", f"{row.tokens_per_second:.0f}"])
     note = f"mean over seeds ± half of the {100 * summary.confidence:g} % interval (Student's t); time of the training alone"
-    return Table("scores and cost", columns, rows, note)
+    return Table("Scores and cost", columns, rows, note)
 
 
 def pair_table(summary: Summary) -> Table:
@@ -226,7 +226,7 @@ def pair_table(summary: Summary) -> Table:
         'accuracy: paired bootstrap over items, Student\'s t over seeds; loss: Student\'s t over seeds. "not shown" is not "equal".'
     )
     return Table(
-        "differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
+        "Differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
     )
 
 
