@@ -197,6 +197,11 @@ def test_a_run_killed_while_it_is_scored_resumes_to_its_end(recipe, tmp_path, mo
     assert (output / "scores" / "after" / "results.json").is_file()
 
 
+def test_a_baselines_setting_is_named_as_the_recipe_names_it(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "--output", str(tmp_path / "run"), "--method", "series", "--baseline_size", "0"]) == 2
+    assert "doratune train: baseline_size is 0; expected" in capsys.readouterr().err
+
+
 def test_a_task_that_is_not_there_is_found_before_the_training(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--output", str(tmp_path / "run"), "--tasks", "[boolk]"]) == 2
     assert "unknown task 'boolk'; did you mean 'boolq'" in capsys.readouterr().err

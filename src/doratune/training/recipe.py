@@ -162,7 +162,11 @@ class TrainRecipe:
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
         targets = tuple(self.baseline_targets) if isinstance(self.baseline_targets, list) else self.baseline_targets
-        return BaselineConfig(method=self.method, size=self.baseline_size, targets=targets, seed=self.seed)
+        try:
+            return BaselineConfig(method=self.method, size=self.baseline_size, targets=targets, seed=self.seed)
+        except UserError as error:  # named as the recipe names it
+            text = str(error)
+            raise UserError(f"baseline_{text}" if text.startswith(("size ", "targets ")) else text) from None
 
     def check(self) -> None:
         """Raise for values outside their range, before anything is loaded.
