@@ -29,10 +29,10 @@ import yaml
 
 import doratune
 from doratune.cli.output import keep_freed_memory
-from doratune.models import contiguous_head, load_model, load_tokenizer
-from doratune.training.data.encode import AnswerCollator
+from doratune.data.encode import AnswerCollator
+from doratune.support.models import contiguous_head, load_model, load_tokenizer
 from doratune.training.recipe import TrainRecipe
-from doratune.training.run import datasets
+from doratune.training.train import datasets
 from doratune.training.trainer import EpochLengthSampler
 
 

@@ -28,15 +28,15 @@ import peft
 import torch
 
 import doratune
-from doratune.benchmarks.clock import interleave, ratios
-from doratune.benchmarks.record import facts, write
+from doratune.bench.clock import interleave, ratios
+from doratune.bench.record import facts, write
 from doratune.checkpoint.adapter import base_model_of
 from doratune.cli.output import keep_freed_memory
+from doratune.data.instruction import prompt_of
+from doratune.evaluation.evaluate import PROTOCOLS, evaluate, load_tasks
 from doratune.evaluation.generate import generate, left_pad
-from doratune.evaluation.run import PROTOCOLS, evaluate, load_tasks
 from doratune.evaluation.tasks import first_answer
-from doratune.models import contiguous_head, load_model, load_tokenizer
-from doratune.training.data.instruction import prompt_of
+from doratune.support.models import contiguous_head, load_model, load_tokenizer
 
 NEW_TOKENS = 32
 

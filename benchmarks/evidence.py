@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from doratune.tables import markdown, placed
+from doratune.support.tables import markdown, placed
 
 PAPER = {"full": -0.62, "lora": +0.83, "dora": -0.31}
 """Correlation of ΔD and ΔM in Fig. 2, query and value matrices."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from doratune.benchmarks.report import write_report
+from doratune.bench.pages import write_report
 
 if __name__ == "__main__":
     write_report(Path(__file__).resolve().parents[1])

@@ -13,20 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "doratune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LAYERS = [
-    {"errors", "config"},
-    {"math", "bases"},
-    {"directions"},
-    {"layers"},
-    {"targets"},
-    {"attachment", "merging", "verification"},
-    {"models", "checkpoint"},
-    {"baselines"},
-    {"training"},
-    {"evaluation", "analysis"},
-    {"demo", "comparison"},
-    {"benchmarks"},
-    {"report"},
+LEVELS = [
+    {"errors"},
+    {"support", "math"},
+    {"directions", "bases", "data"},
+    {"config", "layers"},
+    {"adapter"},
+    {"checkpoint", "baselines"},
+    {"training", "analysis", "bench"},
+    {"evaluation", "report"},
+    {"comparison", "demo"},
     {"cli"},
 ]
 """Rooms from the bottom up: a room imports from its own level and below."""
@@ -36,25 +32,72 @@ def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path):
+def imports(path: Path):
+    """(module of ours, is it imported when this file is?) as paths below the package without a suffix."""
     package = path.relative_to(SOURCE).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            parts = package[: len(package) - node.level + 1] + tuple((node.module or "").split("."))
-            names = [parts[0]] if parts[0] else [alias.name for alias in node.names]
-            yield from (name for name in names if name in {r for level in LAYERS for r in level})
+            parts = package[: len(package) - node.level + 1] + tuple(filter(None, (node.module or "").split(".")))
+            for alias in node.names:
+                inner = SOURCE.joinpath(*parts, alias.name)
+                is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
+                yield ((*parts, alias.name) if is_module else parts), id(node) in at_once
+
+
+def test_every_room_has_a_level():
+    assert {room(path) for path in FILES} - {"__init__"} == set().union(*LEVELS)
 
 
 def test_imports_point_one_way():
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
     wrong = [
-        f"{path.relative_to(ROOT)} imports {other}"
+        f"{path.relative_to(ROOT)} imports {other[0]}"
         for path in FILES
         if room(path) in level
-        for other in imported_rooms(path)
-        if level[other] > level[room(path)]
+        for other, _ in imports(path)
+        if other and level[other[0]] > level[room(path)]
     ]
     assert wrong == []
+
+
+def test_math_imports_torch_only():
+    assert [str(path) for path in FILES if room(path) == "math" for other, _ in imports(path) if other[:1] != ("math",)] == []
+
+
+def circle(graph: dict) -> list:
+    """One path along the arrows that comes back to where it began, or nothing."""
+    state, trail = {}, []
+
+    def visit(node) -> list:
+        state[node] = "open"
+        trail.append(node)
+        for other in sorted(graph.get(node, ())):
+            if state.get(other) == "open":
+                return [*trail[trail.index(other) :], other]
+            if other not in state and (found := visit(other)):
+                return found
+        state[node] = "done"
+        trail.pop()
+        return []
+
+    return next((found for node in sorted(graph) if node not in state and (found := visit(node))), [])
+
+
+def test_no_import_circles():
+    """Neither between rooms nor between files, counting imports inside functions between rooms."""
+    rooms, files = {}, {}
+    for path in FILES:
+        own = path.relative_to(SOURCE).with_suffix("").parts
+        own = own[:-1] if own[-1] == "__init__" else own
+        for other, at_once in imports(path):
+            if own and other and other[0] != own[0]:
+                rooms.setdefault(own[0], set()).add(other[0])
+            if at_once and other != own:
+                files.setdefault(own, set()).add(other)
+    assert circle(rooms) == []
+    assert circle(files) == []
 
 
 def test_files_and_functions_stay_small():
@@ -163,4 +206,5 @@ def test_every_defect_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "defects.md").read_text(encoding="utf-8"))
     assert len(named) > 15
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        path = next((ROOT / "tests").rglob(file))
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"

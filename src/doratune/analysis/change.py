@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attachment import adapters
+from ..adapter.attach import adapters
 from ..bases import TILE_NUMBERS
 from ..errors import UserError
 from ..layers import kind_of

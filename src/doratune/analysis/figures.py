@@ -86,7 +86,7 @@ def _panels(count: int, rows: int = 1, shared: bool = False):
 
 
 def _write(figure, path: Path) -> None:
-    from ..checkpoint.files import replacing
+    from ..support.files import replacing
 
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=130)

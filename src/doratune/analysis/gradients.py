@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..attachment import RECORD, adapters
+from ..adapter.attach import RECORD, adapters
+from ..adapter.merge import merge, unmerge
 from ..errors import UserError, listed
 from ..layers import kind_of
-from ..merging import merge, unmerge
 from .change import tiles
 from .points import module_name
 
@@ -153,8 +153,8 @@ def batch_of(data: str, model: nn.Module, tokenizer, count: int = 16, max_length
     Raises:
         UserError: see `training.data.load_items`; fewer than one item asked for.
     """
-    from ..training.data import encoder, load_items
-    from ..training.data.encode import AnswerCollator, encode_all
+    from ..data import encoder, load_items
+    from ..data.encode import AnswerCollator, encode_all
 
     if count < 1:
         raise UserError(f"gradient_items is {count}; give 1 or more")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..attachment import adapters, detach
+from ..adapter.attach import adapters, detach
 from ..checkpoint.adapter import CONFIG, load, read_folder
 from ..errors import UserError, listed
-from ..models import load_model
+from ..support.models import load_model
 from .change import Change, layer_change, matrix_of, model_changes, named_parts
 from .gradients import gradient_shares
 from .points import Point, layer_number, module_name

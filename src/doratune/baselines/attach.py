@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..attachment import BASELINE as RECORD
-from ..attachment import RECORD as ADAPTER
+from ..adapter.attach import BASELINE as RECORD
+from ..adapter.attach import RECORD as ADAPTER
+from ..adapter.targets import LINEAR_KINDS
 from ..bases import accumulation_dtype
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
-from ..targets import LINEAR_KINDS
 from . import bottleneck, prefix
 from .config import BaselineConfig
 from .layer import BaselineLayer, own_parameters, put_on, take_off

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapter.targets import LINEAR_KINDS, select
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..math.compose import no_autocast
-from ..targets import LINEAR_KINDS, select
 from .config import BaselineConfig
 from .layer import SETTINGS, BaselineLayer
 

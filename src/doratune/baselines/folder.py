@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint.files import read_json, read_tensors, write_json, write_tensors
 from ..errors import UserError, listed, near_misses
+from ..support.files import read_json, read_tensors, write_json, write_tensors
 from .attach import attach_shapes, parameters, record_of, refuse_attached, shapes
 from .config import BaselineConfig
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..attachment import BASELINE, RECORD, adapters, attach_selection, record_of
+from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
+from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..layers.layouts import layer_at
 from ..math.compose import no_autocast
-from ..targets import Selection
+from ..support.files import read_json, read_tensors, write_json, write_tensors
 from . import peft
-from .files import read_json, read_tensors, write_json, write_tensors
 from .fitting import STARTS, check, put, put_starts, resolve
 from .tensors import SHARED, Key, file_key, parse_key, to_file
 

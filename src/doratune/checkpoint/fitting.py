@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attachment import adapters, record_of
+from ..adapter.attach import adapters, record_of
+from ..adapter.targets import ALL_LAYERS, ALL_LINEAR, Selection, name_matches, select
 from ..config import AdapterConfig
 from ..directions import direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
-from ..targets import ALL_LAYERS, ALL_LINEAR, Selection, name_matches, select
+from ..support.files import read_tensors
 from . import peft
-from .files import read_tensors
 from .tensors import SHARED, Key, expected, fitted, of_file
 
 STARTS = "doratune_starts.safetensors"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models import load_model, load_tokenizer
+from ..support.models import load_model, load_tokenizer
 from .adapter import load
 
 SENTENCES = (

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attachment import Common, adapt, shared_factors
+from ..adapter.attach import Common, adapt, shared_factors
+from ..adapter.merge import checked_gain, merged_tiles
+from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.together import Siblings
-from ..merging import checked_gain, merged_tiles
-from ..models import model_path, readable_errors, torch_dtype
-from ..targets import Selection
+from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
+from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import read_folder
-from .files import new_folder, open_tensors, read_json, write_json, write_tensors
 from .fitting import check, put_layer, resolve, shared_pair
 from .tensors import SHARED
 

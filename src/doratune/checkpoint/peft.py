@@ -11,9 +11,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from ..adapter.targets import ALL_LAYERS, ALL_LINEAR
 from ..config import AdapterConfig
 from ..errors import UserError, listed
-from ..targets import ALL_LAYERS, ALL_LINEAR
 
 PEFT_TYPE, VERA_TYPE, OWN_TYPE = "LORA", "VERA", "DORATUNE"
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
+from ..adapter.merge import merge
+from ..adapter.stored import Stored
 from ..bases import dense_weight
 from ..errors import UserError
 from ..layers import kind_of
-from ..merging import merge
-from ..models import load_model, load_tokenizer, quiet_loading
-from ..stored_layers import Stored
+from ..support.files import new_folder, read_json, refuse_existing
+from ..support.models import load_model, load_tokenizer, quiet_loading
 from .adapter import OWN, load
-from .files import new_folder, read_json, refuse_existing
 from .logits import SENTENCES, distance
 from .merge import merge_checkpoint
 

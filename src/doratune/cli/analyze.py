@@ -48,10 +48,10 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from ..analysis.gradients import batch_of
-    from ..analysis.report import analyze
-    from ..checkpoint.files import refuse_existing
+    from ..analysis.summary import analyze
     from ..errors import UserError
-    from ..models import load_model, load_tokenizer
+    from ..support.files import refuse_existing
+    from ..support.models import load_model, load_tokenizer
 
     if not settings.runs:
         raise UserError("runs is not set; give doratune analyze RUN, or several")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..benchmarks.settings import BenchSettings
+from ..bench.settings import BenchSettings
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     settings, as_json = parse(BenchSettings, argv, "bench", EXAMPLE)
     settings.check()
     keep_freed_memory()
-    from ..benchmarks.run import ratio_lines, run_all
+    from ..bench.measure import ratio_lines, run_all
 
     results = run_all(settings, say, progress)
     clock = "cpu_s" if settings.torch_device().type == "cpu" else "wall_s"

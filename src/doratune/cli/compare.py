@@ -17,8 +17,8 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from pathlib import Path
 
+    from ..comparison.grid import compare
     from ..comparison.launch import Stopped
-    from ..comparison.run import compare
     from ..errors import UserError
     from ..report.page import build
 

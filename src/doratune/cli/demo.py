@@ -13,9 +13,9 @@ def main(argv: list[str]) -> int:
     import sys
     from importlib.resources import files
 
-    from ..demo.run import DemoSettings, demo
+    from ..demo.demonstration import DemoSettings, demo
     from ..training.recipe import TrainRecipe
-    from ..training.run import Interrupted
+    from ..training.train import Interrupted
 
     settings, _ = parse(DemoSettings, argv, "demo", EXAMPLE)
     path = settings.recipe or str(files("doratune.demo") / "demo.yaml")

@@ -52,15 +52,15 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from .. import baselines
-    from ..attachment import record_of
+    from ..adapter.attach import record_of
     from ..checkpoint.adapter import base_model_of, load
-    from ..checkpoint.files import refuse_existing
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
+    from ..evaluation.evaluate import evaluate, load_tasks, show
     from ..evaluation.paper import check_fixed
     from ..evaluation.protocols import protocols_of
-    from ..evaluation.run import evaluate, load_tasks, show
-    from ..models import load_model, load_tokenizer
+    from ..support.files import refuse_existing
+    from ..support.models import load_model, load_tokenizer
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")

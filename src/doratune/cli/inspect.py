@@ -44,13 +44,13 @@ class InspectSettings:
 def main(argv: list[str]) -> int:
     settings, as_json = parse(InspectSettings, argv, "inspect", EXAMPLE)
     keep_freed_memory()
-    from ..attachment import attach
+    from ..adapter.attach import attach
+    from ..adapter.inspect import inspect
     from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.quantized import recorded_quantization
     from ..config import AdapterConfig
     from ..errors import UserError
-    from ..inspection import inspect
-    from ..models import load_model
+    from ..support.models import load_model
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")

@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
     settings, as_json = parse(MergeSettings, argv, "merge", EXAMPLE)
     keep_freed_memory()
     from ..checkpoint.adapter import base_model_of
-    from ..checkpoint.files import read_json
     from ..checkpoint.logits import agreement
     from ..checkpoint.merge import base_folder, merge_checkpoint
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
+    from ..support.files import read_json
 
     for name in ("adapter", "output"):
         if not getattr(settings, name):

@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     import yaml
 
-    from ..evaluation.run import after_training
-    from ..training.run import Interrupted, dataclasses, train
+    from ..evaluation.evaluate import after_training
+    from ..training.train import Interrupted, dataclasses, train
 
     say(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
     try:

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..checkpoint.files import read_json
 from ..errors import UserError, listed
 from ..evaluation.protocols import protocols_of
+from ..support.files import read_json
 from ..training.recipe import TrainRecipe
 from .cells import Cell, folder_of, recipe_of
 from .recipe import CompareRecipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..tables import aligned
+from ..support.tables import aligned
 from ..training.recipe import TrainRecipe
 from .cells import ranks_of
 from .collect import Result

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..training.data.instruction import prompt_of as plain_prompt
+from ..data.instruction import prompt_of as plain_prompt
 from . import prefix
 from .tasks import first_answer
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..training.data.instruction import prompt_of
+from ..data.instruction import prompt_of
 from .generate import left_pad
 from .tasks import choices
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..data.published_prompts import evaluation_prompt
 from ..errors import UserError
-from ..training.data.published_prompts import evaluation_prompt
 from .generate import generate
 
 SETTINGS = {"beams": 4, "max_new_tokens": 32}

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..data import DEMO, facts, published
+from ..data.files import read_examples
 from ..errors import UserError, near_misses
-from ..training.data import DEMO, facts, published
-from ..training.data.files import read_examples
 
 ANSWERS = {
     "boolq": ("true", "false"),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..analysis.runs import names
-from ..checkpoint.files import read_json, replacing
 from ..errors import UserError, listed
+from ..support.files import read_json, replacing
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
 from .points import Movement

@@ -14,9 +14,9 @@ from pathlib import Path
 from ..analysis.measure import Wanted, measure
 from ..analysis.points import layer_number, module_name
 from ..checkpoint.adapter import base_model_of
-from ..checkpoint.files import read_json
 from ..errors import UserError
-from ..models import load_model
+from ..support.files import read_json
+from ..support.models import load_model
 from .read import Run, Warn, number
 
 KEYS = {"layer": int, "step": int, "magnitude": float, "direction": float}

@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from ..checkpoint.adapter import TENSORS
-from ..checkpoint.files import open_tensors, read_json
 from ..errors import UserError
+from ..support.files import open_tensors, read_json
 
 MARKS = ("recipe.yaml", "metrics.json", "adapter", "model")
 Warn = Callable[[str], None]

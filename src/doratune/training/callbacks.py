@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..checkpoint.files import write_json
-from ..environment import peak_bytes
+from ..support.environment import peak_bytes
+from ..support.files import write_json
 
 
 class TokenProgress(ProgressCallback):

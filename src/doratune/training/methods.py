@@ -12,14 +12,14 @@ from pathlib import Path
 from torch import nn
 
 from .. import baselines
-from ..attachment import attach
+from ..adapter.attach import attach
+from ..adapter.inspect import inspect
+from ..adapter.verify import verify
 from ..baselines.config import METHODS as BASELINES
 from ..checkpoint.adapter import save
-from ..checkpoint.files import new_folder
 from ..config import METHODS
-from ..inspection import inspect
-from ..models import load_model, torch_dtype
-from ..verification import verify
+from ..support.files import new_folder
+from ..support.models import load_model, torch_dtype
 from .movement import Movement, measure
 from .recipe import TrainRecipe
 from .trainer import BaselineTrainer, DoRATrainer, FullTrainer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..attachment import adapters
+from ..adapter.attach import adapters
 from ..layers.site import LayerSite
 from ..math.decomposition import movement
 

@@ -17,10 +17,10 @@ import transformers
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from .. import baselines
-from ..attachment import record_of
+from ..adapter.attach import record_of
+from ..adapter.groups import parameter_groups
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
-from ..optimization import parameter_groups
 
 
 class NonFiniteLoss(UserError):

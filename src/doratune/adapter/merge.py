@@ -1,0 +1,205 @@
+"""Merge in memory: W' = g ⊙ (W + s·B·A) takes W's place (Eq. 5), the layer becomes an ordinary layer, and back, bit for bit.
+
+A quantized layer becomes an nn.Linear with a dense weight, made from its dequantized rows; its packed tensors are kept.
+
+Cost: 2·O·I·R FLOPs in fp32, in row tiles of 4 MiB; with `keep`, one exact copy of each adapted weight.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import fastpath
+from ..layers.adapted import Adapted, own_parameters
+from ..layers.layouts import layer_at
+from ..layers.site import LayerSite
+from ..math.compose import no_autocast
+from ..math.decomposition import gain_minus_one
+from ..math.norm import direct_rows
+from .attach import adapters, put_on, record_of, take_off
+from .stored import Stored
+
+KEEP = ("cpu", "device", "none")
+QUANTIZED = ("dense", "same")
+
+
+@torch.no_grad()
+def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
+    """Put the merged weights in place; layers become plain layers with zero added latency.
+
+    Args:
+        keep: where the bit-exact copy of each original weight lives: "cpu", "device", or "none" (unmerge then refuses).
+        quantized: what becomes of a quantized layer: "dense" (an ordinary nn.Linear in the model's dtype) or "same" (quantized
+            again as it was, which rounds the merged weight: the output is no longer exactly the adapted model's).
+
+    Returns:
+        Bytes of the kept copies.
+
+    Raises:
+        UserError: nothing attached, merged already, a weight that would not be finite, a storage that "same" does not know
+            (nothing is then changed).
+    """
+    for name, value, known in (("keep", keep, KEEP), ("quantized", quantized, QUANTIZED)):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+    record = record_of(model)
+    if record.merged is not None:
+        raise UserError("this model is merged already; call doratune.unmerge(model) first")
+    layers, merged = list(adapters(model)), {}
+    if quantized == "same":
+        _check_storages(layers)
+    common = _model_dtype(model, layers)
+    with no_autocast(next(model.parameters()).device):
+        dtypes = {name: _dtype(module, common, quantized) for name, module in layers}
+        gains = {
+            name: [checked_gain(name, part, dtypes[name]) for part in module.adaptation.matrices(module)] for name, module in layers
+        }
+        try:
+            for name, module in layers:
+                merged[name] = _merge_layer(module, gains[name], keep, quantized, dtypes[name])
+        except BaseException:
+            for name, stored in merged.items():
+                if stored.original is not None:
+                    _restore(layer_at(model, name), stored)
+            raise
+    record.merged = merged
+    fastpath.reopen(model)
+    return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Restore the original weights bit for bit and the adapter as it was; a move or dtype change meanwhile is kept, but
+    for the dtype that a quantized layer computes in.
+
+    Raises:
+        UserError: not merged, or merged with keep="none".
+    """
+    record = record_of(model)
+    if record.merged is None:
+        raise UserError("this model is not merged; there is nothing to unmerge")
+    if any(stored.original is None for stored in record.merged.values()):
+        raise UserError('merged with keep="none": no original weight was kept; load the base model again')
+    for name, stored in record.merged.items():
+        _restore(layer_at(model, name), stored)
+    record.merged = None
+    fastpath.close(model)
+
+
+def checked_gain(name: str, module: Adapted, dtype: torch.dtype | None = None) -> Tensor | None:
+    """g − 1 of a layer whose merged weight is finite in `dtype` (default: the base's).
+
+    Raises:
+        UserError: NaN or infinite values in the adapter, or a result beyond the weight's dtype (fp16).
+    """
+    gain = merged_gain(module)
+    if any(not torch.isfinite(t).all() for t in (gain, *own_parameters(module).values()) if t is not None):
+        raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
+    dtype = dtype or module.adaptation.base.dtype(module)
+    if dtype == torch.float16 and not all(torch.isfinite(tile.to(dtype)).all() for _, tile in merged_tiles(module, gain)):
+        raise UserError(f"{name}: the merged weight overflows float16; merging is refused, nothing was changed: use bfloat16")
+    return gain
+
+
+def _merge_layer(module: Adapted, gains: list[Tensor | None], keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
+    """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
+    a = module.adaptation
+    frozen = a.frozen_facts(module).directionless
+    seen = {"lora_A": module.lora_A, "lora_B": module.lora_B, "magnitude": module.magnitude}
+    if a.base.name == "dense":
+        weight = a.base.weight(module).detach()
+        original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
+        for part, gain in zip(a.matrices(module), gains, strict=True):
+            for rows, tile in merged_tiles(part, gain):
+                part.adaptation.base.write_rows(part, rows, tile)
+        own = take_off(module)
+    else:
+        weight = torch.empty(a.base.shape(module), dtype=dtype, device=a.base.device(module))
+        for rows, tile in merged_tiles(module, gains[0]):
+            weight[rows] = tile.to(dtype)
+        own = take_off(module)
+        original = Stored(module)
+        try:
+            a.base.requantized(module, weight) if quantized == "same" else original.make_dense(module, weight)
+        except BaseException:
+            original.restore(module)
+            put_on(module, a, own)
+            raise
+        original = None if keep == "none" else original.to("cpu") if keep == "cpu" else original
+    return SimpleNamespace(**(seen | own), own=own, scaling=a.scaling, adaptation=a, original=original, frozen=frozen)
+
+
+def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
+    """Undo `_merge_layer`; where the model changed its dtype meanwhile, the original weight and m follow as `.to` does."""
+    base, dtype = stored.adaptation.base, None
+    if base.name == "dense":
+        weight = base.weight(module)
+        device, dtype = weight.device, weight.dtype
+        if dtype == stored.original.dtype and device.type != "meta":
+            weight.copy_(stored.original)
+        else:
+            weight.data = stored.original.to(device)
+    else:
+        device = stored.original.restore(module)
+    for p in stored.own.values():
+        if p is not None:
+            p.data = p.data.to(device)
+    put_on(module, stored.adaptation, stored.own)
+    stored.adaptation.changed()
+    if base.name == "dense" and dtype != stored.original.dtype:
+        stored.adaptation.kind.home(module).to(dtype)
+
+
+def _check_storages(layers: list) -> None:
+    """Every quantized layer must know the way back into its storage."""
+    for name, module in layers:
+        base = module.adaptation.base
+        if base.name != "dense" and (problem := base.requantize_refusal(module)):
+            raise UserError(f'{name}: cannot be quantized again, {problem}; merge with quantized="dense"')
+
+
+def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
+    """The dtype in which the model computes: that of its largest plain parameter outside the adapted layers, or None."""
+    adapted = {id(p) for _, module in layers for p in module.parameters(recurse=False)}
+    plain = [p for p in model.parameters() if id(p) not in adapted and type(p) is nn.Parameter and p.is_floating_point()]
+    plain = [p for p in plain if type(p.data) is Tensor and p.dtype.itemsize >= 2]
+    return max(plain, key=Tensor.numel).dtype if plain else None
+
+
+def _dtype(module: Adapted, common: torch.dtype | None, quantized: str) -> torch.dtype:
+    """Of a merged weight: the base's own where it is stored as before, else what the layer's inputs will be in."""
+    base, bias = module.adaptation.base, getattr(module, "bias", None)
+    if base.name == "dense" or quantized == "same":
+        return base.dtype(module)
+    return common or (base.dtype(module) if bias is None else bias.dtype)
+
+
+def merged_gain(module: Adapted) -> Tensor | None:
+    """g − 1 in fp32 with A and B rounded as the unmerged forward in W's dtype rounds them; None without magnitude."""
+    if module.magnitude is None:
+        return None
+    a, site = module.adaptation, LayerSite(module, module.adaptation)
+    A, B = a.factors_of(module)
+    n = site.norm(A, B, a.base.dtype(module), 2**30)
+    return gain_minus_one(module.magnitude, n, site.frozen)
+
+
+def merged_tiles(module: Adapted, gain: Tensor | None):
+    """(rows, W' rows in fp32) tile by tile."""
+    a = module.adaptation
+    A, B = a.factors_of(module)
+    dtype = a.base.dtype(module)
+    if A is None:
+        tiles = a.base.row_tiles(module)
+    else:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tiles = direct_rows(a.base, module, A.to(dtype).to(wide), B.to(dtype).to(wide), a.scaling)
+    for rows, V in tiles:
+        if gain is None:
+            yield rows, V
+        else:
+            yield rows, V + V * (gain if a.axis == "input" else gain[rows, None])

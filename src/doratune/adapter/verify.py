@@ -1,0 +1,174 @@
+"""`verify`: is every target really DoRA? What is checked is what silently went wrong elsewhere.
+
+Every target wrapped, A, B and m trainable and in fp32, finite, the step-0 identity while B = 0, rows without direction, rows whose
+norm had to be clamped, and, with an example, modules that never ran and the model's output bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, listed
+from ..layers.adapted import NEVER_TRAINED, become, own_parameters
+from ..layers.site import LayerSite
+from .attach import adapters, record_of
+
+
+@dataclass
+class Report:
+    """What `verify` found; `problems` is empty when all is well."""
+
+    adapted: int = 0
+    trainable: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    zero_rows: dict[str, int] = field(default_factory=dict)
+    clamped_rows: dict[str, int] = field(default_factory=dict)
+    never_ran: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapted} layers adapted, {self.trainable:,} trainable parameters"]
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += self.notes + [f"problem: {problem}" for problem in self.problems]
+        return "\n".join(lines + ([] if self.problems else ["all checks passed"]))
+
+
+@torch.no_grad()
+def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | None = None) -> Report:
+    """Check an attached model.
+
+    Args:
+        example: input of the model (a tensor, positional arguments, or keyword arguments): also run it, once with the
+            adapters and once without.
+
+    Raises:
+        UserError: nothing is attached, or the adapter is merged.
+    """
+    record = record_of(model)
+    if record.merged is not None:
+        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.verify")
+    layers = dict(adapters(model))
+    report = Report(len(layers), left_out=dict(record.left_out))
+    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lost := [name for name in record.names if name not in layers]:
+        report.problems.append(f"{listed(lost)}: attached, but no longer adapted (was the module replaced?)")
+    frozen_adapter = not report.trainable
+    for name, layer in layers.items():
+        _check_layer(name, layer, frozen_adapter, report)
+    if frozen_adapter:
+        report.notes.append("nothing is trainable: the adapter is attached for inference")
+    if report.zero_rows:
+        total = sum(report.zero_rows.values())
+        report.notes.append(f"{total} rows without direction stay plain LoRA rows, in {listed(report.zero_rows)}")
+    if report.clamped_rows:
+        report.problems.append(f"norm close to 0 (|W + s·B·A| < 1e-6·|W|), clamped, in {listed(report.clamped_rows)}")
+    if record.config.magnitude_from == "original":
+        report.notes.append(_offset(layers.values()))
+    if example is not None:
+        _run(model, layers, example, report)
+    return report
+
+
+def _offset(layers) -> str:
+    """How far m, which started at the norm of another weight, is from n."""
+    off = []
+    for layer in layers:
+        a, dtype = layer.adaptation, layer.adaptation.base.dtype(layer)
+        n = LayerSite(layer, a).norm(*(None if t is None else t.to(dtype) for t in a.factors_of(layer)), dtype, 2**30)
+        off.append(((layer.magnitude - n).abs() / n)[~a.frozen_facts(layer).directionless])
+    off = torch.cat([t.cpu() for t in off])
+    sizes = f"{100 * off.mean():.2g} % on average, {100 * off.max():.2g} % at most"
+    return f"m started at the unquantized weights' norm, so the start is not the base's: |m/n - 1| is {sizes}"
+
+
+def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None:
+    a = layer.adaptation
+    for parameter, p in own_parameters(layer).items():
+        if p.dtype.itemsize < 4:
+            report.problems.append(f"{name}.{parameter} is {p.dtype}, which AdamW cannot move; it must be fp32")
+        if not p.requires_grad and not frozen_adapter and parameter not in NEVER_TRAINED:
+            report.problems.append(f"{name}.{parameter} is not trainable")
+        if not torch.isfinite(p).all():
+            report.problems.append(f"{name}.{parameter} holds NaN or infinite values")
+    if a.magnitude and layer.magnitude is None:
+        report.problems.append(f"{name} has lost its magnitude")
+    if not a.magnitude or layer.magnitude is None:
+        return
+    directionless = a.frozen_facts(layer).directionless
+    if zero := int(directionless.sum()):
+        report.zero_rows[name] = zero
+    if clamped := sum(_clamped(part) for part in a.matrices(layer)):
+        report.clamped_rows[name] = clamped
+
+
+def _clamped(layer) -> int:
+    """Rows of one matrix whose norm is clamped."""
+    a = layer.adaptation
+    (A, B), dtype = a.factors_of(layer), a.base.dtype(layer)
+    if A is None or not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        return 0
+    terms = LayerSite(layer, a).terms(A.to(dtype), B.to(dtype))
+    return int((terms.clamped & ~a.frozen_facts(layer).directionless).sum())
+
+
+def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
+    """Which layers run, and whether an untrained adapter leaves the output as it was."""
+    modes = {module: module.training for module in model.modules()}
+    before = {name: layer.adaptation.calls for name, layer in layers.items()}
+    model.eval()
+    try:
+        _compare(model, layers, example, before, report)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], report: Report) -> None:
+    with_adapter = _call(model, example)
+    report.never_ran = [name for name, layer in layers.items() if layer.adaptation.calls == before[name]]
+    if report.never_ran:
+        report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
+    untouched = all(_untouched(part) for layer in layers.values() for part in layer.adaptation.matrices(layer))
+    if untouched and record_of(model).config.magnitude_from == "base":
+        classes = {name: type(layer) for name, layer in layers.items()}
+        try:
+            for layer in layers.values():
+                become(layer, type(layer).plain_class)
+            without = _call(model, example)
+        finally:
+            for name, layer in layers.items():
+                become(layer, classes[name])
+        if not all(torch.equal(a, b) for a, b in zip(_tensors(with_adapter), _tensors(without), strict=True)):
+            report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
+
+
+def _untouched(layer) -> bool:
+    """ΔV = 0 and m = w: the adapter has not been trained."""
+    A, B = layer.adaptation.factors_of(layer)
+    if A is not None and bool((A.any(1) & B.any(0)).any()):
+        return False
+    w = layer.adaptation.frozen_facts(layer).w2.sqrt()
+    return layer.magnitude is None or bool((layer.magnitude == w.to(layer.magnitude.dtype)).all())
+
+
+def _call(model: nn.Module, example):
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*((example,) if torch.is_tensor(example) else example))
+
+
+def _tensors(output) -> list[Tensor]:
+    if torch.is_tensor(output):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [t for value in values for t in _tensors(value)]

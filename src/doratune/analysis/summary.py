@@ -1,0 +1,123 @@
+"""One analysis of several runs: points.json, the figures, and a line for each run.
+
+points.json: {run: {"line", "points", "spectra": {layer: {"values", "norm", "effective_rank"}}, "gradients": {"base" | "end":
+{layer: share}}, "problem"}}; a run that could not be measured at all has nothing but its "problem".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import UserError, near_misses
+from ..support.files import new_folder, write_json
+from . import figures
+from .measure import SPECTRA, Measured, Wanted, measure, one_line
+from .points import Line, regression
+from .runs import names
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured of each run and its regression line, by the run's folder; what went wrong with the others."""
+
+    measured: dict[str, Measured]
+    lines: dict[str, Line | None]
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        return {run: self._run(run) for run in self.measured} | {run: {"problem": p} for run, p in self.problems.items()}
+
+    def _run(self, run: str) -> dict:
+        found, line = self.measured[run], self.lines[run]
+        facts = {
+            "line": None if line is None else dataclasses.asdict(line),
+            "points": [dataclasses.asdict(p) for p in found.points],
+            "spectra": {name: dataclasses.asdict(spectrum) for name, spectrum in found.spectra.items()},
+        }
+        facts |= {"gradients": found.gradients} if found.gradients else {}
+        return facts | ({"problem": "; ".join(found.problems)} if found.problems else {})
+
+    def table(self) -> str:
+        """A line for each run, and one for each checkpoint or run that could not be measured."""
+        said = [(run, _line_of(found, self.lines[run]), found.problems) for run, found in self.measured.items()]
+        lines = [f"{run}: {line}" for run, words, problems in said for line in (words, *map("left out: {}".format, problems))]
+        return "\n".join([*lines, *(f"{run}: not measured: {problem}" for run, problem in self.problems.items())])
+
+
+def _line_of(found: Measured, line: Line | None) -> str:
+    last = found.last
+    changed, turned, relative = (_mean(getattr(p, key) for p in last) for key in ("magnitude", "direction", "relative"))
+    words = f"{len(found.points)} points; at the end ΔM {changed:.3g}, ΔD {turned:.3g}, |Δm|/m {relative:.3g}"
+    if found.spectra:
+        words += f", effective rank {_mean(s.effective_rank for s in found.spectra.values()):.3g}"
+    if shares := {when: _mean(shares.values()) for when, shares in found.gradients.items() if shares}:
+        told = ", ".join(f"{100 * shares[when]:.3g} % at the {when}" for when in ("base", "end") if when in shares)
+        words += f"; magnitude's share of the gradient {told}"
+    shown = "none (too little spread)" if line is None else f"{line.correlation:+.2f} (slope {line.slope:+.3g})"
+    return f"{words}; correlation of ΔD and ΔM {shown}"
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def analyze(
+    base: nn.Module,
+    runs: Sequence[str],
+    modules: tuple[str, ...],
+    axis: str,
+    output: Path,
+    format: str = "png",
+    overwrite: bool = False,
+    spectrum: str = "all",
+    batch: Mapping | None = None,
+) -> Analysis:
+    """Measure the runs against their base model and write `output`, whole or not at all.
+
+    Args:
+        spectrum, batch: see `measure.Wanted`.
+
+    Raises:
+        UserError: none of the runs could be measured; an output folder that exists; an unknown spectrum.
+    """
+    if spectrum not in SPECTRA:
+        raise UserError(f"spectrum is {spectrum!r}; expected one of {', '.join(SPECTRA)}{near_misses(spectrum, SPECTRA)}")
+    wanted = Wanted(modules, axis, spectrum, batch)
+    measured: dict[str, Measured] = {}
+    problems: dict[str, str] = {}
+    with new_folder(output, overwrite) as folder:
+        for run in runs:
+            try:
+                measured[run] = measure(base, run, wanted)
+            except UserError as error:
+                problems[run] = one_line(error, 500)
+        if not measured:
+            raise UserError("; ".join(dict.fromkeys(problems.values())))
+        result = Analysis(measured, {run: _line(found) for run, found in measured.items()}, problems)
+        write_json(folder / "points.json", result.to_dict())
+        _draw(result, folder, format)
+    return result
+
+
+def _line(found: Measured) -> Line | None:
+    try:
+        return regression(found.points)
+    except UserError:
+        return None
+
+
+def _draw(result: Analysis, folder: Path, format: str) -> None:
+    titles = [name.replace("$", r"\$") for name in names(list(result.measured))]  # matplotlib reads formulas between two of them
+    short = dict(zip(result.measured, titles, strict=True))
+    points = {short[run]: found.points for run, found in result.measured.items()}
+    figures.scatter({short[run]: (points[short[run]], result.lines[run]) for run in short}, folder / f"scatter.{format}")
+    figures.curves(points, folder / f"layers.{format}")
+    spectra = {short[run]: found.spectra for run, found in result.measured.items() if any(s.values for s in found.spectra.values())}
+    if spectra:
+        figures.spectra(spectra, folder / f"spectrum.{format}")

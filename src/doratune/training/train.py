@@ -1,0 +1,280 @@
+"""One training run: recipe → data → attached model → Trainer → adapter folder, loss curve data and the movement line.
+
+OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result (full fine-tuning: model/)
+OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
+
+metrics.json is written last: a run without it is not finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.training_args import OptimizerNames
+
+from ..config import AdapterConfig
+from ..data import encoder, load_items
+from ..data.encode import AnswerCollator, encode_all
+from ..errors import UserError, listed, near_misses
+from ..support.environment import environment
+from ..support.files import refuse_existing, replacing, write_json
+from ..support.models import contiguous_head, load_tokenizer
+from .callbacks import Clock, StopOnSignal, TokenProgress
+from .methods import AdapterMethod, method_of
+from .recipe import TrainRecipe
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint was written."""
+
+    def __init__(self, signal_number: int, checkpoint: str):
+        super().__init__(f"stopped by signal {signal_number}; {checkpoint} is complete: go on with --resume")
+        self.status = 128 + signal_number
+
+
+def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None) -> dict:
+    """Train as the recipe says and leave the run's folder behind.
+
+    Args:
+        say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
+        score: called with the trained model and the tokenizer before the run counts as finished.
+
+    Returns:
+        The contents of metrics.json.
+
+    Raises:
+        UserError: a setting, the data or the model is not usable, or the loss stopped being finite.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
+    """
+    recipe.check()
+    if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
+        raise UserError(f"optimizer is {recipe.optimizer!r}{near_misses(recipe.optimizer, known)}; see transformers' names")
+    output = Path(recipe.output)
+    checkpoint = last_checkpoint(output) if recipe.resume else None
+    if recipe.resume and checkpoint is None:
+        raise UserError(f"{output} holds no complete checkpoint to resume from; run without --resume")
+    if recipe.resume:
+        check_same(recipe, output / "recipe.yaml")
+    else:
+        refuse_existing(output, recipe.overwrite)
+    tokenizer = tokenizer or load_tokenizer(recipe.model)
+    rows, eval_rows = datasets(recipe, tokenizer, say)
+    set_seed(recipe.seed)
+    method = method_of(recipe)
+    model = model or method.load()
+    for note in method.prepare(model):
+        say(note)
+    if not recipe.resume:
+        clear_checkpoints(output)
+    (output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
+    output.mkdir(parents=True, exist_ok=True)
+    write_recipe(output / "recipe.yaml", recipe)
+    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
+    bar = TokenProgress()
+    trainer.add_callback(bar)
+    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
+        trainer.add_callback(stop)
+        if not (checkpoint and already_trained(trainer, checkpoint)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None:
+        raise Interrupted(stop.received, str(last_checkpoint(output)))
+    if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
+        trainer.evaluate()
+    model.eval()
+    method.save(model, output / method.result)
+    tokenizer.save_pretrained(output / method.result)
+    if score is not None:
+        score(method.scored(model), tokenizer)
+    return finish(method, trainer, clock, model, say)
+
+
+def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
+    """(training rows, evaluation rows), tokenized; what the length limit did is said."""
+    items, kind = load_items(recipe.data, recipe.mirror, recipe.data_format)
+    if recipe.limit is not None or recipe.eval_size:
+        random.Random(recipe.seed).shuffle(items)
+    eval_items, eval_kind = [], kind
+    if recipe.eval_data:
+        eval_items, eval_kind = load_items(recipe.eval_data, recipe.mirror, recipe.data_format)
+    elif recipe.eval_size:
+        if recipe.eval_size >= len(items):
+            raise UserError(f"eval_size is {recipe.eval_size}, but {recipe.data} holds {len(items)} examples; make it smaller")
+        eval_items, items = items[: recipe.eval_size], items[recipe.eval_size :]
+    items = items[: recipe.limit]
+    settings = tokenizer, recipe.max_length, recipe.too_long, recipe.train_on_prompt
+    rows, report = encode_all(items, encoder(kind, recipe.prompt), *settings)
+    say(f"training data: {recipe.data}: {report} (max_length {recipe.max_length})")
+    eval_rows = encode_all(eval_items, encoder(eval_kind, recipe.prompt), *settings)[0] if eval_items else []
+    return rows, eval_rows
+
+
+def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
+    """The method's Trainer with our progress bar and clock."""
+    recipe = method.recipe
+    every_epoch = {True: "epoch", False: "steps"}
+    if recipe.checkpointing != "none":
+        model.enable_input_require_grads()
+    arguments = TrainingArguments(
+        output_dir=recipe.output,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        length_column_name="length",
+        seed=recipe.seed,
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy=every_epoch[recipe.eval_steps == 0] if eval_rows else "no",
+        eval_steps=recipe.eval_steps or None,
+        save_strategy=every_epoch[recipe.save_steps == 0],
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=recipe.keep_checkpoints,
+        report_to=["tensorboard"] if recipe.tensorboard else [],
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        disable_tqdm=False,
+        **checkpointing_arguments(recipe.checkpointing),
+        **method.settings(),
+    )
+    clock = Clock(checkpoint)
+    trainer = method.trainer(
+        model,
+        arguments,
+        data_collator=AnswerCollator(tokenizer.pad_token_id, model),
+        train_dataset=rows,
+        eval_dataset=eval_rows or None,
+        callbacks=[clock],
+    )
+    method.tune(trainer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, clock
+
+
+def checkpointing_arguments(kind: str) -> dict:
+    """TrainingArguments for gradient checkpointing; transformers 5 renamed them on its way."""
+    if kind == "none":
+        return {}
+    renamed = any(f.name == "activation_checkpointing" for f in dataclasses.fields(TrainingArguments))
+    prefix = "activation" if renamed else "gradient"
+    return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
+
+
+def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
+    """Write metrics.json and say how far the adapter moved."""
+    output, log = Path(method.recipe.output), trainer.state.log_history
+    moved, (trainable, total) = method.moved(model), method.counts(model)
+    if moved is not None:
+        say(str(moved))
+    if moved is not None and moved.warning:
+        say(f"warning: {moved.warning}")
+
+    def last(key: str) -> float | None:
+        return next((row[key] for row in reversed(log) if key in row), None)
+
+    metrics = {
+        "method": method.recipe.method,
+        "trainable": trainable,
+        "total": total,
+        "zero_rows": method.zero_rows(model),
+        "examples": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "final_loss": last("loss") or last("train_loss"),
+        "eval_loss": last("eval_loss"),
+        **clock.spent,
+        "tokens_per_second": clock.spent["tokens"] / max(clock.spent["seconds"], 1e-9),
+        "peak_bytes": clock.peak_bytes,
+        "moved": None if moved is None else str(moved),
+        "magnitude_moved": None if moved is None else moved.magnitude,
+        "direction_moved": None if moved is None else moved.direction,
+        "warning": None if moved is None else moved.warning,
+        "environment": environment(),
+        "log": [row for row in log if "loss" in row or "eval_loss" in row],
+    }
+    write_json(output / "metrics.json", metrics)
+    say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
+    return metrics
+
+
+def already_trained(trainer, checkpoint: Path) -> bool:
+    """Does the checkpoint hold the whole training? Then it is loaded: transformers would train one step too many."""
+    arguments, state = trainer.args, TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
+    if state.global_step < steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint; its state file is written last, so one without it broke off."""
+    found = []
+    for folder in output.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            found.append((int(folder.name.split("-")[1]), folder))
+        except (OSError, ValueError):
+            continue
+    return max(found)[1] if found else None
+
+
+def clear_checkpoints(output: Path) -> None:
+    """A new run in an old folder (--overwrite) must not leave checkpoints that a later --resume would take up."""
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+def check_same(recipe: TrainRecipe, path: Path) -> None:
+    """A resumed run goes on with the base, the adapter and the examples that it had: none that it evaluates on is trained on.
+
+    Raises:
+        UserError: a setting of these that is another one now.
+    """
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [
+        "model",
+        "data",
+        "limit",
+        "eval_data",
+        "eval_size",
+        "quantize",
+        "double_quantization",
+        "dtype",
+        "prompt",
+        "baseline_size",
+        "baseline_targets",
+        *AdapterConfig.__dataclass_fields__,
+    ]
+    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
+    if changed := [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if name in before and before[name] != now[name]]:
+        raise UserError(f"{path}: --resume with another {listed(changed)}; leave it as it was, or start a new run")
+
+
+def write_recipe(path: Path, recipe: TrainRecipe) -> None:
+    """The resolved recipe as YAML."""
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
