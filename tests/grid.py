@@ -132,8 +132,8 @@ def move(layer, seed=1) -> dict[str, torch.Tensor]:
 def delta(layer, p: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """ΔV/s as a dense matrix, from the formulas of the papers."""
     if "vera_b" in p:
-        A, B = layer.adaptation.direction.shared.get(torch.device("cpu"), p["vera_b"].dtype)
-        A, B = A[:, : layer.adaptation.base.shape(layer)[1]], B[: len(p["vera_b"])]
+        A, B = layer.adapted.direction.shared.get(torch.device("cpu"), p["vera_b"].dtype)
+        A, B = A[:, : layer.adapted.base.shape(layer)[1]], B[: len(p["vera_b"])]
         return torch.diag(p["vera_b"]) @ B @ torch.diag(p["vera_d"]) @ A
     if "hada_w1_a" in p:
         return (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"])
@@ -192,7 +192,7 @@ def storages() -> list[str]:
                 stored = storages.build(name)
                 doratune.attach(stored.model, config(method, axis))
             marks.append("yes")
-        base, layer = stored.layer.adaptation.base, stored.layer
+        base, layer = stored.layer.adapted.base, stored.layer
         marks += ["its forward" if base.exact_forward else "row tiles", "its backward" if base.has_gradient else "row tiles"]
         marks.append("no" if base.requantize_refusal(layer) else "yes")
         lines.append(f"| {name} | " + " | ".join(marks) + " |")

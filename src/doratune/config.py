@@ -1,6 +1,6 @@
 """AdapterConfig: everything that decides what is adapted and how. Names follow the paper and PEFT.
 
-Frozen, keyword-only, checked on construction; nothing here imports torch.
+Frozen, keyword-only, checked on construction.
 """
 
 from __future__ import annotations
@@ -10,13 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .directions import METHODS, direction_of
 from .errors import UserError, near_misses
-
-METHODS = {
-    "lora": ("lora", False), "dora": ("lora", True), "vera": ("vera", False), "dvora": ("vera", True),
-    "loha": ("loha", False), "dloha": ("loha", True), "lokr": ("lokr", False), "dlokr": ("lokr", True),
-}  # fmt: skip
-"""Method → (direction, with a magnitude)."""
 
 STARTS = ("zero", "pissa", "olora", "loftq")
 
@@ -29,9 +24,9 @@ class AdapterConfig:
         UserError: a value outside its range, or a module named by both `targets` and `magnitude_only` (found at attach).
     """
 
-    method: Literal["lora", "dora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
+    method: str = "dora"
     """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1). `vera`, `loha`, `lokr`:
-    other directions; `dvora` (§5.4), `dloha`, `dlokr`: the same with a magnitude."""
+    other directions; `dvora` (§5.4), `dloha`, `dlokr`: the same with a magnitude. Or what `doratune.directions.register` added."""
     rank: int = 16
     """R, rows of A and columns of B."""
     alpha: float | None = None
@@ -70,6 +65,11 @@ class AdapterConfig:
     """`direct` trains m; `relative` trains δ in m = m₀·exp(δ), so that weight decay on it pulls m towards m₀."""
     norm_memory: int = 0
     """Bytes that VeRA may keep over all layers to spare the norm its product with W (O·R + R² numbers a layer); 0: none."""
+    keep_base_output: bool | None = None
+    """Keep the base's output for m's gradient, not the layer's own (which costs no memory where a later operation keeps it): for
+    models whose kernels write over a layer's output unseen by autograd. None: found at attach (Liger, Unsloth)."""
+    direction_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings that a direction of your own declares."""
     seed: int = 0
     """Seed of A. Each module draws from its own generator, so the start depends on neither order nor global state."""
 
@@ -106,14 +106,24 @@ class AdapterConfig:
     def _check_together(self) -> None:
         """Settings that exclude each other."""
         if not self.has_magnitude:
-            with_magnitude = next(name for name, (direction, m) in METHODS.items() if m and direction == self.direction)
+            same = (name for name, (direction, m) in METHODS.items() if m and direction == self.direction)
+            with_magnitude = next(same, "dora")
             for name, idle in (("magnitude_only", ()), ("magnitude_from", "base"), ("magnitude_form", "direct")):
                 if getattr(self, name) != idle:
                     raise UserError(f"{name} needs a method with a magnitude; set method: {with_magnitude} or drop {name}")
         if self.start != "zero" and self.direction != "lora":
             raise UserError(f"start is {self.start!r}, which is for method lora or dora; drop it or change method {self.method!r}")
-        if self.direction == "vera" and (self.rank_overrides or self.alpha_overrides):
+        if not direction_of(self.method).overrides and (self.rank_overrides or self.alpha_overrides):
             raise UserError(f"method {self.method} shares its factors, all of one rank; drop rank_overrides and alpha_overrides")
+        known = direction_of(self.method).settings
+        if not isinstance(self.direction_settings, Mapping):
+            raise UserError(f"direction_settings is {self.direction_settings!r}; expected a mapping")
+        for name in self.direction_settings:
+            if name not in known:
+                raise UserError(f"direction_settings: method {self.method} has no setting {name!r}{near_misses(name, known)}")
+        object.__setattr__(self, "direction_settings", dict(self.direction_settings))
+        if self.keep_base_output not in (None, True, False):
+            raise UserError(f"keep_base_output is {self.keep_base_output!r}; expected true, false, or nothing")
         if not _is_number(self.norm_memory, int) or self.norm_memory < 0:
             raise UserError(f"norm_memory is {self.norm_memory!r}; expected a number of bytes, 0 for none")
 
@@ -127,7 +137,7 @@ class AdapterConfig:
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """s = alpha / rank, or alpha / sqrt(rank) under rslora; 1 for VeRA."""
-        if self.direction == "vera":
+        if not direction_of(self.method).scaled:
             return 1.0
         alpha = self.alpha if alpha is None else alpha
         return alpha / (rank**0.5 if self.rank_scaling == "rslora" else rank)

@@ -51,7 +51,7 @@ def test_forward_gradients_and_merge(kind, method, axis, full, dtype):
     with torch.no_grad():
         assert relative(layer(case.x), exact_y) <= max(floor / 4, 3 * relative(peer_y, exact_y))
         doratune.merge(case.model)
-        assert not isinstance(layer, Adapted) and not hasattr(layer, "adaptation")
+        assert not isinstance(layer, Adapted) and not hasattr(layer, "adapted")
         assert relative(layer(case.x), exact_y) <= max(floor, 3 * relative(peer_y, exact_y))
         doratune.unmerge(case.model)
         assert torch.equal(case.to_matrix(layer.weight).double(), W)
@@ -85,7 +85,7 @@ def test_zero_rows_stay_plain(kind, method, axis):
     with torch.no_grad():
         own["magnitude"][row] = 7.0
         assert torch.equal(case.layer(case.x), before)
-    assert case.layer.adaptation.frozen_facts(case.layer).directionless.nonzero().flatten().tolist() == [row]
+    assert case.layer.adapted.facts.directionless.nonzero().flatten().tolist() == [row]
 
 
 @pytest.mark.parametrize(("kind", "method", "axis"), SUPPORTED)

@@ -122,7 +122,7 @@ def test_one_step_saved_loaded_and_merged(family, method, tmp_path):
     with torch.no_grad():
         base = outputs(model, inputs)
     doratune.attach(model, AdapterConfig(method=method, rank=4, targets="all-layers"))
-    kinds = {layer.adaptation.kind.name for _, layer in doratune.adapters(model)}
+    kinds = {layer.adapted.kind.name for _, layer in doratune.adapters(model)}
     assert kinds == {"gpt2": {"Conv1D"}, "vit": {"Linear", "Conv"}, "clip": {"Linear", "Conv"}, "llava": {"Linear", "Conv"}}.get(
         family, {"Linear", "Conv"} if family in ("unet", "convnext") else {"Linear"}
     )

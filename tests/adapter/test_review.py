@@ -47,7 +47,7 @@ def test_a_base_without_gradient_under_compile_still_lets_gradients_through():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
     torchao.quantize_(model[1], torchao.Int8DynamicActivationInt8WeightConfig())
     doratune.attach(model, AdapterConfig(rank=3, targets=["0", "1"]))
-    assert not model[1].adaptation.base.has_gradient
+    assert not model[1].adapted.base.has_gradient
     x, t = torch.randn(2, 16, 64).bfloat16()
 
     def gradient(call):
@@ -87,7 +87,7 @@ def test_the_original_of_a_transposed_layer_is_read_as_its_class_stores_it():
     assert (W - V).norm() < 0.9 * (W - coarse[0].weight).norm()
     conv = nn.Sequential(nn.Conv2d(3, 8, 3))
     doratune.attach(conv, AdapterConfig(rank=2, magnitude_from="original", targets=["0"]), original=copy.deepcopy(conv))
-    assert torch.equal(conv[0].magnitude, conv[0].adaptation.frozen_facts(conv[0]).w2.sqrt())
+    assert torch.equal(conv[0].magnitude, conv[0].adapted.facts.w2.sqrt())
 
 
 def vera(seed):
@@ -105,7 +105,7 @@ def test_copies_of_a_vera_model_have_pairs_of_their_own(tmp_path):
     model, x = vera(0), torch.randn(4, 12)
     y = model(x)
     copied = copy.deepcopy(model)
-    assert copied[0].adaptation.direction.shared is copied[1].adaptation.direction.shared
+    assert copied[0].adapted.direction.shared is copied[1].adapted.direction.shared
     load_weights(copied, tmp_path)
     doratune.refresh(model)
     assert torch.equal(model(x), y) and not torch.equal(copied(x), y)
@@ -119,7 +119,7 @@ def test_veras_pair_does_not_depend_on_the_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         again = torch.load(buffer, weights_only=False)
-        again[0].adaptation.direction.shared.get(torch.device("cpu"), torch.float32)
+        again[0].adapted.direction.shared.get(torch.device("cpu"), torch.float32)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(again(x), y)
@@ -256,7 +256,7 @@ def test_a_norm_does_not_depend_on_which_sibling_is_called_first():
         torch.manual_seed(0)
         model = nn.Sequential(Rounding(False), nn.Linear(16, 24), Rounding(True))
         doratune.attach(model, AdapterConfig(rank=3, targets=["0", "2"]))
-        assert [model[i].adaptation.base.exact_forward for i in (0, 2)] == [True, False]
+        assert [model[i].adapted.base.exact_forward for i in (0, 2)] == [True, False]
         optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-4))
         for _ in range(3):
             model(torch.randn(6, 24)).square().sum().backward()
@@ -266,7 +266,7 @@ def test_a_norm_does_not_depend_on_which_sibling_is_called_first():
         for i in (0, 2):
             layer = model[i]
             exact = (layer.W.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
-            n = layer.op_site(False).norm(layer.lora_A, layer.lora_B, torch.float32, 64)
+            n = layer.adapted.n(torch.float32)
             torch.testing.assert_close(n.double(), exact, rtol=1e-6, atol=0)
     finally:
         doratune.bases.opaque.REGISTERED.pop("rounding, for a test")

@@ -48,7 +48,7 @@ def test_dense_weights(axis, size):
 def test_factors_equal_the_dense_definition(axis, method, size, dtype):
     model, layer = one_layer(13, 10, dtype=dtype, method=method, magnitude_axis=axis)
     own = grid.move(layer)
-    a = layer.adaptation
+    a = layer.adapted
     with torch.no_grad():
         A, B = a.factors_of(layer)
         scale = size * layer.weight.float().norm() / (a.scaling * B @ A).norm()

@@ -140,7 +140,7 @@ def test_norm_in_evaluation(name, axis):
     grid.move(stored.layer)
     A, B, s = stored.layer.lora_A, stored.layer.lora_B, stored.layer.scaling
     with torch.no_grad():
-        n = stored.layer.op_site(False).norm(A, B, torch.float32, 1)
+        n = stored.layer.adapted.n(torch.float32)
     assert relative(n, reference.norm(stored.W, A, B, s, axis)) < 1e-6
 
 
@@ -151,8 +151,8 @@ def test_quantized_again(name, keep):
     stored = attached(name)
     grid.move(stored.layer)
     x = inputs(stored)
-    y, cls, version = stored.model(x), type(stored.layer).plain_class, stored.layer.adaptation.base.version(stored.layer)
-    want = stored.layer.adaptation.kind.base(stored.layer)
+    y, cls, version = stored.model(x), type(stored.layer).plain_class, stored.layer.adapted.base.version(stored.layer)
+    want = stored.layer.adapted.kind.base(stored.layer)
     merged = copy.deepcopy(stored.model)
     doratune.merge(merged, keep)
     W = merged.layer.weight.detach().float()
@@ -167,7 +167,7 @@ def test_quantized_again(name, keep):
             doratune.unmerge(stored.model)
     else:
         doratune.unmerge(stored.model)
-        assert stored.layer.adaptation.base.version(stored.layer) == version
+        assert stored.layer.adapted.base.version(stored.layer) == version
         assert torch.equal(stored.model(x), y)
 
 
@@ -176,7 +176,7 @@ def test_storages_without_a_way_back(name):
     stored = attached(name)
     with pytest.raises(UserError, match='merge with quantized="dense"'):
         doratune.merge(stored.model, quantized="same")
-    assert hasattr(stored.layer, "adaptation")
+    assert hasattr(stored.layer, "adapted")
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -224,7 +224,7 @@ def test_no_dense_copy_beyond_the_layers_own(name, axis, full, monkeypatch):
     for method in ("lora", "dora"):
         stored = attached(name, method, axis if method == "dora" else "output", full=full and method == "dora")
         grid.move(stored.layer)
-        x, base = inputs(stored, 5).requires_grad_(), stored.layer.adaptation.base
+        x, base = inputs(stored, 5).requires_grad_(), stored.layer.adapted.base
         made, own_forward = Made(stored.W.numel()), type(base).forward_rows
 
         def uncounted(module, rows, base=base, made=made, own_forward=own_forward):
@@ -272,13 +272,13 @@ def test_an_inexact_forward_is_found_out():
     storages._own(torch.float32)
     model = nn.Sequential(Rounding(storages._source(torch.float32)))
     doratune.attach(model, doratune.AdapterConfig(rank=3))
-    assert not model[0].adaptation.base.exact_forward
+    assert not model[0].adapted.base.exact_forward
     model = nn.Sequential(SignScale(storages._source(torch.float32)))
     doratune.attach(model, doratune.AdapterConfig(rank=3))
-    assert model[0].adaptation.base.exact_forward and model[0].adaptation.base.has_gradient
+    assert model[0].adapted.base.exact_forward and model[0].adapted.base.has_gradient
     model = nn.Sequential(NoGradient(storages._source(torch.float32)))
     doratune.attach(model, doratune.AdapterConfig(rank=3))
-    assert not model[0].adaptation.base.has_gradient
+    assert not model[0].adapted.base.has_gradient
 
 
 def test_layers_that_do_not_run_are_refused():

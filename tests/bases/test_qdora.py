@@ -73,7 +73,7 @@ def test_the_loss_falls_and_the_adapter_comes_back(settings, tiny_folder, data, 
     base = logits(quantized)
     doratune.load(quantized, tmp_path / "run/adapter")
     assert distance(logits(quantized), base) > 1e-3
-    assert {layer.adaptation.base.name for _, layer in doratune.adapters(quantized)} == {"bitsandbytes 4 bit"}
+    assert {layer.adapted.base.name for _, layer in doratune.adapters(quantized)} == {"bitsandbytes 4 bit"}
 
 
 def test_a_run_that_was_interrupted_goes_on(tiny_folder, data, tmp_path):

@@ -17,14 +17,12 @@ from doratune.errors import UserError
 
 def test_veras_factors_are_one_pair_for_all_layers():
     model = doratune.attach(tiny_llama(), AdapterConfig(method="dvora", rank=64))
-    shared = {id(layer.adaptation.direction.shared) for _, layer in doratune.adapters(model)}
+    shared = {id(layer.adapted.direction.shared) for _, layer in doratune.adapters(model)}
     assert len(shared) == 1
     assert not any("shared" in key or "vera_A" in key for key in model.state_dict())
     layer = model.model.layers[0].mlp.down_proj
-    A, B = layer.adaptation.factors_of(layer)
-    assert (
-        A.untyped_storage().data_ptr() == layer.adaptation.direction.shared.get(A.device, A.dtype)[0].untyped_storage().data_ptr()
-    )
+    A, B = layer.adapted.low_rank()
+    assert A.untyped_storage().data_ptr() == layer.adapted.direction.shared.get(A.device, A.dtype)[0].untyped_storage().data_ptr()
     assert not A.requires_grad and B.requires_grad
     dora = doratune.attach(tiny_llama(), AdapterConfig(rank=16))
     count = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, dora)]
@@ -61,16 +59,16 @@ def test_a_kept_product_is_made_once(memory, monkeypatch):
     torch.testing.assert_close(layer(x), y, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         layer.weight.mul_(1.5)  # another W: what was kept of it does not count
-    A, B = layer.adaptation.factors_of(layer)
+    A, B = layer.adapted.low_rank()
     expected = torch.linalg.vector_norm(layer.weight + B @ A, dim=1)
-    torch.testing.assert_close(layer.op_site(False).norm(A, B, torch.float32, 64), expected)
+    torch.testing.assert_close(layer.adapted.n(torch.float32), expected)
 
 
 def test_the_memory_is_for_all_layers_together():
     model = tiny_llama()
     one = 32 * 8 * 4 + 8 * 8 * 4  # q_proj: U and A·Aᵀ
     doratune.attach(model, AdapterConfig(method="dvora", rank=8, targets=["q_proj"], norm_memory=one + 10))
-    assert [layer.adaptation.keep_product for _, layer in doratune.adapters(model)] == [True, False]
+    assert [layer.adapted.keep_product for _, layer in doratune.adapters(model)] == [True, False]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -224,6 +222,6 @@ def test_one_norm_a_step_for_directions_that_make_their_factors():
         for step in range(3):
             for _ in range(2):  # accumulation
                 layer(torch.randn(70, 10)).square().sum().backward()
-            assert layer.adaptation.cache.evaluations == step + 1
+            assert layer.adapted.preparations == step + 1
             optimizer.step()
             optimizer.zero_grad()

@@ -277,15 +277,14 @@ def test_decoder_pickle_low_precision_and_norms():
     assert names == [f"{a}{b}" for a in ("self_attn", "multihead_attn") for b in ("", ".out_proj")] + ["linear1", "linear2"]
     assert torch.equal(layer(x, memory), before)
     optimizer = torch.optim.AdamW(doratune.parameter_groups(layer, lr=1e-2))
-    counted = layer.self_attn.adaptation.cache, *(p.cache for p in layer.multihead_attn.adaptation.parts.values())
-    assert len(counted) == 3
-    for cache in counted:
-        cache.evaluations = 0
+    counted = layer.self_attn.adapted, layer.multihead_attn.adapted
+    for weight in counted:
+        weight.preparations = 0
     for _ in range(3):
         layer(x, memory).square().sum().backward()
         layer(x, memory).square().sum().backward()
         optimizer.step()
-    assert [cache.evaluations for cache in counted] == [2, 2, 2]
+    assert [weight.preparations for weight in counted] == [2, 2]
     y = layer(x, memory)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -335,7 +334,7 @@ def test_which_rows_have_a_direction_is_decided_in_the_whole():
     y = model["attn"](q, q, q)[0]
     assert relative(model["attn"](q, q.clone(), q.clone())[0], y) < 1e-6
     layer = model["attn"]
-    assert layer.adaptation.frozen_facts(layer).directionless.nonzero().flatten().tolist() == list(range(E))
+    assert layer.adapted.facts.directionless.nonzero().flatten().tolist() == list(range(E))
 
 
 class OwnForward(nn.MultiheadAttention):
@@ -368,7 +367,7 @@ def test_selection(tmp_path):
     with pytest.raises(UserError, match="adapt attn itself"):
         attach(model, targets=["out_proj"])
     attach(model, exclude=["out_proj"], rank_overrides={"attn": 2})
-    assert [(name, layer.adaptation.rank) for name, layer in doratune.adapters(model)] == [("attn", 2)]
+    assert [(name, layer.adapted.rank) for name, layer in doratune.adapters(model)] == [("attn", 2)]
     with pytest.raises(UserError, match="PEFT writes otherwise"):
         doratune.save(model, tmp_path / "a", format="peft")
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(E, HEADS), "head": nn.Linear(64, 64)})

@@ -11,22 +11,20 @@ from conftest import one_layer, randomize, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
 import doratune
-from doratune.layers.site import LayerSite
 
 ROWS, COLUMNS = 13, 10
 
 
 def evaluations(model):
-    return [layer.adaptation.cache.evaluations for _, layer in doratune.adapters(model)]
+    return [layer.adapted.preparations for _, layer in doratune.adapters(model)]
 
 
 def check_norm(layer, tokens=3):
     """What a call of this size uses for n must be the norm of the parameters as they are now."""
     x = torch.randn(tokens, layer.weight.shape[1], dtype=layer.weight.dtype)
     layer(x)
-    site = LayerSite(layer, layer.adaptation, torch.is_grad_enabled())
     dtype = layer.weight.dtype
-    n = site.norm(layer.lora_A, layer.lora_B, dtype, tokens)
+    n = layer.adapted.n(dtype)
     exact = reference.norm(layer.weight, layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scaling)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-4
     assert ((n.double() - exact).abs() / exact).max() < tolerance
@@ -231,7 +229,7 @@ def test_never_by_a_decode():
 
 
 def test_bytes_kept_for_backward():
-    """Counted with saved-tensor hooks: x, y, R·(T + O) and O numbers; LoRA keeps no output-sized tensor."""
+    """Counted with saved-tensor hooks: x, y and T·R numbers; LoRA keeps no output-sized tensor."""
     T, O, I, R = 64, 40, 24, 4
     kept = {}
     for method in ("lora", "dora"):
@@ -248,8 +246,8 @@ def test_bytes_kept_for_backward():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             layer(x)
         kept[method] = sum(seen.values())
-    assert kept["lora"] == 4 * (T * I + T * R + O * R)
-    assert kept["dora"] == 4 * (T * I + T * R + O * R + T * O + O)
+    assert kept["lora"] == 4 * (T * I + T * R)
+    assert kept["dora"] == 4 * (T * I + T * R + T * O)
 
 
 def test_no_output_by_input_temporary():
@@ -315,10 +313,9 @@ def test_one_norm_per_compute_dtype():
     """Plain and autocast calls by turns: A and B are rounded differently, so the norm differs."""
     model, layer = one_layer(ROWS, COLUMNS)
     randomize(model)
-    site = LayerSite(layer, layer.adaptation)
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
-            n = site.norm(layer.lora_A, layer.lora_B, dtype, 1)
+            n = layer.adapted.n(dtype)
             exact = reference.norm(layer.weight, layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scaling)
             assert ((n.double() - exact).abs() / exact).max() < 1e-5
 
@@ -339,31 +336,6 @@ def test_no_grad_calls_of_many_tokens_are_hashed():
         for _ in range(3):
             layer.lora_A.data.mul_(1.5)
             check_norm(layer, 64)
-
-
-def test_rounds_of_fingerprints():
-    """The CUDA scheme on CPU tensors: one hash of all per round, and a layer that sat out a round is hashed anew."""
-    from doratune.math.cache import NormCache, _Rounds
-
-    rounds = _Rounds()
-    caches = [NormCache(), NormCache()]
-    sources = [(torch.randn(4, 3), torch.randn(5, 4)) for _ in caches]
-
-    def ask(index):
-        return rounds.fingerprint(caches[index], sources[index])
-
-    first = [ask(0), ask(1)]
-    assert [ask(0), ask(1)] == first
-    sources[1][0].data.mul_(2)
-    assert ask(0) == first[0]
-    assert ask(1) != first[1]
-    for _ in range(2):
-        ask(0)
-    before = ask(1)
-    ask(0)
-    ask(0)
-    sources[1][0].data.mul_(2)
-    assert ask(1) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,7 +9,7 @@ from conftest import one_layer, randomize, tiny_llama
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import doratune
-from doratune.math import op
+from doratune.math import compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at it
 
@@ -97,7 +97,7 @@ def test_a_transformer_step_by_step(checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [layer for _, layer in doratune.adapters(model)]
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(
+    call = torch.compile(
         model, fullgraph=not checkpointing, backend=counter
     )  # transformers' checkpointing wrapper breaks the graph
     optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-2))
@@ -105,13 +105,13 @@ def test_a_transformer_step_by_step(checkpointing):
     losses, frames = [], []
     for step in range(4):
         for _ in range(3):  # gradient accumulation
-            loss = compiled(input_ids=ids, labels=ids).loss
+            loss = call(input_ids=ids, labels=ids).loss
             loss.backward()
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
         frames.append(counter.frame_count)
-        assert [layer.adaptation.cache.evaluations for layer in layers] == [step + 1] * len(layers)
+        assert [layer.adapted.preparations for layer in layers] == [step + 1] * len(layers)
     assert losses[-1] < losses[0]
     assert frames == [frames[0]] * 4
     if not checkpointing:
@@ -141,16 +141,21 @@ def test_the_op_by_torchs_own_checks():
     model, layer = one_layer()
     randomize(model)
     x, out = torch.randn(5, 10), torch.randn(5, 13)
-    handle = layer.adaptation.handle.tensor
-    inputs = (x, out, layer.lora_A, layer.lora_B, layer.magnitude, layer.bias, None, 1.0, handle, True)
-    torch.library.opcheck(op.compose, inputs, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    model, layer = one_layer(magnitude_axis="input")
-    inputs = (x, layer.lora_A, layer.lora_B, layer.magnitude, torch.float32, layer.adaptation.handle.tensor, True)
-    torch.library.opcheck(op.scaled_input, inputs, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    ids = torch.tensor([[1, 5], [9, 0]])
-    found = torch.library.opcheck(
-        op.frozen_rows, (ids, layer.adaptation.handle.tensor, torch.float32), test_utils=("test_schema", "test_faketensor")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    weight = layer.adapted
+    settings = 1.0, False, torch.float32, 3, weight.handle.tensor
+    torch.library.opcheck(
+        compiled._compose, (x, out, layer.bias, None, list(weight.tensors()), layer.weight, *settings), test_utils=checks
     )
+    model, layer = one_layer(magnitude_axis="input")
+    weight = layer.adapted
+    settings = 1.0, True, torch.float32, 0, weight.handle.tensor
+    torch.library.opcheck(
+        compiled._compose, (None, x, None, None, list(weight.tensors()), layer.weight, *settings), test_utils=checks
+    )
+    ids = torch.tensor([[1, 5], [9, 0]])
+    inputs = ids, layer.weight, weight.handle.tensor, torch.float32
+    found = torch.library.opcheck(compiled.frozen_rows, inputs, test_utils=checks[:2])
     assert set(found.values()) == {"SUCCESS"}
 
 
@@ -161,7 +166,7 @@ def test_copies_have_handles_of_their_own():
     model, layer = one_layer()
     randomize(model)
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    numbers = {m.layer.adaptation.handle.tensor.item() for m in (model, twin, thawed)}
+    numbers = {m.layer.adapted.handle.tensor.item() for m in (model, twin, thawed)}
     assert len(numbers) == 3
     with torch.no_grad():
         twin.layer.weight.mul_(2.0)
@@ -173,11 +178,11 @@ def test_copies_have_handles_of_their_own():
 
 def test_a_layer_that_is_gone():
     model, layer = one_layer()
-    number = layer.adaptation.handle.tensor
+    number = layer.adapted.handle.tensor
     del model, layer
     gc.collect()
-    with pytest.raises(RuntimeError, match="compile the model again"):
-        op.site(number, True)
+    with pytest.raises(RuntimeError, match=r"is not in this process; .* compile or export again"):
+        compiled.weight_of(number)
 
 
 def test_double_backward_is_refused():

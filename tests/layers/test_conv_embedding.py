@@ -123,14 +123,14 @@ def test_conv_and_embedding_under_compile_one_norm_a_step():
     compiled = torch.compile(model, fullgraph=True)
     optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-3), foreach=False)
     other = torch.optim.SGD(doratune.parameter_groups(plain, lr=1e-3), foreach=False)
-    before = model.conv.adaptation.cache.evaluations
+    before = model.conv.adapted.preparations
     for step in range(3):
         for how, opt in ((compiled, optimizer), (plain, other)):
             how(ids).square().mean().backward()
             opt.step()
             if step < 2:
                 opt.zero_grad()
-    assert model.conv.adaptation.cache.evaluations == before + 3
+    assert model.conv.adapted.preparations == before + 3
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_an_embedding_computes_norms_of_looked_up_rows_only(monkeypatch):
     y.sum().backward()
     assert layer.magnitude.grad.nonzero().flatten().tolist() == [3, 999]
     assert layer.lora_B.grad.abs().sum(1).nonzero().flatten().tolist() == [3, 999]
-    assert layer.adaptation.cache.evaluations == 0
+    assert layer.adapted.preparations == 0
 
 
 def test_the_padding_row_is_not_trained():

@@ -149,15 +149,15 @@ def test_only_routed_experts_cost_anything():
     index[:, 1] = 3
     optimizer = torch.optim.AdamW(doratune.parameter_groups(holder, lr=1e-3))
     for layer in layers.values():
-        for part in layer.adaptation.parts.values():
-            part.cache.evaluations = part.calls = 0
+        for part in layer.adapted.parts.values():
+            part.preparations = part.calls = 0
     for step in range(1, 4):
         for _ in range(2):  # gradient accumulation: no new norm
             holder["experts"](x, index, weights).sum().backward()
         for layer in layers.values():
-            counts = [layer.adaptation.parts[e].cache.evaluations for e in range(EXPERTS)]
+            counts = [layer.adapted.parts[e].preparations for e in range(EXPERTS)]
             assert counts == [step, step, 0, step, 0]
-            assert [layer.adaptation.parts[e].calls for e in range(EXPERTS)] == [2 * step, 2 * step, 0, 2 * step, 0]
+            assert [layer.adapted.parts[e].calls for e in range(EXPERTS)] == [2 * step, 2 * step, 0, 2 * step, 0]
         optimizer.step()
     assert layers["down_proj"].lora_B.grad[2].abs().sum() == 0
 
@@ -187,7 +187,7 @@ def test_whole_models(family, tmp_path):
     assert torch.equal(model(ids).logits, base)
     assert doratune.verify(model, ids).problems == []
     layer = dict(doratune.adapters(model))[names[4]]
-    shape = layer.adaptation.base.shape(layer)
+    shape = layer.adapted.base.shape(layer)
     assert layer.lora_A.shape == (EXPERTS, 3, shape[2]) and layer.lora_B.shape == (EXPERTS, shape[1], 3)
     assert layer.magnitude.shape == (EXPERTS, shape[1])
     assert not any(torch.equal(layer.lora_A[0], layer.lora_A[e]) for e in range(1, EXPERTS))
@@ -276,7 +276,7 @@ def test_rows_without_direction_stay_plain(axis):
     with torch.no_grad():
         layer.magnitude[1, 2] = 7.0
         assert torch.equal(holder["experts"](x, index, weights), y)
-    assert layer.adaptation.frozen_facts(layer).directionless.nonzero().tolist() == [[1, 2]]
+    assert layer.adapted.facts.directionless.nonzero().tolist() == [[1, 2]]
     assert doratune.verify(holder).zero_rows == {"experts.down_proj": 1}
 
 
@@ -338,7 +338,7 @@ def test_selection():
     assert [name for name, _ in doratune.adapters(model)] == [f"model.layers.1.mlp.experts.{part}" for part in PARTS]
     doratune.detach(model)
     doratune.attach(model, config(targets=["experts"], rank_overrides={"down_proj": 2}))
-    assert [layer.adaptation.rank for _, layer in doratune.adapters(model)] == [3, 2, 3, 2]
+    assert [layer.adapted.rank for _, layer in doratune.adapters(model)] == [3, 2, 3, 2]
 
 
 def test_names_of_peft_select_no_experts(tmp_path):

@@ -364,10 +364,10 @@ def test_merge_that_overflows_or_fails_changes_nothing(monkeypatch):
     y, weights = pair(x), [m.weight.clone() for m in pair]
     real = doratune.adapter.merge.merged_tiles
 
-    def fails_on_the_second(module, gain):
-        if module is pair[1]:
+    def fails_on_the_second(weight, n):
+        if weight is pair[1].adapted:
             raise MemoryError
-        return real(module, gain)
+        return real(weight, n)
 
     monkeypatch.setattr("doratune.adapter.merge.merged_tiles", fails_on_the_second)
     with pytest.raises(MemoryError):

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import doratune
-from doratune.layers import together
-from doratune.layers.site import LayerSite
+from doratune.layers import prepared
 
 
 class OpaqueLinear(nn.Linear):
@@ -149,32 +148,29 @@ def step(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_siblings_get_the_norm_that_they_would_compute_alone(dtype, monkeypatch):
+def test_weights_prepared_together_have_the_norm_that_they_would_have_alone(dtype, monkeypatch):
     model = stack_of_layers(dtype=dtype)
     model.append(nn.Identity())
     layers = [layer for _, layer in doratune.adapters(model)]
     asked = []
-    inner = together.norm.magnitudes
-    monkeypatch.setattr(
-        together.norm, "magnitudes", lambda base, modules, *a: asked.append(len(modules)) or inner(base, modules, *a)
-    )
+    inner = prepared.norm.stacked
+    monkeypatch.setattr(prepared.norm, "stacked", lambda U, *a: asked.append(len(U)) or inner(U, *a))
     x = torch.randn(70, 12, dtype=dtype)
     model(x)
-    assert asked == [1] * 5  # nothing was stale before the first call
+    assert asked == [1] * 5  # nobody was asked before the first call
     optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-3))
     model(x).float().square().sum().backward()
     optimizer.step()
     asked.clear()
     model(x)
     assert asked == [4, 1]  # four layers of one shape together
-    assert [layer.adaptation.cache.evaluations for layer in layers] == [2] * 5
+    assert [layer.adapted.preparations for layer in layers] == [2] * 5
     for layer in layers:
-        site = LayerSite(layer, layer.adaptation)
-        n = site.norm(layer.lora_A, layer.lora_B, dtype, 70)
-        alone = site.terms(layer.lora_A.to(dtype), layer.lora_B.to(dtype)).n
+        n = layer.adapted.n(dtype)
+        alone = layer.adapted.terms(layer.lora_A.to(dtype), layer.lora_B.to(dtype)).n
         torch.testing.assert_close(n, alone, rtol=1e-6, atol=0)
-        layer.adaptation.cache.clear()
-        assert torch.equal(site.norm(layer.lora_A, layer.lora_B, dtype, 70), n)  # bit for bit, stacked or not
+        layer.adapted.changed()
+        assert torch.equal(layer.adapted.n(dtype), n)  # bit for bit, stacked or not
 
 
 @pytest.mark.parametrize("edit", ["data", "in place", "weight", "assign"])
@@ -199,12 +195,14 @@ def test_a_sibling_edited_after_its_norm_was_made_ahead(edit):
     torch.testing.assert_close(second(x).double().detach(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_copies_have_siblings_of_their_own():
+def test_copies_have_a_registry_of_their_own():
     model = stack_of_layers()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        groups = {id(layer.adaptation.siblings) for _, layer in doratune.adapters(twin)}
-        assert len(groups) == 1 and groups != {id(model[0].adaptation.siblings)}
-        assert set(twin[0].adaptation.siblings.modules) == {layer for _, layer in doratune.adapters(twin)}
+        registries = {id(layer.adapted.registry) for _, layer in doratune.adapters(twin)}
+        assert len(registries) == 1 and registries != {id(model[0].adapted.registry)}
+        assert {weight.layer for weight in twin[0].adapted.registry.weights()} == {layer for _, layer in doratune.adapters(twin)}
+        model[0].adapted.registry.generation += 1
+        assert twin[0].adapted.registry.generation != model[0].adapted.registry.generation
 
 
 def test_rows_in_danger_are_left_to_the_exact_way():
@@ -218,14 +216,12 @@ def test_rows_in_danger_are_left_to_the_exact_way():
         layer.lora_B.zero_()
         layer.lora_B[3, 0] = -0.97 / layer.scaling
     torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.0).step()  # every norm is old now
-    model[0](torch.randn(70, 12, dtype=torch.bfloat16))
-    assert layer.adaptation.cache.evaluations == 2  # made ahead with the others
-    site = LayerSite(layer, layer.adaptation)
-    n = site.norm(layer.lora_A, layer.lora_B, torch.bfloat16, 70)
+    model(torch.randn(70, 12, dtype=torch.bfloat16))
+    assert layer.adapted.preparations == 2  # with the others
+    n = layer.adapted.n(torch.bfloat16)
     A, B = (t.detach().bfloat16() for t in (layer.lora_A, layer.lora_B))
     want = reference.norm(layer.weight.detach(), A, B, layer.scaling)
     torch.testing.assert_close(n.double(), want, rtol=1e-4, atol=0)
-    assert layer.adaptation.cache.evaluations == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])
@@ -265,7 +261,7 @@ def test_factors_are_made_once_for_a_decode():
     doratune.attach(model, doratune.AdapterConfig(rank=4), trainable=False)
     randomize(model)
     model.generate(torch.randint(3, 300, (2, 9)), max_new_tokens=12, do_sample=False)
-    assert {layer.adaptation.factors.evaluations for _, layer in doratune.adapters(model)} == {1}
+    assert {layer.adapted.preparations for _, layer in doratune.adapters(model)} == {1}
 
 
 FROZEN = [names for names in ("A", "B", "m", "AB", "Am", "Bm", "")]
@@ -333,24 +329,52 @@ def test_selective_checkpointing(method, bias):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_kernels_that_write_over_the_output_unseen(monkeypatch):
-    """Fused rotary embeddings rotate q in place without telling autograd; with such a package loaded y is not read back."""
+def rotary(y):
+    """Rotates in the memory of y, as fused kernels do, which autograd does not see."""
+    y.detach().numpy()[:] = 7.0
+
+
+class Rotated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(10, 13)
+
+    def forward(self, x):
+        y = self.layer(x)
+        loss = (y * torch.arange(13.0)).sum()
+        rotary(y)
+        return loss
+
+
+@pytest.mark.parametrize("how", ["found", "said"])
+def test_kernels_that_write_over_the_output_unseen(monkeypatch, how):
+    """Fused rotary embeddings rotate q in place without telling autograd: with such kernels in a model y is not read back."""
     import sys
     import types
 
-    grads = []
-    for unseen in (True, False):
-        if unseen:
-            monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-        model, layer = one_layer()
-        randomize(model)
-        y = layer(torch.randn(20, 10, generator=torch.Generator().manual_seed(1)))
-        loss = (y * torch.arange(13.0)).sum()
-        if unseen:
-            y.detach().numpy()[:] = 7.0
-        loss.backward()
-        grads.append(layer.magnitude.grad)
-    torch.testing.assert_close(grads[0], grads[1])
+    monkeypatch.setattr(rotary, "__module__", "liger_kernel.ops.rope" if how == "found" else __name__)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))  # being imported changes nothing
+    torch.manual_seed(0)
+    model = Rotated()
+    plain = copy.deepcopy(model)
+    settings = {} if how == "found" else {"keep_base_output": True}
+    for one in (model, plain):
+        doratune.attach(one, doratune.AdapterConfig(rank=3, targets=["layer"], **settings))
+        randomize(one)
+    assert model._doratune.overwritten == ("liger_kernel" if how == "found" else "keep_base_output")
+    x = torch.randn(20, 10)
+    model(x).backward()
+    (plain.layer(x) * torch.arange(13.0)).sum().backward()
+    torch.testing.assert_close(model.layer.magnitude.grad, plain.layer.magnitude.grad)
+
+
+def test_an_imported_package_changes_nothing(monkeypatch):
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    model, _ = one_layer()
+    assert model._doratune.overwritten is None
 
 
 def test_weights_that_come_and_go_at_one_address():
@@ -400,10 +424,10 @@ def test_a_shallow_copy_of_a_layer():
     model, layer = one_layer()
     randomize(model)
     twin = copy.copy(layer)
-    assert twin.adaptation is not layer.adaptation
-    number = layer.adaptation.handle.tensor.item()
+    assert twin.adapted is not layer.adapted
+    number = layer.adapted.handle.tensor.item()
     del twin
-    assert layer.adaptation.handle.bound() and layer.adaptation.handle.tensor.item() == number
+    assert layer.adapted.handle.bound() and layer.adapted.handle.tensor.item() == number
 
 
 def test_parametrized_factors_of_a_sibling():

@@ -8,7 +8,6 @@ import torch
 from conftest import one_layer, randomize
 
 import doratune
-from doratune.layers.site import LayerSite
 
 AXES, MODES = ("output", "input"), ("detached", "full")
 FACTOR = 3.0
@@ -92,7 +91,7 @@ def test_cancellation(axis, mode, dtype):
             layer.lora_B[:, 2:5] = -0.96 * W[:, 2:5]
         layer.magnitude.mul_(1.2)
     x, dY = torch.randn(9, 12).to(dtype), torch.randn(9, 16).to(dtype)
-    site = LayerSite(layer, layer.adaptation)
+    site = layer.adapted
     A, B = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
     terms = site.terms(A, B)
     exact = reference.norm(layer.weight, A, B, layer.scaling, axis)
@@ -111,13 +110,13 @@ def test_redone_rows_count_in_the_full_gradient(axis):
     W = layer.weight.detach()
     A = torch.linalg.qr(torch.randn(12, 12)).Q.bfloat16()
     B = (-0.98 * W.float() @ torch.linalg.inv(A.float())).bfloat16()
-    site = LayerSite(layer, layer.adaptation)
+    site = layer.adapted
     index = site.terms(A, B).redone
     assert len(index) == (16 if axis == "output" else 12)
     V, c = W.double() + B.double() @ A.double(), torch.ones(16 if axis == "output" else 12)
     exact = -V @ A.double().T if axis == "output" else V @ A.double().T
     gradient = norm.full_gradient_output if axis == "output" else norm.full_gradient_input
-    _, dB = gradient(layer.adaptation.base, layer, A, B, 1.0, c, index)
+    _, dB = gradient(layer.adapted, A, B, 1.0, c, index)
     assert error(dB, exact) < 1e-4 * exact.norm()
 
 
@@ -134,7 +133,7 @@ def test_cancellation_within_the_update(axis):
                 layer.lora_B[:, 0] = size
                 layer.lora_B[:, 1] = size + torch.randn(32) / 400
                 layer.lora_A[1] = -layer.lora_A[0]
-        n = LayerSite(layer, layer.adaptation).terms(layer.lora_A, layer.lora_B).n
+        n = layer.adapted.terms(layer.lora_A, layer.lora_B).n
         exact = reference.norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, axis)
         dense = reference.row_norm(layer.weight + layer.scaling * layer.lora_B @ layer.lora_A, axis)
         ours, theirs = (((t.double() - exact).abs() / exact).max().item() for t in (n, dense))
@@ -147,7 +146,7 @@ def test_a_norm_that_vanishes_is_clamped():
     with torch.no_grad():
         layer.lora_A.copy_(torch.eye(6))
         layer.lora_B[4] = -layer.weight[4]
-    terms = LayerSite(layer, layer.adaptation).terms(layer.lora_A, layer.lora_B)
+    terms = layer.adapted.terms(layer.lora_A, layer.lora_B)
     assert terms.clamped.tolist() == [i == 4 for i in range(6)]
     torch.testing.assert_close(terms.n[4], 1e-6 * layer.weight[4].norm(), rtol=1e-4, atol=0)
     y, grads = run(layer, torch.randn(3, 6), torch.randn(3, 6))
@@ -163,8 +162,8 @@ def test_tiny_gradients_survive_in_fp16():
 
     c = torch.full((16,), 1e-9)
     none = torch.zeros(0, dtype=torch.long)
-    small = full_gradient_output(layer.adaptation.base, layer, A, B, layer.scaling, c, none)
-    large = full_gradient_output(layer.adaptation.base, layer, A, B, layer.scaling, c * 1e9, none)
+    small = full_gradient_output(layer.adapted, A, B, layer.scaling, c, none)
+    large = full_gradient_output(layer.adapted, A, B, layer.scaling, c * 1e9, none)
     for a, b in zip(small, large):
         torch.testing.assert_close(a * 1e9, b, rtol=2e-3, atol=1e-3 * b.abs().max().item())
 
@@ -183,7 +182,7 @@ def test_norm_is_exact(axis):
     model, layer = one_layer(64, 48, dtype=torch.bfloat16, rank=7, magnitude_axis=axis)
     randomize(model, scale=0.02)
     A, B = layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
-    n = LayerSite(layer, layer.adaptation).norm(layer.lora_A, layer.lora_B, torch.bfloat16, 64)
+    n = layer.adapted.n(torch.bfloat16)
     exact = reference.norm(layer.weight, A, B, layer.scaling, axis)
     assert n.dtype == torch.float32
     assert ((n.double() - exact).abs() / exact).max() < 1e-4  # U is rounded to bf16, the norm is not

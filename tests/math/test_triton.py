@@ -60,6 +60,11 @@ def assert_close(case, got, want, absolute, operations):
     assert not wrong.any(), f"{case}: {int(wrong.sum())} of {want.numel()} wrong: {got[wrong][:4]} for {want[wrong][:4]}"
 
 
+def shift(h, bias):
+    """(1 − g) ⊙ bias."""
+    return None if bias is None else -h * bias.float()
+
+
 def check_compose(kernels):
     layouts = itertools.cycle(["dense", "sliced", "transposed"])
     for T, O, R, dtype, biased in itertools.product((0, 1, 5, 70), (13, 130), RANKS, DTYPES, (True, False)):
@@ -70,7 +75,7 @@ def check_compose(kernels):
         b = 0.0 if bias is None else bias.double()
         want = out.double() + h.double() * (out.double() - b) + z.double() @ sB.double().T
         absolute = out.double().abs() + h.double().abs() * (out.double() - b).abs() + z.double().abs() @ sB.double().abs().T
-        got = kernels.compose(out, h, bias, z, sB)
+        got = kernels.compose(out, 1 + h, shift(h, bias), z, sB)
         assert got.dtype == dtype
         assert_close(("compose", T, O, R, dtype, biased, layout), got, want, absolute, R + 4)
 
@@ -84,11 +89,15 @@ def check_special_cases(kernels):
         scaled, low = h.double() * (out.double() - bias.double()), z.double() @ sB.double().T
         absolute = out.double().abs() + scaled.abs() + z.double().abs() @ sB.double().abs().T
         case = ("special cases", T, dtype)
-        assert_close((*case, "DoRA"), kernels.compose(out, h, bias, z, sB), out.double() + scaled + low, absolute, R + 4)
-        assert_close((*case, "LoRA"), kernels.compose(out, None, bias, z, sB), out.double() + low, absolute, R + 4)
-        assert_close((*case, "magnitude only"), kernels.compose(out, h, bias, None, None), out.double() + scaled, absolute, 4)
+        assert_close(
+            (*case, "DoRA"), kernels.compose(out, 1 + h, shift(h, bias), z, sB), out.double() + scaled + low, absolute, R + 4
+        )
+        assert_close((*case, "LoRA"), kernels.compose(out, None, None, z, sB), out.double() + low, absolute, R + 4)
+        assert_close(
+            (*case, "magnitude only"), kernels.compose(out, 1 + h, shift(h, bias), None, None), out.double() + scaled, absolute, 4
+        )
         assert torch.equal(kernels.compose(out, None, None, None, None), out), case
-        assert torch.equal(kernels.compose(out, 0 * h, bias, z, 0 * sB), out), case
+        assert torch.equal(kernels.compose(out, 1 + 0 * h, shift(0 * h, bias), z, 0 * sB), out), case
         gdY, dot = kernels.compose_backward(out, z @ sB.T, None, None)
         products = out.double() * (z @ sB.T).double()
         assert torch.equal(gdY, out), case
@@ -103,7 +112,7 @@ def check_compose_backward(kernels):
         first, second = next(layouts)
         dY, kept = random(T, O, dtype=dtype, layout=first), random(T, O, dtype=dtype, layout=second)
         h, bias = torch.rand(O, device=DEVICE) - 0.4, 2 + random(O, dtype=dtype) if biased else None
-        gdY, dot = kernels.compose_backward(dY, kept, h, bias)
+        gdY, dot = kernels.compose_backward(dY, kept, 1 + h, None if bias is None else bias.float())
         want, products = dY.double() * (1 + h.double()), dY.double() * (kept.double() - (0.0 if bias is None else bias.double()))
         case = ("backward", kernels.PROGRAMS, T, O, dtype, biased, first)
         assert gdY.dtype == dtype and dot.dtype == torch.float32
@@ -142,11 +151,11 @@ def check_compilation(kernels):
     for capability, (name, dtype) in itertools.product((80, 90), (("bf16", torch.bfloat16), ("fp32", torch.float32))):
         p, size = f"*{name}", kernels.tile(4096, 24, dtype)
         blocks = dict(zip(("ROWS", "COLUMNS", "RANKS"), size))
-        full = {"y": p, "out": p, "gain": "*fp32", "bias": p, "z": p, "sB": p, "T": "i32", "O": "i32", "out_t": "i32"}
+        full = {"y": p, "out": p, "g": "*fp32", "shift": "*fp32", "z": p, "sB": p, "T": "i32", "O": "i32", "out_t": "i32"}
         rest = {"out_o": 1, "R": 24, "GROUP": kernels.GROUP} | blocks
-        without = dict.fromkeys(("bias", "z", "sB")) | rest
+        without = dict.fromkeys(("shift", "z", "sB")) | rest
         few = {key: value for key, value in full.items() if key not in without}
-        back = {"gdY": p, "partial": "*fp32", "dY": p, "kept": p, "gain": "*fp32", "bias": p}
+        back = {"gdY": p, "partial": "*fp32", "dY": p, "kept": p, "g": "*fp32", "bias": "*fp32"}
         back |= dict.fromkeys(("T", "O", "dY_t", "kept_t"), "i32")
         wide = {"dY_o": 1, "kept_o": 1} | dict(zip(("ROWS", "COLUMNS"), kernels.BACKWARD_TILE))
         norm = {"partial": "*fp32", "W": p, "A": p, "B": p, "s": "fp32", "O": "i32", "I": "i32", "W_o": "i64"}

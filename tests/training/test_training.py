@@ -357,7 +357,7 @@ def test_mixin_with_a_plain_trainer(tmp_path, tiny_tokenizer):
     groups = {g["name"]: g for g in trainer.optimizer.param_groups}
     assert groups["magnitude"]["weight_decay"] == 0.0
     assert groups["factors"]["weight_decay"] == 0.5
-    assert {layer.adaptation.cache.evaluations for _, layer in doratune.adapters(model)} == {2}
+    assert {layer.adapted.preparations for _, layer in doratune.adapters(model)} == {2}
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 

@@ -5,6 +5,7 @@ Cost of attaching: one pass over the adapted weights for w² (m starts there), a
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +16,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..bases import accumulation_dtype
 from ..config import AdapterConfig
-from ..directions import direction_for
-from ..directions.vera import SharedFactors
+from ..directions import Direction, direction_for
 from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
-from ..layers.adapted import MAGNITUDE_NAMES, NEVER_TRAINED, Adapted, adapted_class, become, own_parameters
+from ..layers.adapted import Adapted, adapted_class, become, own_parameters
 from ..layers.layouts import named_layers
-from ..layers.site import Adaptation
-from ..layers.together import Siblings
+from ..layers.registry import Registry
+from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
 from .targets import Selection, select
 
@@ -41,6 +41,8 @@ class Attachment:
     alphas: dict[str, float]
     replaced: dict[str, nn.Parameter]  # original parameters of the modules that are trained whole
     buffers: dict[str, torch.Tensor]  # copies of their buffers
+    registry: Registry
+    overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
 
 
@@ -87,7 +89,8 @@ def attach_selection(
         for p in modules[name].parameters():
             p.requires_grad_(trainable and p.is_floating_point())
     shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
-    common = Common(Siblings(), shared_factors(config, shapes), original, loading, config.norm_memory)
+    overwritten = writing_kernels(model) if config.keep_base_output is None else "keep_base_output" * config.keep_base_output
+    common = Common(Registry(), config, shapes, bool(overwritten), original, loading)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -97,6 +100,8 @@ def attach_selection(
         alphas=selection.alphas,
         replaced=replaced,
         buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
+        registry=common.registry,
+        overwritten=overwritten or None,
     )
     setattr(model, RECORD, record)
     try:
@@ -106,35 +111,87 @@ def attach_selection(
         detach(model)  # as it was
         raise
     fastpath.close(model)
+    _watch(model, record)
     return model
 
 
-@dataclass
+def _watch(model: nn.Module, record: Attachment) -> None:
+    """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
+    module, registry = model, record.registry
+    while True:
+        if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
+            module.register_forward_pre_hook(Begin(registry))
+            module.register_forward_hook(End(registry), always_call=True)
+        holding = [child for child in module.children() if any(isinstance(inner, Adapted) for inner in child.modules())]
+        if len(holding) != 1:
+            return
+        module = holding[0]
+
+
+def _unwatch(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Begin | End)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+class Begin:
+    """The hook at the beginning of a model's forward."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+
+    def __call__(self, *_) -> None:
+        self.registry.enter()
+
+
+class End(Begin):
+    def __call__(self, *_) -> None:
+        self.registry.leave()
+
+
+WRITERS = ("liger_kernel", "unsloth")
+"""Packages whose rotary embedding rotates q and k in the memory of the projection's output, unseen by version counters."""
+
+
+def writing_kernels(model: nn.Module) -> str | None:
+    """The package among `WRITERS` whose functions this model's modules call, or None. Being imported is not being used."""
+    for cls in {type(module) for module in model.modules()}:
+        functions = [vars(cls).get("forward"), *vars(sys.modules.get(cls.__module__, cls)).values()]
+        for function in functions:
+            package = (getattr(function, "__module__", None) or "").partition(".")[0]
+            if package in WRITERS and callable(function):
+                return package
+    return None
+
+
 class Common:
     """What the layers of one attachment share."""
 
-    siblings: Siblings
-    shared: SharedFactors | None
-    original: object = None
-    loading: bool = False  # the values come from a file afterwards
-    norm_memory: int = 0  # bytes left for products that are kept
+    def __init__(self, registry: Registry, config: AdapterConfig, shapes=(), overwritten=False, original=None, loading=False):
+        self.registry, self.config, self.shapes, self.overwritten = registry, config, list(shapes), overwritten
+        self.original = original
+        self.loading = loading  # the values come from a file afterwards
+        self.norm_memory = config.norm_memory  # bytes left for products that are kept
+        self.directions: dict[bool, Direction] = {}
 
-    def may_keep(self, a: Adaptation, module: nn.Module) -> bool:
+    def direction(self, rank: int) -> Direction:
+        """The one direction of all layers with a rank, and that of all without."""
+        if bool(rank) not in self.directions:
+            self.directions[bool(rank)] = direction_for(self.config, rank, self.shapes)
+        return self.directions[bool(rank)]
+
+    def may_keep(self, weight: AdaptedWeight, module: nn.Module) -> bool:
         """Is there memory left for this layer's U = W·Aᵀ, where A never changes?"""
-        if a.direction.name != "vera" or not a.magnitude or a.axis != "output" or len(a.base.shape(module)) > 2:
+        shape = weight.base.shape(module)
+        if not weight.direction.constant_A() or not weight.magnitude or weight.axis != "output" or len(shape) > 2:
             return False
-        wanted = a.base.shape(module)[0] * a.rank * a.base.dtype(module).itemsize + 4 * a.rank**2
+        wanted = shape[0] * weight.rank * weight.base.dtype(module).itemsize + 4 * weight.rank**2
         if wanted > self.norm_memory:
             return False
         self.norm_memory -= wanted
         return True
-
-
-def shared_factors(config: AdapterConfig, shapes: list[tuple[int, int]]) -> SharedFactors | None:
-    """VeRA's frozen pair, large enough for every layer."""
-    if config.direction != "vera" or not shapes:
-        return None
-    return SharedFactors(config.rank, max(rows for rows, _ in shapes), max(columns for _, columns in shapes), config.seed)
 
 
 def adapt(
@@ -145,11 +202,11 @@ def adapt(
     base = kind.base(module)
     base.trial(module)
     base.adopt(module)
-    common = common or Common(Siblings(), shared_factors(config, [base.shape(module)[-2:]]))
-    a = kind.adaptation(
+    common = common or Common(Registry(), config, [base.shape(module)[-2:]])
+    weight = kind.weight(
         kind=kind,
         base=base,
-        direction=direction_for(config, rank, common.shared),
+        direction=common.direction(rank),
         rank=rank,
         scaling=config.scaling(rank, alpha) if rank else 1.0,
         magnitude=config.has_magnitude,
@@ -157,42 +214,49 @@ def adapt(
         full_gradient=config.norm_gradient == "full",
         relative=config.magnitude_form == "relative",
         dropout=config.dropout,
-        siblings=common.siblings,
+        registry=common.registry,
+        overwritten=common.overwritten,
     )
-    a.keep_product = common.may_keep(a, module)
+    weight.keep_product = common.may_keep(weight, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
-    module.adaptation = a
+    module.adapted = weight
+    weight.belongs_to(module)
     try:
-        _create(module, a, config, seed, name, common)
+        _create(module, weight, config, seed, name, common)
     except BaseException:
-        for key in (*a.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES):
+        for key in (*weight.direction.names, "lora_A", "lora_B", *MAGNITUDES[False], *MAGNITUDES[True]):
             module._parameters.pop(key, None)
         base.release(module)
-        del module.adaptation
+        del module.adapted
         raise
+    frozen = never_trained(weight)
     for key, p in own_parameters(module).items():
-        p.requires_grad_(trainable and key not in NEVER_TRAINED)
-    become(module, adapted_class(type(module), a.magnitude and a.relative))
-    a.belongs_to(module)
+        p.requires_grad_(trainable and key not in frozen)
+    become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     kind.joined(module)
 
 
-def _create(module: nn.Module, a: Adaptation, config: AdapterConfig, seed: int, name: str, common: Common) -> None:
+def never_trained(weight: AdaptedWeight) -> tuple[str, ...]:
+    """Names of its parameters that stay as they are."""
+    return (*weight.direction.frozen, "magnitude_start")
+
+
+def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, seed: int, name: str, common: Common) -> None:
     """Register the direction's parameters and the magnitude, with their first values."""
-    dtype, device = accumulation_dtype(a.base.dtype(module)), a.base.device(module)
-    a.create(module, seed, dtype, device)
+    dtype, device = accumulation_dtype(weight.base.dtype(module)), weight.base.device(module)
+    weight.create(module, seed, dtype, device)
     for key in ("lora_A", "lora_B"):
         if key not in module._parameters:
             module.register_parameter(key, None)
     if common.loading:
-        first = a.frozen_facts(module).w2.sqrt() if a.magnitude else None
+        first = weight.facts.w2.sqrt() if weight.magnitude else None
     else:
-        first = initial.of_layer(module, a, config, seed, name, common.original)
-    if a.magnitude and a.relative:
+        first = initial.of_layer(weight, config, seed, name, common.original)
+    if weight.magnitude and weight.relative:
         module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
         module.register_parameter("magnitude_start", nn.Parameter(first))
     else:
-        module.register_parameter("magnitude", nn.Parameter(first) if a.magnitude else None)
+        module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
 
 
 def _train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
@@ -221,6 +285,7 @@ def detach(model: nn.Module) -> nn.Module:
     for _, module in list(adapters(model)):
         take_off(module)
     fastpath.reopen(model)
+    _unwatch(model)
     for path, p in record.replaced.items():
         owner, _, leaf = path.rpartition(".")
         parameters = model.get_submodule(owner)._parameters
@@ -236,24 +301,25 @@ def detach(model: nn.Module) -> nn.Module:
 
 def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Make an adapted module a plain one again; returns its own parameters."""
-    names = (*module.adaptation.direction.names, "lora_A", "lora_B", *MAGNITUDE_NAMES)
+    weight = module.adapted
+    names = (*weight.names, "lora_A", "lora_B", "magnitude")
     own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
-    kind = module.adaptation.kind
-    module.adaptation.base.release(module)
-    del module.adaptation
+    weight.base.release(module)
+    del module.adapted
     become(module, type(module).plain_class)
-    kind.left(module)
+    weight.kind.left(module)
     return own
 
 
-def put_on(module: nn.Module, a: Adaptation, own: dict[str, nn.Parameter | None]) -> None:
+def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
     """Undo `take_off`."""
     for name, p in own.items():
         module.register_parameter(name, p)
-    module.adaptation = a
-    a.base.adopt(module)
-    become(module, adapted_class(type(module), a.magnitude and a.relative))
-    a.kind.joined(module)
+    module.adapted = weight
+    weight.belongs_to(module)
+    weight.base.adopt(module)
+    become(module, adapted_class(type(module), weight.magnitude and weight.relative))
+    weight.kind.joined(module)
 
 
 def record_of(model: nn.Module) -> Attachment:
@@ -292,7 +358,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Declare a hand edit of A, B or W: every norm is computed anew on its next use."""
+    """Declare a hand edit of A, B, m or W: everything derived is prepared anew on its next use."""
     for module in model.modules():
         if isinstance(module, Adapted):
-            module.adaptation.changed()
+            module.adapted.changed()

@@ -14,8 +14,6 @@ from ..errors import UserError
 from ..layers.adapted import own_parameters
 from .attach import adapters, record_of
 
-OUTPUT_FACTORS = ("lora_B", "vera_b", "hada_w2_a", "lokr_w2_b")
-
 
 def parameter_groups(
     model: nn.Module,
@@ -62,19 +60,19 @@ def parameter_groups(
 
 def _sorted(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Group name → its trainable parameters, in the model's order."""
-    names = {id(p): name for _, layer in adapters(model) for name, p in own_parameters(layer).items()}
+    names = {id(p): (name, layer.adapted) for _, layer in adapters(model) for name, p in own_parameters(layer).items()}
     groups: dict[str, list] = {
         name: [] for name in ("factors", "output_factors", "factors_in_order", "whole", "whole_vectors", "magnitude")
     }
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        name = names.get(id(p))
+        name, weight = names.get(id(p), (None, None))
         if name is None:
             groups["whole" if p.dim() > 1 else "whole_vectors"].append(p)
         elif name.startswith("magnitude"):
             groups["magnitude"].append(p)
         else:
-            groups["output_factors" if name in OUTPUT_FACTORS else "factors"].append(p)
+            groups["output_factors" if name in weight.direction.output_factors else "factors"].append(p)
             groups["factors_in_order"].append(p)
     return groups

@@ -85,7 +85,7 @@ def inspect(model: nn.Module) -> Inspection:
     adapter = {id(p) for _, layer in adapters(model) for p in own_parameters(layer).values()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
-    packed = sum(_uncounted(layer) for _, layer in adapters(model) if layer.adaptation.base.name != "dense")
+    packed = sum(_uncounted(layer) for _, layer in adapters(model) if not layer.adapted.base.writable)
     return Inspection(rows, dict(record.left_out), trainable, total + packed)
 
 
@@ -102,7 +102,7 @@ def count(model: nn.Module, config) -> tuple[int, int]:
     for name, rank in selection.ranks.items():
         module = layer_at(model, name)
         kind = kind_of(module)
-        (*stack, rows, columns), direction = kind.base(module).shape(module), direction_for(config, rank, None)
+        (*stack, rows, columns), direction = kind.base(module).shape(module), direction_for(config, rank)
         sizes = [size for key, size in direction.shapes((rows, columns), rank).items() if key not in direction.frozen]
         sizes += [(rows,) if kind.axis(config) == "output" else (columns,)] if config.has_magnitude else []
         trainable += math.prod(stack) * sum(math.prod(size) for size in sizes)
@@ -113,14 +113,14 @@ def count(model: nn.Module, config) -> tuple[int, int]:
 
 def _uncounted(layer) -> int:
     """Numbers of a quantized weight that its stored tensor does not count."""
-    rows, columns = layer.adaptation.base.shape(layer)  # quantized storages hold one matrix
+    rows, columns = layer.adapted.shape  # quantized storages hold one matrix
     weight = getattr(layer, "weight", None)
     return rows * columns - (weight.numel() if isinstance(weight, nn.Parameter) else 0)
 
 
 def _row(name: str, layer) -> Row:
-    a = layer.adaptation
-    w2, directionless, _ = a.frozen_facts(layer)
+    a = layer.adapted
+    w2, directionless, _ = a.facts
     w = w2.sqrt()
     near = (w < NEAR * w.median()) & ~directionless if w.numel() else directionless
     return Row(
@@ -128,7 +128,7 @@ def _row(name: str, layer) -> Row:
         kind=a.kind.name,
         base=a.base.name,
         direction=a.direction.name,
-        shape=tuple(a.base.shape(layer)),
+        shape=tuple(a.shape),
         rank=a.rank,
         magnitude=f"per {a.axis}" if a.magnitude else "none",
         trainable=sum(p.numel() for p in own_parameters(layer).values() if p.requires_grad),

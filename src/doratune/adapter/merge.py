@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import fastpath
-from ..layers.adapted import Adapted, own_parameters
+from ..layers.adapted import Adapted
 from ..layers.layouts import layer_at
-from ..layers.site import LayerSite
-from ..math.compose import no_autocast
-from ..math.decomposition import gain_minus_one
-from ..math.norm import direct_rows
+from ..layers.weight import AdaptedWeight
+from ..math.autograd import no_autocast
+from ..math.dora import dora
 from .attach import adapters, put_on, record_of, take_off
 from .stored import Stored
 
@@ -55,12 +54,10 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     common = _model_dtype(model, layers)
     with no_autocast(next(model.parameters()).device):
         dtypes = {name: _dtype(module, common, quantized) for name, module in layers}
-        gains = {
-            name: [checked_gain(name, part, dtypes[name]) for part in module.adaptation.matrices(module)] for name, module in layers
-        }
+        norms = {name: [checked_norm(name, part, dtypes[name]) for part in module.adapted.matrices()] for name, module in layers}
         try:
             for name, module in layers:
-                merged[name] = _merge_layer(module, gains[name], keep, quantized, dtypes[name])
+                merged[name] = _merge_layer(module, norms[name], keep, quantized, dtypes[name])
         except BaseException:
             for name, stored in merged.items():
                 if stored.original is not None:
@@ -90,53 +87,53 @@ def unmerge(model: nn.Module) -> None:
     fastpath.close(model)
 
 
-def checked_gain(name: str, module: Adapted, dtype: torch.dtype | None = None) -> Tensor | None:
-    """g − 1 of a layer whose merged weight is finite in `dtype` (default: the base's).
+def checked_norm(name: str, weight: AdaptedWeight, dtype: torch.dtype | None = None) -> Tensor | None:
+    """|W + s·B·A| of a weight whose merged form is finite in `dtype` (default: the base's); None without a magnitude.
 
     Raises:
         UserError: NaN or infinite values in the adapter, or a result beyond the weight's dtype (fp16).
     """
-    gain = merged_gain(module)
-    if any(not torch.isfinite(t).all() for t in (gain, *own_parameters(module).values()) if t is not None):
+    n = weight.n() if weight.magnitude else None
+    if any(not torch.isfinite(t).all() for t in (n, weight.m(), *weight.tensors()) if t is not None):
         raise UserError(f"{name}: the adapter holds NaN or infinite values; merging is refused, nothing was changed")
-    dtype = dtype or module.adaptation.base.dtype(module)
-    if dtype == torch.float16 and not all(torch.isfinite(tile.to(dtype)).all() for _, tile in merged_tiles(module, gain)):
+    dtype = dtype or weight.dtype
+    if dtype == torch.float16 and not all(torch.isfinite(tile.to(dtype)).all() for _, tile in merged_tiles(weight, n)):
         raise UserError(f"{name}: the merged weight overflows float16; merging is refused, nothing was changed: use bfloat16")
-    return gain
+    return n
 
 
-def _merge_layer(module: Adapted, gains: list[Tensor | None], keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
+def _merge_layer(module: Adapted, norms: list[Tensor | None], keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
     """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
-    a = module.adaptation
-    frozen = a.frozen_facts(module).directionless
+    weight = module.adapted
+    frozen, base = weight.facts.directionless, weight.base
     seen = {"lora_A": module.lora_A, "lora_B": module.lora_B, "magnitude": module.magnitude}
-    if a.base.name == "dense":
-        weight = a.base.weight(module).detach()
-        original = None if keep == "none" else weight.to("cpu", copy=True) if keep == "cpu" else weight.clone()
-        for part, gain in zip(a.matrices(module), gains, strict=True):
-            for rows, tile in merged_tiles(part, gain):
-                part.adaptation.base.write_rows(part, rows, tile)
+    if base.writable:
+        W = base.weight(module).detach()
+        original = None if keep == "none" else W.to("cpu", copy=True) if keep == "cpu" else W.clone()
+        for part, n in zip(weight.matrices(), norms, strict=True):
+            for rows, tile in merged_tiles(part, n):
+                part.base.write_rows(part.layer, rows, tile)
         own = take_off(module)
     else:
-        weight = torch.empty(a.base.shape(module), dtype=dtype, device=a.base.device(module))
-        for rows, tile in merged_tiles(module, gains[0]):
-            weight[rows] = tile.to(dtype)
+        W = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for rows, tile in merged_tiles(weight, norms[0]):
+            W[rows] = tile.to(dtype)
         own = take_off(module)
         original = Stored(module)
         try:
-            a.base.requantized(module, weight) if quantized == "same" else original.make_dense(module, weight)
+            base.requantized(module, W) if quantized == "same" else original.make_dense(module, W)
         except BaseException:
             original.restore(module)
-            put_on(module, a, own)
+            put_on(module, weight, own)
             raise
         original = None if keep == "none" else original.to("cpu") if keep == "cpu" else original
-    return SimpleNamespace(**(seen | own), own=own, scaling=a.scaling, adaptation=a, original=original, frozen=frozen)
+    return SimpleNamespace(**(seen | own), own=own, scaling=weight.scaling, adapted=weight, original=original, frozen=frozen)
 
 
 def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     """Undo `_merge_layer`; where the model changed its dtype meanwhile, the original weight and m follow as `.to` does."""
-    base, dtype = stored.adaptation.base, None
-    if base.name == "dense":
+    base, dtype = stored.adapted.base, None
+    if base.writable:
         weight = base.weight(module)
         device, dtype = weight.device, weight.dtype
         if dtype == stored.original.dtype and device.type != "meta":
@@ -148,17 +145,17 @@ def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     for p in stored.own.values():
         if p is not None:
             p.data = p.data.to(device)
-    put_on(module, stored.adaptation, stored.own)
-    stored.adaptation.changed()
-    if base.name == "dense" and dtype != stored.original.dtype:
-        stored.adaptation.kind.home(module).to(dtype)
+    put_on(module, stored.adapted, stored.own)
+    stored.adapted.changed()
+    if base.writable and dtype != stored.original.dtype:
+        stored.adapted.kind.home(module).to(dtype)
 
 
 def _check_storages(layers: list) -> None:
     """Every quantized layer must know the way back into its storage."""
     for name, module in layers:
-        base = module.adaptation.base
-        if base.name != "dense" and (problem := base.requantize_refusal(module)):
+        base = module.adapted.base
+        if not base.writable and (problem := base.requantize_refusal(module)):
             raise UserError(f'{name}: cannot be quantized again, {problem}; merge with quantized="dense"')
 
 
@@ -172,34 +169,23 @@ def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
 
 def _dtype(module: Adapted, common: torch.dtype | None, quantized: str) -> torch.dtype:
     """Of a merged weight: the base's own where it is stored as before, else what the layer's inputs will be in."""
-    base, bias = module.adaptation.base, getattr(module, "bias", None)
-    if base.name == "dense" or quantized == "same":
+    base, bias = module.adapted.base, getattr(module, "bias", None)
+    if base.writable or quantized == "same":
         return base.dtype(module)
     return common or (base.dtype(module) if bias is None else bias.dtype)
 
 
-def merged_gain(module: Adapted) -> Tensor | None:
-    """g − 1 in fp32 with A and B rounded as the unmerged forward in W's dtype rounds them; None without magnitude."""
-    if module.magnitude is None:
-        return None
-    a, site = module.adaptation, LayerSite(module, module.adaptation)
-    A, B = a.factors_of(module)
-    n = site.norm(A, B, a.base.dtype(module), 2**30)
-    return gain_minus_one(module.magnitude, n, site.frozen)
-
-
-def merged_tiles(module: Adapted, gain: Tensor | None):
-    """(rows, W' rows in fp32) tile by tile."""
-    a = module.adaptation
-    A, B = a.factors_of(module)
-    dtype = a.base.dtype(module)
-    if A is None:
-        tiles = a.base.row_tiles(module)
-    else:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        tiles = direct_rows(a.base, module, A.to(dtype).to(wide), B.to(dtype).to(wide), a.scaling)
-    for rows, V in tiles:
-        if gain is None:
-            yield rows, V
+@torch.no_grad()
+def merged_tiles(weight: AdaptedWeight, n: Tensor | None):
+    """(rows, W' rows in fp32) tile by tile: `math.dora.dora` on A and B rounded as the unmerged forward in W's dtype rounds them."""
+    low, m, frozen = weight.dtype, weight.m(), weight.facts.frozen
+    wide = torch.float64 if low == torch.float64 else torch.float32
+    A, B = (None if t is None else t.to(low).to(wide) for t in weight.low_rank())
+    if frozen is not None and m is not None:  # W' = V on rows without direction
+        m, n = m.masked_fill(frozen, 1.0), n.masked_fill(frozen, 1.0)
+    for rows, tile_KI in weight.row_tiles():
+        B_K = None if B is None else B[rows]
+        if m is None or weight.axis == "input":
+            yield rows, dora(tile_KI, A, B_K, m, weight.scaling, weight.axis, n)
         else:
-            yield rows, V + V * (gain if a.axis == "input" else gain[rows, None])
+            yield rows, dora(tile_KI, A, B_K, m[rows], weight.scaling, weight.axis, n[rows])

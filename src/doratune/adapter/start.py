@@ -17,41 +17,42 @@ from ..bases import TILE_NUMBERS
 from ..directions.starts import put_start
 from ..errors import UserError
 from ..layers import kind_of
-from ..layers.site import Adaptation, LayerSite
+from ..layers.weight import AdaptedWeight
 from ..math import decomposition
 
 
-def of_layer(module: nn.Module, a: Adaptation, config, seed: int, name: str, original) -> Tensor | None:
+def of_layer(weight: AdaptedWeight, config, seed: int, name: str, original) -> Tensor | None:
     """`magnitude_and_start` of each matrix of a layer: m (O,), or (E, O) for experts."""
-    parts = a.matrices(module)
-    first = [magnitude_and_start(part, part.adaptation, config, seed + i, name, original) for i, part in enumerate(parts)]
-    return first[0] if parts[0] is module else None if first[0] is None else torch.stack(first)
+    parts = weight.matrices()
+    first = [magnitude_and_start(part, config, seed + i, name, original) for i, part in enumerate(parts)]
+    return first[0] if parts[0] is weight else None if first[0] is None else torch.stack(first)
 
 
 @torch.no_grad()
-def magnitude_and_start(module: nn.Module, a: Adaptation, config, seed: int, name: str, original) -> Tensor | None:
-    """Put the configured start into the module's factors; returns m at the start, None without a magnitude."""
-    w2 = a.frozen_facts(module).w2
-    if a.rank and config.start != "zero":
-        tiles = partial(a.base.row_tiles, module)
+def magnitude_and_start(weight: AdaptedWeight, config, seed: int, name: str, original) -> Tensor | None:
+    """Put the configured start into the weight's factors; returns m at the start, None without a magnitude."""
+    w2 = weight.facts.w2
+    if weight.rank and config.start != "zero":
+        tiles = weight.row_tiles
         if config.start == "loftq":
-            lost = original_weight(original, name, a.base.shape(module), config)
+            lost = original_weight(original, name, weight.shape, config)
             tiles = partial(_residual, tiles, lost)
-        put_start(module, config.start, tiles, a.scaling, seed)
-    if not a.magnitude:
+        put_start(
+            dict(zip(weight.direction.names, weight.parameters(weight.direction.names), strict=True)),
+            config.start,
+            tiles,
+            weight.scaling,
+            seed,
+        )
+    if not weight.magnitude:
         return None
     if config.magnitude_from == "original":
-        W = original_weight(original, name, a.base.shape(module), config)
-        w2 = decomposition.squared_norms(_tiles(W, w2.dtype), len(w2), a.axis, w2.dtype, w2.device)
-    elif a.rank and config.start == "loftq":
-        return LayerSite(module, a).terms(*_rounded(a, module)).n
+        W = original_weight(original, name, weight.shape, config)
+        w2 = decomposition.squared_norms(_tiles(W, w2.dtype), len(w2), weight.axis, w2.dtype, w2.device)
+    elif weight.rank and config.start == "loftq":
+        A, B = (t.to(weight.dtype) for t in (weight.layer.lora_A, weight.layer.lora_B))
+        return weight.terms(A, B).n
     return w2.sqrt()
-
-
-def _rounded(a: Adaptation, module: nn.Module) -> tuple[Tensor, Tensor]:
-    dtype = a.base.dtype(module)
-    A, B = a.factors_of(module)
-    return A.to(dtype), B.to(dtype)
 
 
 def needs_original(config) -> bool:
@@ -82,7 +83,7 @@ def _matrix_of(module: nn.Module) -> Tensor | None:
     """W (O, I) of a module that need not be of the adapted layer's class (a quantized Conv1D is a linear layer)."""
     kind = kind_of(module)
     base = None if kind is None else kind.base(module)
-    return None if base is None or base.name != "dense" else base.matrix(module)
+    return None if base is None or not base.writable else base.matrix(module)
 
 
 def _tiles(W_OI: Tensor, dtype: torch.dtype):

@@ -23,8 +23,6 @@ from ..layers import kind_of
 from ..layers.layouts import is_experts, layout_problem, named_layers
 
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
-LINEAR_KINDS = ("Linear", "Conv1D")
-LAYER_KINDS = (*LINEAR_KINDS, "Conv", "Experts", "TransposedExperts", "Attention")
 
 EXPERTS_LEFT_OUT = "expert weights; name them, or use all-layers"
 
@@ -116,7 +114,7 @@ def with_parts(names: set[str], modules) -> set[str]:
 
 def _is_expert_weight(module) -> bool:
     kind = kind_of(module)
-    return kind is not None and "Experts" in kind.name
+    return kind is not None and kind.stacked
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -160,7 +158,7 @@ def _all(pattern: str, setting: str, model, modules, reason, left_out: dict[str,
         kind = kind_of(module)
         if is_experts(module) and (problem := EXPERTS_LEFT_OUT if pattern == ALL_LINEAR else layout_problem(module)):
             left_out[name] = problem
-        if kind is None or kind.name not in LAYER_KINDS or (pattern == ALL_LINEAR and kind.name not in LINEAR_KINDS):
+        if kind is None or kind.by_name_only or (pattern == ALL_LINEAR and not kind.linear):
             continue
         if problem := "output head" if name == head else reason(name, kind, found):
             left_out[name] = problem
@@ -175,7 +173,7 @@ def _all(pattern: str, setting: str, model, modules, reason, left_out: dict[str,
 
 def _undefined(kind, module, config: AdapterConfig) -> str | None:
     """Why this layer cannot have the configured axis or start, or None."""
-    if "Experts" in kind.name and (config.start == "loftq" or config.magnitude_from == "original"):
+    if kind.stacked and (config.start == "loftq" or config.magnitude_from == "original"):
         return "start 'loftq' and magnitude_from 'original' are for quantized weights, which expert weights are not"
     if config.has_magnitude and kind.axis(config) == "input" and (problem := kind.axis_refusal(module)):
         return f"{problem}; set magnitude_axis: output, or exclude it"
@@ -222,7 +220,7 @@ def _check_ranks(config: AdapterConfig, modules, ranks: dict[str, int], left_out
     problems = {}
     for name, rank in ranks.items():
         shape = kind_of(modules[name]).base(modules[name]).shape(modules[name])[-2:]
-        if rank and (problem := direction_for(config, rank, None).refusal(shape, rank)):
+        if rank and (problem := direction_for(config, rank).refusal(shape, rank)):
             problems[name] = problem
     if config.targets in (ALL_LINEAR, ALL_LAYERS) and len(problems) < len(ranks):
         left_out.update({name: f"{problem}; give it less in rank_overrides" for name, problem in problems.items()})
@@ -242,7 +240,7 @@ def _refuse_whole(modules, names) -> None:
         for inner, module in modules[name].named_modules() if name in modules else ():
             kind = kind_of(module)
             base = None if kind is None else kind.base(module)
-            if kind is not None and (base is None or base.name != "dense"):
+            if kind is not None and (base is None or not base.writable):
                 where = f"{name}.{inner}" if inner else name
                 raise UserError(
                     f"also_train: {where} is quantized and cannot be trained whole; name it in targets, or leave it out"

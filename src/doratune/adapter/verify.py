@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, listed
-from ..layers.adapted import NEVER_TRAINED, become, own_parameters
-from ..layers.site import LayerSite
-from .attach import adapters, record_of
+from ..layers.adapted import become, own_parameters
+from .attach import adapters, never_trained, record_of
 
 
 @dataclass
@@ -83,48 +82,47 @@ def _offset(layers) -> str:
     """How far m, which started at the norm of another weight, is from n."""
     off = []
     for layer in layers:
-        a, dtype = layer.adaptation, layer.adaptation.base.dtype(layer)
-        n = LayerSite(layer, a).norm(*(None if t is None else t.to(dtype) for t in a.factors_of(layer)), dtype, 2**30)
-        off.append(((layer.magnitude - n).abs() / n)[~a.frozen_facts(layer).directionless])
+        n = layer.adapted.n()
+        off.append(((layer.magnitude - n).abs() / n)[~layer.adapted.facts.directionless])
     off = torch.cat([t.cpu() for t in off])
     sizes = f"{100 * off.mean():.2g} % on average, {100 * off.max():.2g} % at most"
     return f"m started at the unquantized weights' norm, so the start is not the base's: |m/n - 1| is {sizes}"
 
 
 def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None:
-    a = layer.adaptation
+    weight = layer.adapted
+    frozen = never_trained(weight)
     for parameter, p in own_parameters(layer).items():
         if p.dtype.itemsize < 4:
             report.problems.append(f"{name}.{parameter} is {p.dtype}, which AdamW cannot move; it must be fp32")
-        if not p.requires_grad and not frozen_adapter and parameter not in NEVER_TRAINED:
+        if not p.requires_grad and not frozen_adapter and parameter not in frozen:
             report.problems.append(f"{name}.{parameter} is not trainable")
         if not torch.isfinite(p).all():
             report.problems.append(f"{name}.{parameter} holds NaN or infinite values")
-    if a.magnitude and layer.magnitude is None:
+    if weight.magnitude and layer.magnitude is None:
         report.problems.append(f"{name} has lost its magnitude")
-    if not a.magnitude or layer.magnitude is None:
+    if not weight.magnitude or layer.magnitude is None:
         return
-    directionless = a.frozen_facts(layer).directionless
+    directionless = weight.facts.directionless
     if zero := int(directionless.sum()):
         report.zero_rows[name] = zero
-    if clamped := sum(_clamped(part) for part in a.matrices(layer)):
+    if clamped := sum(_clamped(part) for part in weight.matrices()):
         report.clamped_rows[name] = clamped
 
 
-def _clamped(layer) -> int:
+def _clamped(weight) -> int:
     """Rows of one matrix whose norm is clamped."""
-    a = layer.adaptation
-    (A, B), dtype = a.factors_of(layer), a.base.dtype(layer)
+    A, B = weight.low_rank()
     if A is None or not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         return 0
-    terms = LayerSite(layer, a).terms(A.to(dtype), B.to(dtype))
-    return int((terms.clamped & ~a.frozen_facts(layer).directionless).sum())
+    terms = weight.terms(A.to(weight.dtype), B.to(weight.dtype))
+    return int((terms.clamped & ~weight.facts.directionless).sum())
 
 
 def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
     """Which layers run, and whether an untrained adapter leaves the output as it was."""
     modes = {module: module.training for module in model.modules()}
-    before = {name: layer.adaptation.calls for name, layer in layers.items()}
+    before = {name: layer.adapted.calls for name, layer in layers.items()}
     model.eval()
     try:
         _compare(model, layers, example, before, report)
@@ -135,10 +133,10 @@ def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
 
 def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], report: Report) -> None:
     with_adapter = _call(model, example)
-    report.never_ran = [name for name, layer in layers.items() if layer.adaptation.calls == before[name]]
+    report.never_ran = [name for name, layer in layers.items() if layer.adapted.calls == before[name]]
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    untouched = all(_untouched(part) for layer in layers.values() for part in layer.adaptation.matrices(layer))
+    untouched = all(_untouched(part) for layer in layers.values() for part in layer.adapted.matrices())
     if untouched and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
@@ -152,13 +150,13 @@ def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], re
             report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
 
 
-def _untouched(layer) -> bool:
+def _untouched(weight) -> bool:
     """ΔV = 0 and m = w: the adapter has not been trained."""
-    A, B = layer.adaptation.factors_of(layer)
+    A, B = weight.low_rank()
     if A is not None and bool((A.any(1) & B.any(0)).any()):
         return False
-    w = layer.adaptation.frozen_facts(layer).w2.sqrt()
-    return layer.magnitude is None or bool((layer.magnitude == w.to(layer.magnitude.dtype)).all())
+    m = weight.m()
+    return m is None or bool((m == weight.facts.w2.sqrt().to(m.dtype)).all())
 
 
 def _call(model: nn.Module, example):

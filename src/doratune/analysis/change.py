@@ -114,32 +114,31 @@ def _kept(w: Tensor, dm: Tensor, turn: Tensor, frozen: Tensor) -> Change:
 
 @torch.no_grad()
 def layer_change(layer) -> Change:
-    """ΔM and ΔD of one adapted layer (or one expert of it), from its factors."""
-    a = layer.adaptation
-    w2, along, e2 = _factored(layer, *a.factors_of(layer))
+    """ΔM and ΔD of one adapted layer, or of an adapted weight (one expert), from its factors."""
+    weight = getattr(layer, "adapted", layer)
+    w2, along, e2 = _factored(weight, *weight.low_rank())
     n2 = (w2 + 2 * along + e2).clamp_min(0)
     across2 = (e2 - along.square() / w2.clamp_min(1e-300)).clamp_min(0)
-    m = layer.magnitude
+    m = weight.m()
     dm = norm_change(w2, along, e2) if m is None else m.double().to(w2.device) - w2.sqrt()
-    return _kept(w2.sqrt(), dm, one_minus_cosine(w2, along, n2, across2), a.frozen_facts(layer).directionless)
+    return _kept(w2.sqrt(), dm, one_minus_cosine(w2, along, n2, across2), weight.facts.directionless)
 
 
-def _factored(layer, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _factored(weight, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(w², W·e, |e|²) per row (column) in float64, e = s·B·A never formed."""
-    a = layer.adaptation
-    rows, columns = a.base.shape(layer)
-    per_row = a.axis == "output"
-    w2 = torch.zeros(rows if per_row else columns, dtype=torch.float64, device=a.base.device(layer))
+    rows, columns = weight.shape
+    per_row = weight.axis == "output"
+    w2 = torch.zeros(rows if per_row else columns, dtype=torch.float64, device=weight.device)
     if A is None:
-        for which, tile in a.base.row_tiles(layer):
+        for which, tile in weight.row_tiles():
             W = tile.double()
             if per_row:
                 w2[which] = W.square().sum(1)
             else:
                 w2 += W.square().sum(0)
         return w2, torch.zeros_like(w2), torch.zeros_like(w2)
-    s, A, B, along = a.scaling, A.double(), B.double(), torch.zeros_like(w2)
-    for which, tile in a.base.row_tiles(layer):
+    s, A, B, along = weight.scaling, A.double(), B.double(), torch.zeros_like(w2)
+    for which, tile in weight.row_tiles():
         W = tile.double()
         if per_row:
             w2[which], along[which] = W.square().sum(1), s * ((W @ A.T) * B[which]).sum(1)
@@ -151,9 +150,9 @@ def _factored(layer, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def named_parts(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """(name, layer with one matrix) of an attached model: its adapted layers, and the single experts of batched ones."""
+    """(name, weight with one matrix) of an attached model: its adapted layers, and the single experts of batched ones."""
     for name, layer in adapters(model):
-        parts = layer.adaptation.matrices(layer)
+        parts = layer.adapted.matrices()
         yield from ((name if len(parts) == 1 else f"{name}.{i}", part) for i, part in enumerate(parts))
 
 

@@ -76,7 +76,7 @@ def gradient_shares(
         UserError: no such module, or a loss that is no finite scalar.
     """
     record = vars(model).get(RECORD)
-    axes = {name: layer.adaptation.axis for name, layer in adapters(model)} if record is not None and record.merged is None else {}
+    axes = {name: layer.adapted.axis for name, layer in adapters(model)} if record is not None and record.merged is None else {}
     if axes:
         merge(model)
     try:

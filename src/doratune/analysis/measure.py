@@ -137,7 +137,7 @@ def _look_at_adapter(base: nn.Module, folder: Path, wanted: Wanted, last: bool) 
         found = _Checkpoint(_finite({name: layer_change(part) for name, part in parts.items()}, folder))
         if last and wanted.spectrum != "none":
             found.spectra = {name: _of_layer(part) for name, part in parts.items()}
-        axes = {name: layer.adaptation.axis for name, layer in adapters(base) if name in parts}
+        axes = {name: layer.adapted.axis for name, layer in adapters(base) if name in parts}
         if last and wanted.batch is not None and axes:
             found.gradients["end"] = gradient_shares(base, wanted.batch, tuple(axes))
     finally:
@@ -151,7 +151,7 @@ def _look_at_adapter(base: nn.Module, folder: Path, wanted: Wanted, last: bool) 
 
 
 def _of_layer(part) -> Spectrum:
-    return summarized(update_spectrum(part), math.sqrt(part.adaptation.frozen_facts(part).w2.sum().item()))
+    return summarized(update_spectrum(part), math.sqrt(part.facts.w2.sum().item()))
 
 
 def _look_at_model(base: nn.Module, folder: Path, wanted: Wanted, last: bool) -> _Checkpoint:

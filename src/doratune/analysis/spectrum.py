@@ -33,11 +33,12 @@ class Spectrum:
 @torch.no_grad()
 def update_spectrum(layer) -> Tensor:
     """Singular values of ΔV (K,) in float64, largest first; empty for magnitude only. Not for a batch of experts: one of them."""
-    A, B = layer.adaptation.factors_of(layer)
+    weight = getattr(layer, "adapted", layer)
+    A, B = weight.low_rank()
     if A is None:
         return torch.empty(0, dtype=torch.float64)
     small = torch.linalg.qr(B.double(), mode="r").R @ torch.linalg.qr(A.double().T, mode="r").R.T
-    return abs(layer.adaptation.scaling) * torch.linalg.svdvals(small)
+    return abs(weight.scaling) * torch.linalg.svdvals(small)
 
 
 @torch.no_grad()

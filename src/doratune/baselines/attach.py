@@ -10,7 +10,6 @@ from torch import nn
 
 from ..adapter.attach import BASELINE as RECORD
 from ..adapter.attach import RECORD as ADAPTER
-from ..adapter.targets import LINEAR_KINDS
 from ..bases import accumulation_dtype
 from ..errors import UserError, listed
 from ..layers import kind_of
@@ -144,8 +143,8 @@ def _refuse_quantized(model: nn.Module) -> None:
     without a word; adapters have their own gradient there, baselines do not."""
     for name, module in named_layers(model):
         kind = kind_of(module)
-        base = kind.base(module) if kind is not None and kind.name in LINEAR_KINDS else None
-        if base is not None and base.name != "dense":
+        base = kind.base(module) if kind is not None and kind.linear else None
+        if base is not None and not base.writable:
             raise UserError(f"{name} is quantized ({base.name}); baselines need an unquantized model: load it with quantize none")
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapter.targets import LINEAR_KINDS, select
+from ..adapter.targets import select
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
-from ..math.compose import no_autocast
+from ..math.autograd import no_autocast
 from .config import BaselineConfig
 from .layer import SETTINGS, BaselineLayer
 
@@ -54,7 +54,7 @@ def shapes(model: nn.Module, config: BaselineConfig) -> dict[str, dict[str, tupl
     """
     names = select(model, AdapterConfig(method="lora", rank=1, targets=config.targets)).ranks
     modules = {name: layer_at(model, name) for name in names}
-    if other := [f"{name} ({kind_of(m).name})" for name, m in modules.items() if kind_of(m).name not in LINEAR_KINDS]:
+    if other := [f"{name} ({kind_of(m).name})" for name, m in modules.items() if not kind_of(m).linear]:
         raise UserError(f"targets: {listed(other, 3)}: a {config.method} adapter goes on linear layers; leave the others out")
     found = {}
     for name, module in modules.items():

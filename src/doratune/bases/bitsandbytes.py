@@ -36,7 +36,7 @@ class Bnb4bit(QuantizedBase):
 
     @staticmethod
     def matches(kind, module: nn.Module) -> bool:
-        return kind.name == "Linear" and _weight_class(module) == "Params4bit"
+        return kind.may_be_quantized and _weight_class(module) == "Params4bit"
 
     def state(self, module: nn.Module):
         """The QuantState; a wrapper that makes parameters anew (FSDP) leaves it on the module only."""
@@ -126,7 +126,7 @@ class Bnb8bit(QuantizedBase):
 
     @staticmethod
     def matches(kind, module: nn.Module) -> bool:
-        return kind.name == "Linear" and _weight_class(module) == "Int8Params"
+        return kind.may_be_quantized and _weight_class(module) == "Int8Params"
 
     def ready(self, module: nn.Module) -> str | None:
         if module.state.has_fp16_weights:
@@ -225,3 +225,6 @@ def _rows_packed_for_cpu(numbers: Tensor, state, which: Tensor | slice) -> Tenso
     codes = torch.where((in_block < 16)[:, None, None], pairs & 0xF, pairs >> 4).flatten(1)
     scales = state.absmax.float().T[index].repeat_interleave(state.blocksize, 1)[:, :columns]
     return state.code.float()[codes.int()] * scales
+
+
+STORAGES = (Bnb4bit, Bnb8bit)

@@ -10,20 +10,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import TILE_NUMBERS, accumulation_dtype
+from . import TILE_NUMBERS, Base, accumulation_dtype
+
+SAMPLE = 16
+"""Numbers of W that are looked at."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class DenseBase:
+class DenseBase(Base):
     """`kind` says which parameter holds W and how it is seen as (O, I): a view, so that writing goes through."""
 
     name = "dense"
-    exact_forward = True
-    has_gradient = True
-
-    def __init__(self, kind):
-        self.kind = kind
+    rank = 100
+    writable = True
 
     @staticmethod
     def matches(kind, module: nn.Module) -> bool:
@@ -53,6 +53,15 @@ class DenseBase:
     def held(self, module: nn.Module) -> Tensor:
         return self.weight(module).detach()
 
+    def sample(self, module: nn.Module) -> Tensor | None:
+        W = self.weight(module).detach()
+        if W.is_contiguous() and W.numel() >= SAMPLE:
+            return W.as_strided((SAMPLE,), (W.numel() // SAMPLE,))
+        return W[tuple(slice(0, None, max(1, size // 4)) for size in W.shape)].reshape(-1)
+
+    def trained(self, module: nn.Module) -> bool:
+        return self.weight(module).requires_grad
+
     def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
         W_OI = self.matrix(module)
         return (W_OI @ rows_KI.to(W_OI.dtype).T).T if len(rows_KI) < W_OI.shape[0] else rows_KI.to(W_OI.dtype) @ W_OI.T
@@ -74,11 +83,5 @@ class DenseBase:
         into = self.kind.rows(weight, rows, flatten=False)
         into.copy_(tile_KI.view(into.shape))
 
-    def adopt(self, module: nn.Module) -> None:
-        pass
 
-    def release(self, module: nn.Module) -> None:
-        pass
-
-    def trial(self, module: nn.Module) -> None:
-        return None
+STORAGES = (DenseBase,)

@@ -44,12 +44,14 @@ STORAGE = HQQStorage("HQQ", is_hqq, rows)
 
 
 class HQQBase(OpaqueBase):
+    rank = 50
+
     def __init__(self, kind, storage: Storage = STORAGE):
         super().__init__(kind, storage)
 
-    @staticmethod
-    def matches(kind, module: nn.Module) -> bool:
-        return kind.name == "Linear" and is_hqq(module)
+    @classmethod
+    def of(cls, kind, module: nn.Module) -> HQQBase | None:
+        return cls(kind) if kind.may_be_quantized and is_hqq(module) else None
 
     def ready(self, module: nn.Module) -> str | None:
         return None if getattr(module, "meta", None) is not None else "its weight is not quantized yet; call its initialize() first"
@@ -74,3 +76,6 @@ class HQQBase(OpaqueBase):
         device, dtype = str(self.device(module)), self.dtype(module)
         new = plain.from_weights(weight_OI.to(dtype), None, settings, compute_dtype=dtype, device=device)
         module.W_q, module.meta = new.W_q, new.meta
+
+
+STORAGES = (HQQBase,)

@@ -92,11 +92,18 @@ PACKED = Storage("GPTQ or AWQ", _is_packed)
 class OpaqueBase(QuantizedBase):
     """A module of which only the forward is known, and perhaps how rows are dequantized."""
 
+    rank = 0
+
     def __init__(self, kind, storage: Storage):
         super().__init__(kind)
         self.storage, self.name, self.exact_forward = storage, storage.name, storage.exact_forward
         self.by_gradient = True
         self.names: tuple[str, ...] | None = None  # of the tensors that hold W: known before an adapter adds its own
+
+    @classmethod
+    def of(cls, kind, module: nn.Module) -> OpaqueBase | None:
+        storage = storage_of(module) if kind.may_be_quantized else None
+        return None if storage is None else cls(kind, storage)
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """What holds W: the module's parameters and buffers, without its bias."""
@@ -179,3 +186,6 @@ class OpaqueBase(QuantizedBase):
             self.by_gradient, self.exact_forward = False, self.storage.exact_forward
             problem = super().trial(module)
         return problem
+
+
+STORAGES = (OpaqueBase,)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import TILE_NUMBERS, accumulation_dtype
+from . import TILE_NUMBERS, Base, accumulation_dtype
 
 INEXACT = 1e-2
 """Relative error of the forward against the row tiles from which on it is not used for U."""
@@ -28,15 +28,10 @@ WRONG = 0.3
 _TRIAL_ROWS = 4
 
 
-class QuantizedBase:
+class QuantizedBase(Base):
     """A storage says how rows of W are dequantized (`rows`) and how its layer multiplies (`forward_rows`)."""
 
     name = "quantized"
-    exact_forward = True
-    has_gradient = True
-
-    def __init__(self, kind):
-        self.kind = kind
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
@@ -64,26 +59,9 @@ class QuantizedBase:
             total = part @ tile if total is None else total.addmm_(part, tile)
         return rows_KO.new_zeros(len(rows_KO), self.shape(module)[1]) if total is None else total
 
-    def write_rows(self, module: nn.Module, rows: slice, tile_KI: Tensor) -> None:
-        raise TypeError(f"a {self.name} weight cannot be written row by row; see `requantized`")
-
     def ready(self, module: nn.Module) -> str | None:
         """Why there is no quantized weight to adapt yet, or None."""
         return None
-
-    def adopt(self, module: nn.Module) -> None:
-        """The layer gets an adapter."""
-
-    def release(self, module: nn.Module) -> None:
-        """Undo `adopt`."""
-
-    def requantize_refusal(self, module: nn.Module) -> str | None:
-        """Why a merged weight cannot be stored as W is, or None."""
-        return f"no way back into {self.name} is known"
-
-    def requantized(self, module: nn.Module, weight_OI: Tensor) -> None:
-        """Store a dense weight as W is stored, in new tensors: those of W stay as they are."""
-        raise NotImplementedError
 
     def trial(self, module: nn.Module) -> str | None:
         """Run the layer once on one tile: None, with `exact_forward` and `has_gradient` found out, or why it does not run."""

@@ -28,7 +28,7 @@ class TorchaoBase(QuantizedBase):
     @staticmethod
     def matches(kind, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        named = kind.name == "Linear" and isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao.")
+        named = kind.may_be_quantized and isinstance(weight, Tensor) and type(weight).__module__.startswith("torchao.")
         return named and hasattr(weight, "dequantize")
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -105,3 +105,6 @@ def _config(weight: Tensor):
         granularity = quantization.PerAxis(0) if whole else quantization.PerGroup(block[1])
         return quantization.IntxWeightOnlyConfig(weight_dtype=weight.target_dtype, granularity=granularity)
     raise UserError(f"torchao's {kind} does not say how it was made")
+
+
+STORAGES = (TorchaoBase,)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import doratune
 
-from ..layers.site import LayerSite
 from .clock import FAILED, attempt, bar, interleave, release, silent, summary
 from .memory import peak_bytes
 from .settings import BenchSettings
@@ -71,7 +70,7 @@ def scale_share(module: nn.Module, share: float) -> None:
 
 def ways(module: nn.Module, with_peft: bool) -> dict[str, Callable[[], Tensor]]:
     """Each way to the norm (O,), as a callable."""
-    site, W, s = LayerSite(module, module.adaptation), module.weight, module.scaling
+    W, s = module.weight, module.scaling
     A, B = module.lora_A, module.lora_B
 
     @torch.no_grad()
@@ -87,7 +86,7 @@ def ways(module: nn.Module, with_peft: bool) -> dict[str, Callable[[], Tensor]]:
         lora_weight = nn.functional.linear(nn.functional.linear(eye, A), B).T
         return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(W.to(A.dtype), lora_weight, s)
 
-    arms = {"doratune": lambda: site.terms(A.detach().to(W.dtype), B.detach()).n, "dense": dense}
+    arms = {"doratune": lambda: module.adapted.terms(A.detach().to(W.dtype), B.detach()).n, "dense": dense}
     return arms | {"peft": peft} if with_peft else arms
 
 

@@ -81,7 +81,7 @@ class BenchSettings:
             _known("measurement", what, MEASUREMENTS)
         _known("device", self.device, ("auto", "cpu", "cuda"))
         self._check_numbers()
-        from ..math import kernels
+        from ..layers import passes
         from ..support.models import torch_dtype
         from .arms import check_arms
 
@@ -90,7 +90,7 @@ class BenchSettings:
         for dtype in self.dtypes:
             torch_dtype(dtype)
         self.torch_device()
-        kernels.use(self.kernel)
+        passes.use(self.kernel)
         return self
 
     def _check_quantized(self) -> None:

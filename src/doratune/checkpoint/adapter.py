@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import __version__
 from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
+from ..directions import direction_of
 from ..errors import UserError
 from ..layers.layouts import layer_at
-from ..math.compose import no_autocast
+from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
 from . import peft
 from .fitting import STARTS, check, put, put_starts, resolve
-from .tensors import SHARED, Key, file_key, parse_key, to_file
+from .tensors import Key, file_key, parse_key, to_file
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
 FORMATS = ("auto", "peft", "doratune")
@@ -42,29 +42,27 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     record, folder, layers = record_of(model), Path(folder), dict(adapters(model))
     config = record.config
     modules = {name: layer_at(model, name) for name in layers}
-    problem = peft.cannot_say(config, {name: (layer.adaptation.kind, modules[name]) for name, layer in layers.items()})
+    problem = peft.cannot_say(config, {name: (layer.adapted.kind, modules[name]) for name, layer in layers.items()})
     if format == "peft" and problem:
         raise UserError(f'{problem}; save with format="doratune"')
-    ranks = {name: layer.adaptation.rank for name, layer in layers.items()}
+    ranks = {name: layer.adapted.rank for name, layer in layers.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    transposed = all(layer.adaptation.kind.name == "Conv1D" for layer in layers.values())
+    transposed = all(layer.adapted.kind.transposed and not layer.adapted.kind.stacked for layer in layers.values())
     described = peft.describe(config, ranks, record.alphas, base, transposed, own=format == "doratune" or problem is not None)
     tensors: dict[Key, Tensor] = {}
     for name, layer in layers.items():
-        with no_autocast(layer.adaptation.base.device(modules[name])):
+        with no_autocast(layer.adapted.base.device(modules[name])):
             exported = to_file(layer, modules[name], config.scaling(1, record.alphas[name]))
         tensors |= {(name, parameter): t for parameter, t in exported.items()}
-    if config.direction == "vera":
-        shared = next((layer.adaptation.direction.shared for layer in layers.values() if layer.adaptation.rank), None)
-    if config.direction == "vera" and shared is not None:
-        tensors |= {("", name): t.clone() for name, t in zip(SHARED, shared.get(torch.device("cpu"), torch.float32), strict=True)}
+    for direction in {id(layer.adapted.direction): layer.adapted.direction for layer in layers.values()}.values():
+        tensors |= {("", name): t.clone() for name, t in direction.shared_tensors().items()}
     whole = model.state_dict(keep_vars=True)
     for name in record.also_train:
         tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
     write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})
     write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
-    if any(layer.adaptation.base.name != "dense" for layer in layers.values()) and (quantization := _quantization(model)):
+    if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
     if config.magnitude_form == "relative":
         starts = {name: getattr(layer, "magnitude_start", None) for name, layer in layers.items()}
@@ -129,7 +127,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     _, raw, tensors = read_folder(Path(folder))
     record = record_of(model)
-    ranks = {name: layer.adaptation.rank for name, layer in adapters(model)}
+    ranks = {name: layer.adapted.rank for name, layer in adapters(model)}
     check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder), raw)
     put(model, tensors)
     put_starts(model, Path(folder))
@@ -160,7 +158,7 @@ def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: boo
     """doratune.json, if adapter_config.json (ours: of our type) says the same; PEFT or a hand may have changed the latter since."""
     written = peft.as_written(own)
     compared = ["method", "rank", "also_train"]
-    compared += [] if theirs.direction == "vera" else ["alpha", "rank_scaling"]
+    compared += [] if not direction_of(theirs.method).scaled else ["alpha", "rank_scaling"]
     compared += ["magnitude_axis", "embedding_magnitude"] if ours else []
     for name in compared:
         if getattr(written, name) != getattr(theirs, name):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapter.attach import adapters, record_of
 from ..adapter.targets import ALL_LAYERS, ALL_LINEAR, Selection, name_matches, select
 from ..config import AdapterConfig
-from ..directions import direction_for
+from ..directions import direction_for, direction_of
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
@@ -55,7 +55,7 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
         ranks = {name: rank for name, rank in ranks.items() if name in present}
         config = replace(config, targets=tuple(ranks))
     if raw.get("peft_type") != peft.OWN_TYPE:  # PEFT's names select modules, never batched expert weights
-        ranks = {name: rank for name, rank in ranks.items() if "Experts" not in kind_of(layer_at(model, name)).name}
+        ranks = {name: rank for name, rank in ranks.items() if not kind_of(layer_at(model, name)).stacked}
     for name in ranks:
         if ranks[name]:
             written = peft.as_written(config)
@@ -76,7 +76,7 @@ def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tupl
     modules = dict(named_layers(model))
     for name, rank in selection.ranks.items():
         kind, module = kind_of(modules[name]), modules[name]
-        base, direction = kind.base(module), direction_for(config, rank, None)
+        base, direction = kind.base(module), direction_for(config, rank)
         wanted = expected(kind, base, module, direction, rank, config.has_magnitude, kind.axis(config))
         shapes |= {(name, parameter): shape for parameter, shape in wanted.items()}
     for name in selection.also_train:
@@ -88,7 +88,7 @@ def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tupl
 def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
     """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
     shapes = needed(model, config, selection)
-    shared = [("", name) for name in SHARED] if config.direction == "vera" else []
+    shared = [("", name) for name in SHARED] if direction_of(config.method).peft_type == peft.VERA_TYPE else []
     problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
     problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
     for key, shape in shapes.items():
@@ -143,12 +143,12 @@ def put_starts(model: nn.Module, folder: Path) -> None:
     starts = read_tensors(folder / STARTS) if (folder / STARTS).is_file() else {}
     for name, layer in adapters(model):
         m0 = starts.get(f"{name}.magnitude_start")
-        if m0 is not None and layer.adaptation.relative and m0.shape == layer.magnitude_start.shape:
+        if m0 is not None and layer.adapted.relative and m0.shape == layer.magnitude_start.shape:
             m = layer.magnitude.clone()
             layer.magnitude_start.copy_(m0)
             ratio = torch.where((m > 0) & (layer.magnitude_start > 0), m / layer.magnitude_start, 1.0)
             layer.magnitude_delta.copy_(ratio.log())
-            layer.adaptation.changed()
+            layer.adapted.changed()
 
 
 def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -159,7 +159,7 @@ def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
 @torch.no_grad()
 def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=None) -> None:
     """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
-    a = module.adaptation
+    a = module.adapted
     shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
     found = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
     own = own_parameters(module)
@@ -170,6 +170,6 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=N
         own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
     elif a.magnitude:
         own["magnitude"].copy_(found["magnitude"])
-    if shared is not None and a.direction.name == "vera":
-        a.direction.shared.give(*shared)
+    if shared is not None:
+        a.direction.take_shared(dict(zip(SHARED, shared, strict=True)))
     a.changed()

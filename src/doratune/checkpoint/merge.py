@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.attach import Common, adapt, shared_factors
-from ..adapter.merge import checked_gain, merged_tiles
+from ..adapter.attach import Common, adapt
+from ..adapter.merge import checked_norm, merged_tiles
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
-from ..layers.together import Siblings
+from ..layers.registry import Registry
 from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import read_folder
@@ -129,7 +129,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
     untied = {peer: found for peer, key in untied.items() if (found := _key_in(key, keys, prefix))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
-    common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m)[-2:] for m in modules]), loading=True)
+    common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
     return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied)
 
 
@@ -180,9 +180,10 @@ def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> 
     setattr(module, key, nn.Parameter(weight.to(wide, copy=True), requires_grad=False))
     adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False, common=plan.common)
     put_layer(name, module, plan.tensors, shared_pair(plan.tensors))
-    gain = checked_gain(name, module)
-    for rows, tile in merged_tiles(module, gain):
-        module.adaptation.base.write_rows(module, rows, tile)
+    adapted = module.adapted
+    n = checked_norm(name, adapted)
+    for rows, tile in merged_tiles(adapted, n):
+        adapted.base.write_rows(module, rows, tile)
     result = getattr(module, key).data
     setattr(module, key, empty)
     return result

@@ -13,9 +13,11 @@ from typing import Any
 
 from ..adapter.targets import ALL_LAYERS, ALL_LINEAR
 from ..config import AdapterConfig
+from ..directions import direction_of
 from ..errors import UserError, listed
 
 PEFT_TYPE, VERA_TYPE, OWN_TYPE = "LORA", "VERA", "DORATUNE"
+PEFT_KINDS = ("Linear", "Conv1D", "Conv", "Embedding")
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_dora", "use_rslora",
@@ -40,20 +42,23 @@ Ranks = dict[str, int]
 
 def cannot_say(config: AdapterConfig, layers: dict[str, tuple]) -> str | None:
     """Why PEFT's format has no words for this adapter, or None; layers: name → (kind, module)."""
-    if config.direction not in ("lora", "vera"):
+    direction = direction_of(config.method)
+    if direction.peft_type is None:
         return f"method is {config.method!r}, which PEFT has not"
-    if config.method == "dvora":
-        return "method is 'dvora': PEFT's VeRA has no magnitude"
+    if direction.peft_type == VERA_TYPE and config.has_magnitude:
+        return f"method is {config.method!r}: PEFT's VeRA has no magnitude"
     for name, (kind, module) in layers.items():
-        if kind.name not in ("Linear", "Conv1D", "Conv", "Embedding"):
+        if kind.name not in PEFT_KINDS:
             return f"{name} is of the kind {kind.name}, whose adapters PEFT writes otherwise"
-        if config.direction == "vera" and kind.name not in ("Linear", "Conv1D"):
+        if kind.name not in direction.peft_kinds:
             return f"{name}: PEFT's VeRA is for linear layers only"
-        if config.has_magnitude and kind.name != "Embedding" and kind.axis(config) == "input":
+        if config.has_magnitude and kind.axis(config) != kind.peft_axis:
+            if kind.peft_axis == "input":
+                return (
+                    f"{name} has a magnitude per token: PEFT's format has only one per dimension (embedding_magnitude='dimension')"
+                )
             return "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row"
-        if config.has_magnitude and kind.name == "Embedding" and kind.axis(config) == "output":
-            return f"{name} has a magnitude per token: PEFT's format has only one per dimension (embedding_magnitude='dimension')"
-        if kind.name == "Conv" and (problem := bent(module)):
+        if hasattr(module, "padding_mode") and (problem := bent(module)):
             return f"{name} is a convolution with {problem}, for which PEFT's filters cannot be merged"
     return None
 
@@ -102,7 +107,7 @@ def describe(
     factor = written.alpha / config.alpha
     alphas = {name: alpha * factor for name, alpha in alphas.items() if alpha * factor != written.alpha}
     common = _common(written, names, base_model, transposed)
-    if config.direction == "vera" and not own:
+    if direction_of(config.method).peft_type == VERA_TYPE and not own:
         return common | {
             "peft_type": VERA_TYPE,
             "d_initial": 0.1,

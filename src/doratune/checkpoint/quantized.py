@@ -97,7 +97,7 @@ def dequantize(model) -> None:
     for module in list(model.modules()):
         kind = kind_of(module)
         base = None if kind is None else kind.base(module)
-        if base is not None and base.name != "dense":
+        if base is not None and not base.writable:
             Stored(module).make_dense(module, dense_weight(base, module, model.dtype))
 
 

@@ -16,23 +16,23 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..bases import accumulation_dtype
+from ..directions import Direction, all_tensors
 
 PREFIX = "base_model.model."
 SHARED = ("vera_A", "vera_B")
 
-_IN_FILE = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
+_OF_KINDS = {
     "magnitude": "lora_magnitude_vector",
-    "vera_b": "vera_lambda_b",
-    "vera_d": "vera_lambda_d",
     "embedding_A": "lora_embedding_A",
     "embedding_B": "lora_embedding_B",
 }
-_OTHERS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2_a", "lokr_w2_b")
-_SPELLED = {spelled.removesuffix(".weight"): name for name, spelled in _IN_FILE.items()} | {name: name for name in _OTHERS}
-_KEY = re.compile(rf"^(.*)\.({'|'.join(_SPELLED)})(?:\.default)?(?:\.weight)?$")
+"""Names in a file besides those that directions declare."""
+
+
+def _spellings() -> dict[str, str]:
+    """Parameter → its name in a file."""
+    return {declared.name: declared.in_file or declared.name for declared in all_tensors()} | _OF_KINDS
+
 
 Key = tuple[str, str]
 """(module, parameter); ("", key) for tensors of no adapted module."""
@@ -42,7 +42,7 @@ def file_key(key: Key) -> str:
     name, parameter = key
     if not name:
         return f"base_model.{parameter}" if parameter in SHARED else PREFIX + parameter
-    return f"{PREFIX}{name}.{_IN_FILE.get(parameter, parameter)}"
+    return f"{PREFIX}{name}.{_spellings().get(parameter, parameter)}"
 
 
 def parse_key(key: str) -> Key:
@@ -51,21 +51,16 @@ def parse_key(key: str) -> Key:
     if (shared := key.removeprefix("base_model.").removesuffix(".default")) in SHARED:
         return "", shared
     key = key.removeprefix(PREFIX)
-    if match := _KEY.match(key):
-        return match[1], _SPELLED[match[2]]
+    names = {spelled.removesuffix(".weight"): name for name, spelled in _spellings().items()}
+    if match := re.match(rf"^(.*)\.({'|'.join(map(re.escape, names))})(?:\.default)?(?:\.weight)?$", key):
+        return match[1], names[match[2]]
     return "", key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 
 
-def expected(kind, base, module: nn.Module, direction, rank: int, magnitude: bool, axis: str) -> dict[str, tuple[int, ...]]:
+def expected(kind, base, module: nn.Module, direction: Direction, rank: int, magnitude: bool, axis: str):
     """Parameter → shape in the file, flattened to matrices and vectors (see `fitted`); rank 0: magnitude only."""
     *stack, rows, columns = base.shape(module)
-    if direction.name in ("lora", "lora_offset", "none"):
-        width = 2 * rank if direction.name == "lora_offset" else rank or 1
-        shapes = {"lora_A": (width, columns), "lora_B": (rows, width)}
-        if kind.name == "Embedding":
-            shapes = {"embedding_A": (width, rows), "embedding_B": (columns, width)}
-    else:
-        shapes = direction.shapes((rows, columns), rank)
+    shapes = kind.file_shapes(direction.file_shapes((rows, columns), rank))
     shapes |= {"magnitude": (rows if axis == "output" else columns,)} if magnitude else {}
     return {name: (*stack, *shape) for name, shape in shapes.items()}
 
@@ -82,32 +77,25 @@ def fitted(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def to_file(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, Tensor]:
-    """One layer's tensors as PEFT computes with them; `layer` is the module, or what is stored of it while it is merged.
-
-    Magnitude only is rank 1 with B = 0."""
-    a, s, kind = layer.adaptation, layer.scaling, layer.adaptation.kind
-    get = {name: getattr(layer, name).detach().clone() for name in a.direction.names if getattr(layer, name) is not None}
-    if a.direction.name == "lora_offset":
-        A, B, A0, B0 = (get[name] for name in a.direction.names)
-        get = {"lora_A": torch.cat([A - A0, A0], -2), "lora_B": torch.cat([B, B - B0], -1)}
-    elif a.direction.name == "none":
-        *stack, rows, columns = a.base.shape(module)
-        device, s = a.base.device(module), scaling_of_rank_one
-        get = {"lora_A": torch.zeros(*stack, 1, columns, device=device), "lora_B": torch.zeros(*stack, rows, 1, device=device)}
-        get["lora_A"][..., 0, 0] = 1.0
+    """One layer's tensors as PEFT computes with them; `layer` is the module, or what is stored of it while it is merged."""
+    weight, kind = layer.adapted, layer.adapted.kind
+    own = {name: getattr(layer, name).detach().clone() for name in weight.direction.names}
+    shape, device = weight.base.shape(module), weight.base.device(module)
+    get = dict(weight.direction.to_file(own, shape, device))
     m = layer.magnitude
     if m is not None:
         get["magnitude"] = m.detach().clone()
-        peft_has_it = (a.axis == "input") == (kind.name == "Embedding") and "lora_A" in get and get["lora_A"].dim() == 2
-        if peft_has_it and len(frozen := frozen_rows(layer, module)):
-            (_rows_without_direction if a.axis == "output" else _columns_without_direction)(layer, module, frozen, get, s)
-    return _shaped(kind, module, get)
+        in_peft = weight.axis == kind.peft_axis and "lora_A" in get and get["lora_A"].dim() == 2
+        if in_peft and len(frozen := frozen_rows(layer, module)):
+            s = layer.scaling if weight.rank else scaling_of_rank_one
+            (_rows_without_direction if weight.axis == "output" else _columns_without_direction)(layer, module, frozen, get, s)
+    return kind.file_tensors(module, get)
 
 
 def _rows_without_direction(layer, module: nn.Module, frozen: Tensor, get: dict[str, Tensor], s: float) -> None:
     """m = |W + s·B·A| on rows without direction, where PEFT has no g = 1 of its own. A row that is 0 altogether would be 0/0 in
     PEFT: its B gets 1e-12."""
-    base = layer.adaptation.base
+    base = layer.adapted.base
     W = torch.cat([tile for _, tile in base.row_tiles(module, frozen)]) if layer is module else 0.0
     A, B = get["lora_A"], get["lora_B"]
     nothing = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1) < 1e-12
@@ -121,7 +109,7 @@ def _columns_without_direction(layer, module: nn.Module, frozen: Tensor, get: di
     if not B.any():
         B[0, 0] = 1e-12 / abs(s)
     total = torch.zeros(len(frozen), dtype=torch.float64, device=A.device)
-    for rows, tile in layer.adaptation.base.row_tiles(module):
+    for rows, tile in layer.adapted.base.row_tiles(module):
         total += (tile[:, frozen] * (layer is module) + s * B[rows] @ A[:, frozen]).double().square().sum(0)
     get["magnitude"][frozen] = total.sqrt().to(A.dtype)
 
@@ -129,33 +117,11 @@ def _columns_without_direction(layer, module: nn.Module, frozen: Tensor, get: di
 def frozen_rows(layer, module: nn.Module) -> Tensor:
     """Indices of rows without direction; a merged layer remembers them."""
     if layer is module:
-        return layer.adaptation.frozen_facts(module).directionless.nonzero().squeeze(1)
+        return layer.adapted.facts.directionless.nonzero().squeeze(1)
     return layer.frozen.nonzero().squeeze(1)
 
 
-def _shaped(kind, module: nn.Module, get: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the shapes of the file."""
-    if kind.name == "Embedding" and "lora_A" in get:
-        A, B = get.pop("lora_A"), get.pop("lora_B")
-        return {"embedding_A": B.T.contiguous(), "embedding_B": A.T.contiguous()} | get
-    if kind.name == "Conv" and "lora_A" in get:
-        kernel, ones = module.weight.shape[1:], [1] * (module.weight.dim() - 2)
-        get |= {"lora_A": get["lora_A"].view(-1, *kernel), "lora_B": get["lora_B"].view(*get["lora_B"].shape, *ones)}
-        if "magnitude" in get:
-            get["magnitude"] = get["magnitude"].view(1, -1, *ones)
-    return get
-
-
-def of_file(kind, direction, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+def of_file(kind, direction: Direction, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Fitted tensors of one layer → its own parameters' values (without m)."""
     own = {name: t for name, t in tensors.items() if name != "magnitude"}
-    if "embedding_A" in own:
-        own = {"lora_A": own["embedding_B"].T, "lora_B": own["embedding_A"].T}
-    if direction.name == "none":
-        return {}
-    if direction.name == "lora_offset":
-        wide = accumulation_dtype(own["lora_A"].dtype)
-        A, B = own["lora_A"].to(wide), own["lora_B"].to(wide)
-        A0, B_now = A[..., rank:, :], B[..., :rank]
-        return {"lora_A": A[..., :rank, :] + A0, "lora_B": B_now, "start_A": A0, "start_B": B_now - B[..., rank:]}
-    return own
+    return direction.of_file(kind.from_file(own), rank)

@@ -1,38 +1,154 @@
-"""How ΔV is made: the `Direction` protocol.
+"""How ΔV is made, one file a direction, by declaration.
 
-A direction owns trainable tensors and offers the two factors A (K, I) and B (O, K) of ΔV = s·B·A, differentiable in what it
-trains; the norm, the op, merging and every layer kind see A and B only. A new direction is one new file here and a line below.
+A direction declares its tensors (`Tensors`), its method names and its settings, and offers the two factors A (K, I) and B (O, K) of
+ΔV = s·B·A. Everything else in the package asks the declaration: what is trained, what LoRA+ speeds up, what a file holds, which
+methods there are. Files in this folder are found by themselves; a direction of your own is made known with `register`.
+
+    lora.py       A and B; none (magnitude only); an offset start, [A − A₀; A₀] and [B, B − B₀]
+    vera.py       VeRA: frozen shared factors, two trained vectors
+    products.py   LoHa and LoKr
+    starts.py     PiSSA, OLoRA, LoftQ: values of other starts than B = 0
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-from torch import Tensor, nn
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
-class Direction(Protocol):
+@dataclass(frozen=True)
+class Declared:
+    """One tensor of a direction."""
+
     name: str
-    names: tuple[str, ...]
-    """Names of the parameters that it may register on a module."""
-    frozen: tuple[str, ...] = ()
-    """Those of them that are never trained."""
+    shape: Callable[[int, int, int], tuple[int, ...]] | None
+    """(O, I, R) -> its shape."""
+    trained: bool = True
+    output_factor: bool = False
+    """Starts at 0 on the output's side: takes LoRA+'s rate."""
+    in_file: str | None = None
+    """Its name in an adapter file; None: its own."""
 
-    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
-        """Register this direction's parameters on the module; ΔV = 0 at the start."""
 
-    def factors(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        """(A (K, I), B (O, K)) as the forward uses them."""
+class Direction:
+    """Subclasses declare; what they override is documented here. Instances have no state of a model, but for `for_model`'s."""
 
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """The tensors that A and B are made of: while they stay, A and B stay."""
+    name: str
+    methods: Mapping[str, bool] = {}
+    """Method name → with a magnitude?"""
+    tensors: tuple[Declared, ...] = ()
+    settings: Mapping[str, Any] = {}
+    """Names and defaults of what `AdapterConfig.direction_settings` may hold."""
+    scaled = True
+    """Is ΔV multiplied by s = alpha / rank? Else s = 1."""
+    overrides = True
+    """May modules have ranks of their own?"""
+    peft_type: str | None = None
+    """PEFT's name for folders of this direction; None: PEFT has none."""
+    peft_kinds: tuple[str, ...] = ()
+    """Layer kinds that PEFT's folders of this type know."""
+    plain = False
+    """Are its tensors A and B themselves?"""
+    file_rank = 1
+    """Rank in an adapter file over the configured rank."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(declared.name for declared in self.tensors)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(declared.name for declared in self.tensors if not declared.trained)
+
+    @property
+    def output_factors(self) -> tuple[str, ...]:
+        return tuple(declared.name for declared in self.tensors if declared.output_factor)
+
+    def for_model(self, config, shapes: list[tuple[int, int]]) -> Direction:
+        """The direction of one attachment; shapes: (O, I) of all its layers. For what layers share, and for other starts."""
+        return self
 
     def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-        """Parameter name → shape, for a layer of shape (O, I)."""
+        """Tensor name → shape, for a layer of shape (O, I)."""
+        return {declared.name: tuple(declared.shape(*shape, rank)) for declared in self.tensors}
+
+    def width(self, shape: tuple[int, int], rank: int) -> int:
+        """K, the rank of the pair of factors."""
+        return rank
+
+    def first(self, name: str, size: tuple[int, ...], shape: tuple[int, int], dtype, generator) -> Tensor:
+        """The first value of one tensor on the CPU; together they give ΔV = 0. Drawn from the generator in the declared order."""
+        raise NotImplementedError
+
+    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
+        """Register the tensors on the module with their first values."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        for name, size in self.shapes(shape, rank).items():
+            register_tensor(module, name, self.first(name, size, shape, dtype, generator), device)
+
+    def factors(self, tensors: tuple[Tensor, ...], shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """(A (K, I), B (O, K)), differentiable in the trained ones of `tensors`, which come in the declared order."""
+        raise NotImplementedError
+
+    def needs(self, needed: tuple[bool, ...]) -> tuple[bool, bool]:
+        """Of which of A and B the gradient is needed, where those of `tensors` are."""
+        return any(needed), any(needed)
+
+    def pull_back(self, tensors, shape, dA, dB, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of `tensors` from those of A and B, by autograd through `factors`."""
+        import torch
+
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        with torch.inference_mode(False), torch.enable_grad():
+            factors = zip(self.factors(leaves, shape), (dA, dB), strict=True)
+            pairs = [(y, dy.to(y.dtype)) for y, dy in factors if dy is not None and y.requires_grad]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            outputs, gradients_out = zip(*pairs, strict=True)
+            got = torch.autograd.grad(outputs, wanted, gradients_out, allow_unused=True)
+        gradients = iter(got)
+        return tuple(next(gradients) if need else None for need in needed)
 
     def refusal(self, shape: tuple[int, int], rank: int) -> str | None:
         """Why a layer of this shape cannot have this direction, or None."""
+        return too_large(shape, rank)
+
+    def constant_A(self) -> bool:
+        """Does A never change, so that W·Aᵀ may be kept?"""
+        return False
+
+    def file_shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
+        """Name → shape of what a file holds for a layer of shape (O, I)."""
+        return self.shapes(shape, rank)
+
+    def to_file(self, tensors: dict[str, Tensor], shape, device) -> dict[str, Tensor]:
+        """What a file holds, from the tensors by name. `shape` may have experts in front."""
+        return tensors
+
+    def of_file(self, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """The tensors again, from what a file holds."""
+        return tensors
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What all layers of the attachment share and a file holds once."""
+        return {}
+
+    def take_shared(self, tensors: dict[str, Tensor]) -> None:
+        """Take shared tensors from a file."""
 
 
-def register(module: nn.Module, name: str, value: Tensor | None, device) -> None:
+def register_tensor(module: nn.Module, name: str, value: Tensor | None, device) -> None:
+    from torch import nn
+
     module.register_parameter(name, None if value is None else nn.Parameter(value.to(device)))
 
 
@@ -41,14 +157,77 @@ def too_large(shape: tuple[int, int], rank: int) -> str | None:
     return f"rank {rank} is larger than its smaller side, {min(shape)}" if 0 < min(shape) < rank else None
 
 
-def direction_for(config, rank: int, shared) -> Direction:
-    """The direction that a configuration gives a layer of this rank; shared: the frozen pair of VeRA's layers."""
-    from . import lora, products, starts, vera
+def register(direction: Direction) -> Direction:
+    """Make a direction known under its method names.
 
+    Raises:
+        UserError: a declaration that is impossible; the direction and the tensor or method are named.
+    """
+    names = [declared.name for declared in direction.tensors]
+    where = f"direction {getattr(direction, 'name', type(direction).__name__)!r}"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where}: two tensors are called {listed(twice)}; give each a name of its own")
+    if bare := [declared.name for declared in direction.tensors if declared.trained and declared.shape is None]:
+        raise UserError(f"{where}: {listed(bare)} is trained but has no shape; declare shape=lambda O, I, R: (...)")
+    reserved = ("weight", "bias", "magnitude", "magnitude_delta", "magnitude_start", "adapted", "scaling")
+    if clash := [name for name in names if name in reserved or "." in name]:
+        raise UserError(f"{where}: a tensor cannot be called {listed(clash)}; the layer uses that name itself")
+    for method in direction.methods:
+        other = _directions().get(method)
+        if other is not None and other.name != direction.name:
+            raise UserError(f"{where}: method {method!r} belongs to direction {other.name!r}; choose another name")
+    _known.update(dict.fromkeys(direction.methods, direction))
+    return direction
+
+
+_known: dict[str, Direction] = {}
+"""Method name → direction: which kinds there are, not what a model uses."""
+
+
+def _directions() -> dict[str, Direction]:
+    """Every method's direction, with the files of this folder imported."""
+    if "lora" not in _known:
+        for info in pkgutil.iter_modules(__path__):
+            module = importlib.import_module(f".{info.name}", __name__)
+            for direction in getattr(module, "DIRECTIONS", ()):
+                _known.update(dict.fromkeys(direction.methods, direction))
+    return _known
+
+
+class _Methods(Mapping):
+    """Method → (direction's name, with a magnitude?), as it is now."""
+
+    def __getitem__(self, method: str) -> tuple[str, bool]:
+        direction = _directions()[method]
+        return direction.name, direction.methods[method]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_directions())
+
+    def __len__(self) -> int:
+        return len(_directions())
+
+
+METHODS = _Methods()
+
+
+def direction_of(method: str) -> Direction:
+    """The direction of a method, as it is declared."""
+    return _directions()[method]
+
+
+def direction_for(config, rank: int, shapes: list[tuple[int, int]] = ()) -> Direction:
+    """The direction that a configuration gives layers of this rank; rank 0 trains the magnitude alone."""
     if not rank:
-        return lora.NONE
-    if config.direction == "vera":
-        return vera.VeRADirection(shared)
-    if config.start in ("pissa", "olora"):
-        return starts.OFFSET
-    return {"lora": lora.LORA, "loha": products.LOHA, "lokr": products.LOKR}[config.direction]
+        from .lora import NONE
+
+        return NONE
+    return direction_of(config.method).for_model(config, list(shapes))
+
+
+def all_tensors() -> Iterator[Declared]:
+    """Every tensor that any direction declares, once by name."""
+    from .lora import NONE, OFFSET
+
+    known = {id(direction): direction for direction in (*_directions().values(), NONE, OFFSET)}
+    yield from {declared.name: declared for direction in known.values() for declared in direction.tensors}.values()

@@ -15,63 +15,65 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import register, too_large
+from . import Declared, Direction
 
 
-class LoHaDirection:
+def _B(O, I, R):
+    return O, R
+
+
+def _A(O, I, R):
+    return R, I
+
+
+class LoHaDirection(Direction):
     name = "loha"
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    frozen = ()
+    methods = {"loha": False, "dloha": True}
+    tensors = (
+        Declared("hada_w1_a", _B),
+        Declared("hada_w1_b", _A),
+        Declared("hada_w2_a", _B, output_factor=True),
+        Declared("hada_w2_b", _A),
+    )
 
-    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def first(self, name, size, shape, dtype, generator) -> Tensor:
         spread = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
-        for name, size in self.shapes(shape, rank).items():
-            register(module, name, spread[name] * torch.randn(size, generator=generator, dtype=dtype), device)
+        return spread[name] * torch.randn(size, generator=generator, dtype=dtype)
 
-    def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        B1, A1, B2, A2 = self.sources(module)
+    def width(self, shape, rank) -> int:
+        return rank * rank
+
+    def factors(self, tensors, shape) -> tuple[Tensor, Tensor]:
+        B1, A1, B2, A2 = tensors
         A = (A1[:, None] * A2[None]).flatten(0, 1)
         return A, (B1[:, :, None] * B2[:, None]).flatten(1)
-
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        return tuple(getattr(module, name) for name in self.names)
-
-    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-        B, A = (shape[0], rank), (rank, shape[1])
-        return dict(zip(self.names, (B, A, B, A), strict=True))
-
-    def refusal(self, shape: tuple[int, int], rank: int) -> str | None:
-        return too_large(shape, rank)
 
     def __reduce__(self):
         return "LOHA"
 
 
-class LoKrDirection:
+class LoKrDirection(Direction):
     name = "lokr"
-    names = ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
-    frozen = ()
+    methods = {"lokr": False, "dlokr": True}
+    tensors = (
+        Declared("lokr_w1", lambda O, I, R: (_split(O)[0], _split(I)[0])),
+        Declared("lokr_w2_a", lambda O, I, R: (_split(O)[1], R)),
+        Declared("lokr_w2_b", lambda O, I, R: (R, _split(I)[1]), output_factor=True),
+    )
 
-    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for name, size in self.shapes(shape, rank).items():
-            bound = 0.0 if name == "lokr_w2_b" else size[1] ** -0.5
-            register(module, name, torch.empty(size, dtype=dtype).uniform_(-bound, bound, generator=generator), device)
+    def first(self, name, size, shape, dtype, generator) -> Tensor:
+        bound = 0.0 if name == "lokr_w2_b" else size[1] ** -0.5
+        return torch.empty(size, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
-    def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        C, B2, A2 = self.sources(module)
+    def factors(self, tensors, shape) -> tuple[Tensor, Tensor]:
+        C, B2, A2 = tensors
         A = torch.kron(torch.eye(C.shape[1], dtype=A2.dtype, device=A2.device), A2)
         return A, torch.kron(C, B2)
 
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        return tuple(getattr(module, name) for name in self.names)
-
-    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-        (out_small, out_large), (in_small, in_large) = (_split(size) for size in shape)
-        return {"lokr_w1": (out_small, in_small), "lokr_w2_a": (out_large, rank), "lokr_w2_b": (rank, in_large)}
+    def width(self, shape, rank) -> int:
+        return _split(shape[1])[0] * rank
 
     def refusal(self, shape: tuple[int, int], rank: int) -> str | None:
         limit = min(_split(shape[0])[1], _split(shape[1])[1])
@@ -89,3 +91,4 @@ def _split(size: int) -> tuple[int, int]:
 
 LOHA = LoHaDirection()
 LOKR = LoKrDirection()
+DIRECTIONS = (LOHA, LOKR)

@@ -4,13 +4,8 @@
     olora    s·B₀·A₀ = Q·R of W's QR factorization, R columns of Q (OLoRA)
     loftq    s·B₀·A₀ = the leading triples of W − Q(W): what quantization lost (LoftQ, one iteration)
 
-PiSSA and OLoRA train A and B from A₀, B₀ and take s·B₀·A₀ out of the frozen weight. Here W itself stays as it is, and
-
-    ΔV = s·(B·A − B₀·A₀) = s·[B, B − B₀]·[A − A₀; A₀]
-
-is one pair of twice the rank whose products are exactly 0 at the start (no cancellation): the output of step 0 is the base's,
-`detach` gives the base back, and a saved folder is an ordinary LoRA of rank 2R (as PEFT converts such adapters). LoftQ adds its
-start to the quantized weight; m then starts at the norm of W + ΔV (`initial.py`), so that g = 1 in every case.
+PiSSA and OLoRA train A and B from A₀, B₀ and take s·B₀·A₀ out of the frozen weight; here it is taken out of ΔV (`lora.py`). LoftQ adds
+its start to the quantized weight; m then starts at the norm of W + ΔV (`adapter/start.py`), so that g = 1 in every case.
 
 Cost: products of W with R + 10 vectors from row tiles, never a dense copy; while training, twice LoRA's low-rank work for the
 first two.
@@ -21,58 +16,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
-from . import register
-from .lora import LoRADirection
 
-STARTS = ("zero", "pissa", "olora", "loftq")
 _OVERSAMPLE, _ITERATIONS = 10, 4
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
 """Row tiles of the matrix, afresh at each call."""
 
 
-class OffsetLoRADirection(LoRADirection):
-    """ΔV = s·(B·A − B₀·A₀), 0 at the start A = A₀, B = B₀."""
-
-    name = "lora_offset"
-    names = ("lora_A", "lora_B", "start_A", "start_B")
-    frozen = ("start_A", "start_B")
-
-    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
-        for name, size in self.shapes(shape, rank).items():
-            register(module, name, torch.zeros(size, dtype=dtype), device)
-
-    def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        A, B, A0, B0 = self.sources(module)
-        return torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
-
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        return tuple(getattr(module, name) for name in self.names)
-
-    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-        A, B = (rank, shape[1]), (shape[0], rank)
-        return dict(zip(self.names, (A, B, A, B), strict=True))
-
-    def __reduce__(self):
-        return "OFFSET"
-
-
 @torch.no_grad()
-def put_start(module: nn.Module, name: str, tiles: Tiles, s: float, seed: int) -> None:
-    """Give the module's A and B (and A₀, B₀ where the direction has them) the start `name`, from row tiles of its W.
+def put_start(own: dict[str, Tensor], name: str, tiles: Tiles, s: float, seed: int) -> None:
+    """Give A and B (and A₀, B₀ where the direction has them) the start `name`, from row tiles of their W.
 
     For loftq the tiles are of W − Q(W)."""
-    A, B = module.lora_A, module.lora_B
+    A, B = own["lora_A"], own["lora_B"]
     make = orthogonal if name == "olora" else leading
     try:
         B0, A0 = make(tiles, len(B), A.shape[1], len(A), A.dtype, A.device, seed)
     except torch.linalg.LinAlgError:
         raise UserError(f"start {name!r}: the weight holds NaN or infinite values; repair it, or use start: zero") from None
     for parameter, value in (("lora_A", A0), ("lora_B", B0), ("start_A", A0), ("start_B", B0)):
-        if (p := module._parameters.get(parameter)) is not None:
+        if (p := own.get(parameter)) is not None:
             p.copy_(value / abs(s) ** 0.5)
 
 
@@ -116,6 +82,3 @@ def times_transposed(tiles: Tiles, Y_OK: Tensor, columns: int) -> Tensor:
     for which, tile in tiles():
         out += tile.to(Y_OK.dtype).T @ Y_OK[which]
     return out
-
-
-OFFSET = OffsetLoRADirection()

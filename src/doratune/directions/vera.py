@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import register
+from . import Declared, Direction
 
 FIRST_D = 0.1
 
@@ -59,30 +59,57 @@ class SharedFactors:
         return SharedFactors, (self.rank, self.rows, self.columns, self.seed, self.given)
 
 
-class VeRADirection:
-    name = "vera"
-    names = ("vera_b", "vera_d")
-    frozen = ()
+class VeRADirection(Direction):
+    """shared: the frozen pair of one attachment; None in the declaration."""
 
-    def __init__(self, shared: SharedFactors):
+    name = "vera"
+    methods = {"vera": False, "dvora": True}
+    tensors = (
+        Declared("vera_b", lambda O, I, R: (O,), output_factor=True, in_file="vera_lambda_b"),
+        Declared("vera_d", lambda O, I, R: (R,), in_file="vera_lambda_d"),
+    )
+    scaled = False
+    overrides = False
+    peft_type = "VERA"
+    peft_kinds = ("Linear", "Conv1D")
+
+    def __init__(self, shared: SharedFactors | None = None):
         self.shared = shared
 
-    def create(self, module: nn.Module, shape: tuple[int, int], rank: int, seed: int, dtype, device) -> None:
-        register(module, "vera_b", torch.zeros(shape[0], dtype=dtype), device)
-        register(module, "vera_d", torch.full((rank,), FIRST_D, dtype=dtype), device)
+    def for_model(self, config, shapes) -> Direction:
+        if not shapes:
+            return self
+        rows, columns = (max(shape[i] for shape in shapes) for i in (0, 1))
+        return VeRADirection(SharedFactors(config.rank, rows, columns, config.seed))
+
+    def create(self, module, shape, rank, seed, dtype, device) -> None:
+        super().create(module, shape, rank, seed, dtype, device)
         self.shared.get(torch.device(device), dtype)  # drawn here, not under torch.compile
 
-    def factors(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        b, d, base = module.vera_b, module.vera_d, module.adaptation.base
-        rows, columns = base.shape(module)
+    def first(self, name, size, shape, dtype, generator) -> Tensor:
+        return torch.full(size, FIRST_D if name == "vera_d" else 0.0, dtype=dtype)
+
+    def factors(self, tensors, shape) -> tuple[Tensor, Tensor]:
+        b, d = tensors
         A, B = self.shared.get(b.device, b.dtype)
-        return A[:, :columns], B[:rows] * b[:, None] * d
+        return A[:, : shape[1]], B[: shape[0]] * b[:, None] * d
 
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        return module.vera_b, module.vera_d
+    def needs(self, needed) -> tuple[bool, bool]:
+        return False, any(needed)
 
-    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-        return {"vera_b": (shape[0],), "vera_d": (rank,)}
-
-    def refusal(self, shape: tuple[int, int], rank: int) -> str | None:
+    def refusal(self, shape, rank) -> None:
         return None
+
+    def constant_A(self) -> bool:
+        return True
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        return dict(zip(SHARED, self.shared.get(torch.device("cpu"), torch.float32), strict=True))
+
+    def take_shared(self, tensors: dict[str, Tensor]) -> None:
+        if all(name in tensors for name in SHARED):
+            self.shared.give(*(tensors[name] for name in SHARED))
+
+
+SHARED = ("vera_A", "vera_B")
+DIRECTIONS = (VeRADirection(),)

@@ -1,16 +1,33 @@
-"""Layer kinds: how a module's weight becomes the matrix (O, I) of the maths, and which modules can be adapted.
+"""Adapted layers: layer kinds, the adapted weight, its factors prepared once per change.
 
-`kind_of(module)` is the one place that knows the list; a new kind is one new file with a subclass of `kind.LayerKind`.
+`kind_of(module)` is the one place that knows the kinds; a new one is one new file with a subclass of `kind.LayerKind`.
+
+    kind.py        what every kind offers
+    linear.py      nn.Linear and quantized linear layers
+    conv1d.py      transformers' Conv1D
+    conv.py        convolutions
+    embedding.py   embeddings
+    attention.py   nn.MultiheadAttention: the packed projections
+    experts.py     batched expert weights of mixture-of-experts models
+    parts.py       an expert as a layer of its own
+    layouts.py     names of layers that are no module of their own
+    adapted.py     an adapted layer: a subclass made on demand
+    weight.py      an adapted weight, and how a call of it runs
+    prepared.py    the factors of calls, prepared for all weights together
+    registry.py    the weights of one attachment, and when their factors are old
+    passes.py      which kernels compute the passes over an output
+    fastpath.py    PyTorch's fast paths around layers, closed while adapted
 """
 
 from torch import nn
 
 from .attention import AttentionKind
 from .conv import ConvKind
+from .conv1d import Conv1DKind
 from .embedding import EmbeddingKind
 from .experts import ExpertsKind, TransposedExpertsKind
 from .kind import LayerKind
-from .linear import Conv1DKind, LinearKind
+from .linear import LinearKind
 
 KINDS = (LinearKind(), Conv1DKind(), ConvKind(), EmbeddingKind(), AttentionKind(), ExpertsKind(), TransposedExpertsKind())
 

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
-from .site import Adaptation, LayerSite
-
-MAGNITUDE_NAMES = ("magnitude", "magnitude_delta", "magnitude_start")
-NEVER_TRAINED = ("magnitude_start", "start_A", "start_B")
+from .weight import AdaptedWeight
 
 
 class Adapted:
     """Mixin in front of the layer's own class."""
 
-    adaptation: Adaptation
+    adapted: AdaptedWeight
     plain_class: type
     """The class that the module had before; set on each subclass."""
 
@@ -32,17 +29,12 @@ class Adapted:
         name = next((key for key in ("input", "x") if key in kwargs), None)
         if not args and name:
             args = (kwargs.pop(name),)
-        return self.adaptation.kind.forward(self, super().forward, *args, **kwargs)
-
-    def op_site(self, gradients: bool, count: bool = False) -> LayerSite:
-        """This layer as the op sees it; count: this call is a forward."""
-        self.adaptation.calls += count
-        return LayerSite(self, self.adaptation, gradients)
+        return self.adapted.kind.forward(self, super().forward, *args, **kwargs)
 
     @property
     def scaling(self) -> float:
         """s, the factor of B·A."""
-        return self.adaptation.scaling
+        return self.adapted.scaling
 
     def _apply(self, fn, recurse=True):
         return keep_precision(self, lambda: super(Adapted, self)._apply(fn, recurse))
@@ -50,20 +42,20 @@ class Adapted:
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         restore_precision(self)
-        self.adaptation.changed()
+        self.adapted.changed()
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self.adaptation.handle.bound():  # a shallow copy of a layer
-            self.adaptation = copy.deepcopy(self.adaptation)
-        self.adaptation.belongs_to(self)
+        if self.adapted.handle.bound():  # a shallow copy of a layer
+            self.adapted = copy.deepcopy(self.adapted)
+        self.adapted.belongs_to(self)
 
     def __reduce_ex__(self, protocol):
         state = self.__getstate__() if hasattr(self, "__getstate__") else None
-        return _rebuild, (type(self).plain_class, self.adaptation.relative), self.__dict__.copy() if state is None else state
+        return _rebuild, (type(self).plain_class, self.adapted.relative), self.__dict__.copy() if state is None else state
 
     def extra_repr(self) -> str:
-        a = self.adaptation
+        a = self.adapted
         parts = [super().extra_repr(), f"{a.direction.name} rank={a.rank}, scaling={a.scaling:g}"]
         return ", ".join([part for part in parts if part] + ([f"magnitude per {a.axis}"] if a.magnitude else []))
 
@@ -97,8 +89,7 @@ def _rebuild(cls: type, relative: bool) -> nn.Module:
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters of an adapted module, by name."""
-    names = (*module.adaptation.direction.names, *MAGNITUDE_NAMES)
-    return {name: p for name in names if (p := module._parameters.get(name)) is not None}
+    return {name: p for name in module.adapted.names if (p := module._parameters.get(name)) is not None}
 
 
 def keep_precision(module: nn.Module, apply):
@@ -106,12 +97,12 @@ def keep_precision(module: nn.Module, apply):
 
     After a dtype change W has other values: magnitudes that had not moved from the start follow it, so that the start stays exact.
     """
-    a, base = module.adaptation, module.adaptation.base
+    a, base = module.adapted, module.adapted.base
     before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in own_parameters(module).items()}
     dtype = base.dtype(module)
     known = a.magnitude and base.device(module).type != "meta"
     start = "magnitude_start" if a.relative else "magnitude"
-    w_before = a.frozen_facts(module).w2.sqrt() if known else None
+    w_before = a.facts.w2.sqrt() if known else None
     result = apply()
     wide = accumulation_dtype(base.dtype(module))
     for name, p in own_parameters(module).items():
@@ -123,7 +114,7 @@ def keep_precision(module: nn.Module, apply):
     a.changed()
     if w_before is not None and base.dtype(module) != dtype and base.device(module).type != "meta":
         m = getattr(module, start)
-        w = a.frozen_facts(module).w2.sqrt().to(m.dtype)
+        w = a.facts.w2.sqrt().to(m.dtype)
         m.data = torch.where(before[start][0].to(m.device) == w_before.to(m), w, m.data)
     return result
 

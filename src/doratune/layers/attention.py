@@ -21,23 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calls import composed, dropout_mask, flat, outside_compile, scaled_input
-from .kind import LayerKind
-from .linear import LinearKind
-from .parts import Rows, WholeAdaptation
-
-_ROWS = LinearKind()
+from .kind import LayerKind, outside_compile
+from .weight import compute_dtype
 
 
 class AttentionKind(LayerKind):
     name = "Attention"
     weight_name = "in_proj_weight"
+    linear = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
 
-    def adaptation(self, **choices) -> WholeAdaptation:
-        return WholeAdaptation(**choices)
+    def bias(self, layer) -> Tensor | None:
+        return layer.in_proj_bias
+
+    def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
+        return torch.cat([x.to(tile.dtype) @ tile.T for _, tile in weight.row_tiles(rows)], 1)
 
     def refusal(self, module: nn.Module) -> str | None:
         if module.in_proj_weight is None:
@@ -106,9 +106,8 @@ class Heads(NamedTuple):
 
 def projected(module, q: Tensor, k: Tensor, v: Tensor, same: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (·, N, E) after their projections; same: (is q the same as k?, k as v?), which are then projected at once."""
-    a, E = module.adaptation, q.shape[-1]
-    if not torch.compiler.is_compiling():
-        a.calls += 1
+    E = q.shape[-1]
+    module.adapted.calls += not torch.compiler.is_compiling()
     if all(same):
         return _unpacked(project(module, q, slice(0, 3 * E)), 3)
     return _crossed(module, q, k, v, same[1])
@@ -125,20 +124,14 @@ def _crossed(module, q: Tensor, k: Tensor, v: Tensor, same: bool) -> tuple[Tenso
 
 def project(module, x: Tensor, rows: slice) -> Tensor:
     """x·W'ᵀ + bias for these rows of the packed weight."""
-    a, W, bias = module.adaptation, module.in_proj_weight, module.in_proj_bias
-    (A, B), m = a.factors_of(module), module.magnitude
-    whole, layer = rows == slice(0, len(W)), module
-    site = None if torch.compiler.is_compiling() else module.op_site(torch.is_grad_enabled())
-    if m is not None and a.axis == "input":
-        x, m = scaled_input(module, site, x, A, B, m), None
-    if not whole:
-        layer, W, bias = Rows(module, rows, _ROWS), W[rows], None if bias is None else bias[rows]
-        B, m, site = None if B is None else B[rows], None if m is None else m[rows], None
+    weight, W, bias = module.adapted, module.in_proj_weight, module.in_proj_bias
+    if weight.magnitude and weight.axis == "input":
+        x = weight.scaled_input(x, compute_dtype(x))
+    which = None if rows == slice(0, len(W)) else rows
+    if which is not None:
+        W, bias = W[rows], None if bias is None else bias[rows]
     out = F.linear(x, W, bias)
-    if A is None and m is None:
-        return out
-    x_TI = flat(x) if A is not None else None
-    return composed(layer, x_TI, flat(out), A, B, m, bias, dropout_mask(module, x_TI), site).view(out.shape)
+    return out if not weight.rank and weight.axis == "input" else weight.compose(x, out, bias, which=which)
 
 
 def _unpacked(y: Tensor, parts: int) -> tuple[Tensor, ...]:

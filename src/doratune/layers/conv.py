@@ -13,17 +13,21 @@ Cost: T·R·groups numbers for conv(x, A). Where that is more than ΔV itself (d
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from .calls import rescaled, scaled_input
+from ..bases import accumulation_dtype
 from .kind import LayerKind, differs
+from .weight import compute_dtype
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ConvKind(LayerKind):
     name = "Conv"
+    linear = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, CONVS)
@@ -34,18 +38,39 @@ class ConvKind(LayerKind):
     def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
         return weight[which].flatten(1) if flatten else weight[which]
 
-    def forward(self, module, base_forward, x: Tensor):
-        a = module.adaptation
-        (A, B), m = a.factors_of(module), module.magnitude
-        channels = x.dim() - module.weight.dim() + 1
-        site = None if torch.compiler.is_compiling() else module.op_site(torch.is_grad_enabled(), count=True)
-        if m is not None and a.axis == "input":
-            scaled = scaled_input(module, site, x.movedim(channels, -1), A, B, m).movedim(-1, channels)
-            x, m = scaled.contiguous() if x.is_contiguous() else scaled, None  # the base's kernel depends on the layout
+    def forward(self, layer, base_forward, x: Tensor) -> Tensor:
+        weight = layer.adapted
+        weight.calls += not torch.compiler.is_compiling()
+        channels = x.dim() - layer.weight.dim() + 1
+        if weight.magnitude and weight.axis == "input":
+            scaled = weight.scaled_input(x.movedim(channels, -1), compute_dtype(x)).movedim(-1, channels)
+            x = scaled.contiguous() if x.is_contiguous() else scaled  # the base's kernel depends on the layout
         out = base_forward(x)
-        if A is not None:
-            out = out + low_rank(module, x, A, B, out.dtype)
-        return out if m is None else rescaled(module, out, A, B, m, module.bias, channels, site)
+        if weight.rank:
+            out = out + low_rank(weight, layer, x, *weight.low_rank(), out.dtype)
+        if weight.magnitude and weight.axis == "output":
+            return weight.rescale(out, layer.bias, channels, x)
+        return out
+
+    def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
+        """(N, K, S) with the low-rank part, as `rescale` has its output."""
+        layer, dtype = weight.layer, accumulation_dtype(weight.dtype)
+        x = x if x.dim() == layer.weight.dim() else x[None]
+        columns = []
+        for which, V_KI in weight.row_tiles(rows):
+            if weight.rank:
+                A, B = weight.low_rank()
+                V_KI = torch.addmm(V_KI, B[which].to(V_KI.dtype), A.to(V_KI.dtype), alpha=weight.scaling)
+            columns += [_one_channel(layer, x.to(dtype), row, filter_I) for row, filter_I in zip(which.tolist(), V_KI)]
+        return torch.cat(columns, 1).flatten(2)
+
+    def file_tensors(self, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Filters (R, I, k…), (O, R, 1…), (1, O, 1…)."""
+        if "lora_A" not in tensors:
+            return tensors
+        kernel, ones, given = module.weight.shape[1:], [1] * (module.weight.dim() - 2), dict(tensors)
+        given |= {"lora_A": tensors["lora_A"].view(-1, *kernel), "lora_B": tensors["lora_B"].view(*tensors["lora_B"].shape, *ones)}
+        return given | ({"magnitude": tensors["magnitude"].view(1, -1, *ones)} if "magnitude" in tensors else {})
 
     def axis_refusal(self, module: nn.Module) -> str | None:
         """Why the input axis is not defined for this convolution."""
@@ -63,13 +88,23 @@ class ConvKind(LayerKind):
         return differs(module, (x,), module._conv_forward(x, weight, module.bias), "a plain convolution")
 
 
-def low_rank(module, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+def _one_channel(layer, x: Tensor, row: int, filter_I: Tensor) -> Tensor:
+    """conv(x, one filter) (N, 1, …) of a layer that may have groups: the filter's own inputs only."""
+    inputs = layer.weight.shape[1]
+    group = row // (layer.out_channels // layer.groups)
+    alone = copy.copy(layer)
+    vars(alone).update(groups=1)
+    weight = filter_I.view(1, *layer.weight.shape[1:])
+    return type(layer).plain_class._conv_forward(alone, x.narrow(1, group * inputs, inputs), weight, None)
+
+
+def low_rank(weight, module, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """s·conv(x, B·A) in `dtype`."""
-    a, kernel, groups = module.adaptation, module.weight.shape[1:], module.groups
-    if a.dropout and module.training:
-        x = nn.functional.dropout(x, a.dropout)
+    kernel, groups = module.weight.shape[1:], module.groups
+    if weight.dropout and module.training:
+        x = nn.functional.dropout(x, weight.dropout)
     with torch.autocast(x.device.type, enabled=False):
-        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype) * a.scaling
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype) * weight.scaling
         positions = x.numel() // max(1, module.in_channels)
         if groups > 1 and positions * len(A) * groups > module.weight.numel():
             return module._conv_forward(x, (B @ A).view(module.weight.shape), None)

@@ -15,36 +15,59 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bases import accumulation_dtype
-from ..math import op
-from .calls import rescaled
+from ..math import compiled
 from .kind import LayerKind, differs
 
 
 class EmbeddingKind(LayerKind):
     name = "Embedding"
+    linear = False
+    by_name_only = True
+    peft_axis = "input"
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding)
 
-    def forward(self, module, base_forward, ids: Tensor):
-        a = module.adaptation
-        if not torch.compiler.is_compiling():
-            a.calls += 1
-        (A, B), m = a.factors_of(module), module.magnitude
-        padding = module.padding_idx
-        out = F.embedding(ids, module.weight, padding)
-        dropping = a.dropout > 0 and module.training
-        delta = None if A is None else low_rank(module, ids, A, B, out.dtype, padding, dropping)
-        if m is not None and a.axis == "output":
-            whole = low_rank(module, ids, A, B, out.dtype, padding) if dropping and A is not None else delta
-            out = scaled_rows(module, ids, out, delta, whole, m, padding)
+    def forward(self, layer, base_forward, ids: Tensor) -> Tensor:
+        weight, padding = layer.adapted, layer.padding_idx
+        weight.calls += not torch.compiler.is_compiling()
+        out = F.embedding(ids, layer.weight, padding)
+        dropping = weight.dropout > 0 and layer.training
+        delta = low_rank(weight, ids, out.dtype, padding, dropping) if weight.rank else None
+        if weight.magnitude and weight.axis == "output":
+            whole = low_rank(weight, ids, out.dtype, padding) if dropping and weight.rank else delta
+            out = scaled_rows(weight, layer, ids, out, delta, whole, padding)
         else:
             out = out if delta is None else out + delta
-            out = out if m is None else rescaled(module, out, A, B, m, None)
-        return out * scale_of(module, out.dtype)
+            out = weight.rescale(out) if weight.magnitude else out
+        return out * scale_of(layer, out.dtype)
+
+    def file_tensors(self, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "lora_A" not in tensors:
+            return tensors
+        others = {name: t for name, t in tensors.items() if name not in ("lora_A", "lora_B")}
+        A, B = tensors["lora_A"], tensors["lora_B"]
+        return {"embedding_A": B.T.contiguous(), "embedding_B": A.T.contiguous()} | others
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "embedding_A" not in tensors:
+            return tensors
+        return {"lora_A": tensors["embedding_B"].T, "lora_B": tensors["embedding_A"].T}
+
+    def file_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        if "lora_A" not in shapes:
+            return shapes
+        others = {name: size for name, size in shapes.items() if name not in ("lora_A", "lora_B")}
+        return {"embedding_A": shapes["lora_B"][::-1], "embedding_B": shapes["lora_A"][::-1]} | others
 
     def axis(self, config) -> str:
         return "output" if config.embedding_magnitude == "token" else "input"
+
+    def prepares(self, weight) -> bool:
+        return weight.axis == "input"
+
+    def bias(self, layer) -> None:
+        return None
 
     def refusal(self, module: nn.Module) -> str | None:
         if module.max_norm is not None:
@@ -66,32 +89,34 @@ def scale_of(module, dtype: torch.dtype):
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-def low_rank(module, ids: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, padding: int | None, drop: bool = False) -> Tensor:
+def low_rank(weight, ids: Tensor, dtype: torch.dtype, padding: int | None, drop: bool = False) -> Tensor:
     """δ = s·B_t·A (…, I) in `dtype`."""
+    A, B = weight.low_rank()
     with torch.autocast(ids.device.type, enabled=False):
-        rows = F.embedding(ids, B, padding).to(dtype) * module.adaptation.scaling
+        rows = F.embedding(ids, B, padding).to(dtype) * weight.scaling
         if drop:
-            rows = F.dropout(rows, module.adaptation.dropout)
+            rows = F.dropout(rows, weight.dropout)
         return rows @ A.to(dtype)
 
 
-def scaled_rows(module, ids: Tensor, out: Tensor, delta: Tensor | None, whole: Tensor | None, m: Tensor, padding) -> Tensor:
-    """g_t ⊙ (W_t + δ_t) in out's dtype; the gain in fp32 (fp64). whole: δ without dropout, which the norm is of."""
-    a = module.adaptation
+def scaled_rows(weight, layer, ids: Tensor, out: Tensor, delta: Tensor | None, whole: Tensor | None, padding) -> Tensor:
+    """g_t ⊙ (W_t + δ_t) in out's dtype; g in fp32 (fp64). whole: δ without dropout, which the norm is of."""
     dtype = accumulation_dtype(out.dtype)
     if torch.compiler.is_compiling():
-        w2, frozen = op.frozen_rows(ids, a.handle.tensor, dtype)
+        w2, frozen = compiled.frozen_rows(ids, layer.weight, weight.handle.tensor, dtype)
     else:
-        w2, frozen = (fact[ids] for fact in a.frozen_facts(module)[:2])
+        w2, frozen = (fact[ids] for fact in weight.facts[:2])
     V = out if delta is None else out + delta
     n2 = w2
     if whole is not None:
         change, wide = whole.to(dtype), out.to(dtype)
-        change = change if a.full_gradient else change.detach()
+        change = change if weight.full_gradient else change.detach()
         sum_of_parts = w2 + 2 * (wide * change).sum(-1) + change.square().sum(-1)
         direct = (wide + change).square().sum(-1)
         n2 = torch.where(sum_of_parts < 0.25 * w2, direct, sum_of_parts)  # where the parts cancel
     n2 = torch.where(frozen, 1.0, torch.maximum(n2, 1e-12 * w2))
     n = n2.sqrt()
-    gain = torch.where(frozen, 0.0, (F.embedding(ids, m[:, None], padding).squeeze(-1) - n) / n)
-    return torch.addcmul(V, V, gain.to(V.dtype)[..., None]) if out.dtype.itemsize >= 4 else (V + V * gain[..., None]).to(V.dtype)
+    g_minus_1 = torch.where(frozen, 0.0, (F.embedding(ids, weight.m()[:, None], padding).squeeze(-1) - n) / n)
+    if out.dtype.itemsize >= 4:
+        return torch.addcmul(V, V, g_minus_1.to(V.dtype)[..., None])
+    return (V + V * g_minus_1[..., None]).to(V.dtype)

@@ -16,19 +16,17 @@ graph break, as its shapes follow the data).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from ..math.autograd import ComposeLinear
-from .adapted import Adapted, become, keep_precision, own_parameters
-from .calls import composed, dropout_mask, outside_compile, scaled_input
-from .kind import LayerKind
-from .linear import Conv1DKind, LinearKind
-from .parts import Indexed, WholeAdaptation
-from .site import FrozenFacts
+from .adapted import Adapted, become, keep_precision
+from .conv1d import Conv1DKind
+from .kind import LayerKind, outside_compile
+from .linear import LinearKind
+from .parts import BatchWeight, PartWeight
+from .weight import compute_dtype
 
 CHILD = "adapter_of_"
 _MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
@@ -57,54 +55,29 @@ class ExpertWeight(nn.Module):
         return " x ".join(map(str, self.weight.shape))
 
 
-@dataclass
-class BatchAdaptation(WholeAdaptation):
-    """What a batched weight is adapted with: its experts are the parts."""
-
-    def matrices(self, module: nn.Module) -> list[Indexed]:
-        return [self.kind.expert(module, index) for index in range(len(module.weight))]
-
-    def create(self, module: nn.Module, seed: int, dtype: torch.dtype, device) -> None:
-        """The direction's parameters, made for each expert and stacked."""
-        each, (count, *shape) = [], self.base.shape(module)
-        for index in range(count):
-            each.append(nn.Module())
-            self.direction.create(each[-1], tuple(shape), self.rank, seed + index, dtype, device)
-        for name in each[0]._parameters:
-            stacked = [one._parameters[name] for one in each]
-            module.register_parameter(name, None if stacked[0] is None else nn.Parameter(torch.stack(stacked).detach()))
-
-    def factors_of(self, module: nn.Module):
-        factors = [self.direction.factors(part) for part in self.matrices(module)]
-        return tuple(None if same[0] is None else torch.stack(same) for same in zip(*factors, strict=True))
-
-    def frozen_facts(self, module: nn.Module) -> FrozenFacts:
-        w2, directionless, _ = zip(*(part.adaptation.frozen_facts(part) for part in self.matrices(module)), strict=True)
-        some = torch.stack(directionless)
-        return FrozenFacts(torch.stack(w2), some, some if not some.is_meta and bool(some.any()) else None)
-
-
 class ExpertsKind(LayerKind):
     """A batched weight stored (E, O, I)."""
 
     name = "Experts"
-    transposed = False
+    linear = False
+    stacked = True
     expert_kind = LinearKind()
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, ExpertWeight) and bool(module.owner.is_transposed) == self.transposed
 
-    def adaptation(self, **choices) -> BatchAdaptation:
-        return BatchAdaptation(**choices)
+    def weight(self, **choices) -> BatchWeight:
+        return BatchWeight(**choices)
+
+    def bias(self, layer) -> None:
+        """Known to each call only."""
+        return None
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    def expert(self, module: nn.Module, index: int, given=None) -> Indexed:
-        return Indexed(module, index, self.expert_kind, given)
-
     def forward(self, module, base_forward) -> Bank:
-        module.adaptation.calls += 1
+        module.adapted.calls += 1
         return Bank(module)
 
     @torch.no_grad()
@@ -159,33 +132,28 @@ class Bank:
     The parameters are split once for all experts: each slice by itself would cost autograd a gradient of all E."""
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.split = layer, {}
-        if torch.is_grad_enabled():
-            self.split = {name: p.unbind(0) for name, p in own_parameters(layer).items()}
+        self.weight = layer.adapted
+        self.live = list(zip(*(p.unbind(0) for p in self.weight.tensors()), strict=True)) if torch.is_grad_enabled() else None
 
     def __getitem__(self, index) -> Operand:
-        index, kind = int(index), self.layer.adaptation.kind
-        given = {name: tensors[index] for name, tensors in self.split.items()}
-        expert, live = kind.expert(self.layer, index), kind.expert(self.layer, index, given)
-        return Operand(partial(product, expert, live), kind.transposed)
+        part = self.weight.part(int(index))
+        live = None if self.live is None else self.live[int(index)] if self.live else ()
+        return Operand(partial(product, part, live), self.weight.kind.transposed)
 
 
-def product(expert: Indexed, live: Indexed, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x·W'ᵀ + bias of one expert; live: the same with tensors that autograd follows."""
-    a, W, m = expert.adaptation, expert.weight, live.magnitude
-    A, B = a.direction.factors(live)
-    gradients = torch.is_grad_enabled()
-    site = expert.op_site(gradients, count=True)
-    if m is not None and a.axis == "input":
-        x, m = scaled_input(expert, site, x, A, B, m), None
-    mask = dropout_mask(expert, x if A is not None else None)
+def product(weight: PartWeight, live, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x·W'ᵀ + bias of one expert; live: its parameters as autograd follows them."""
+    W, transposed = weight.layer.weight, weight.kind.transposed
+    weight.calls += 1
+    if weight.magnitude and weight.axis == "input":
+        x = weight.scaled_input(x, compute_dtype(x), live)
     plain = x.dtype == W.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type)
-    if gradients and A is not None and plain and isinstance(a.kind, LinearKind) and not isinstance(a.kind, Conv1DKind):
-        return ComposeLinear.apply(x, W, A, B, m, bias, *mask, site)
-    out = base_product(x, W, bias, isinstance(a.kind, Conv1DKind))
-    if A is None and m is None:
+    if plain and weight.rank and not transposed:
+        return weight.compose(x, W, bias, own=True, live=live)
+    out = base_product(x, W, bias, transposed)
+    if not weight.rank and weight.axis == "input":
         return out
-    return composed(expert, x if A is not None else None, out, A, B, m, bias, mask, site)
+    return weight.compose(x, out, bias, live=live)
 
 
 def base_product(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

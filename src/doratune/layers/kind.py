@@ -5,18 +5,32 @@ A new kind is one new file with a subclass, and its name in `layers/__init__.py`
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from ..bases import Base, base_of
 
-RESERVED = ("adaptation", "magnitude", "scaling")
+RESERVED = ("adapted", "magnitude", "scaling")
 """Names that an adapted layer gives to a module, besides its direction's."""
 
 
 class LayerKind:
     name: str
     weight_name = "weight"
+    may_be_quantized = False
+    """Do quantizers make layers of this kind?"""
+    linear = True
+    """Is it selected by `all-linear`?"""
+    peft_axis = "output"
+    """The axis of its magnitude in PEFT's files."""
+    by_name_only = False
+    """Is it left out of `all-layers`?"""
+    stacked = False
+    """Is its weight a batch of matrices (E, O, I)?"""
+    transposed = False
+    """Is its weight stored (I, O)?"""
 
     def matches(self, module: nn.Module) -> bool:
         raise NotImplementedError
@@ -47,11 +61,36 @@ class LayerKind:
             return self._unknown_storage(module)
         return self.probe(module)
 
-    def adaptation(self, **choices):
-        """What a layer of this kind is adapted with."""
-        from .site import Adaptation
+    def bias(self, layer) -> Tensor | None:
+        """The layer's bias (O,), or None."""
+        return getattr(layer, "bias", None)
 
-        return Adaptation(**choices)
+    def prepares(self, weight) -> bool:
+        """Do calls need prepared factors?"""
+        return True
+
+    def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
+        """What the backward takes again from W where a bias drowns the output: the product without bias, columns `rows`, in the
+        wide dtype; of a kind that rescales its output, with the low-rank part."""
+        raise NotImplementedError
+
+    def weight(self, **choices):
+        """What a layer of this kind is adapted with."""
+        from .weight import AdaptedWeight
+
+        return AdaptedWeight(**choices)
+
+    def file_tensors(self, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's tensors in the shapes and under the names that PEFT's files have for this kind."""
+        return tensors
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `file_tensors`, of tensors that are matrices and vectors already."""
+        return tensors
+
+    def file_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, as matrices and vectors, that a file has for these."""
+        return shapes
 
     def key(self, name: str) -> str:
         """The weight's name in `named_parameters`, for a layer of this name."""
@@ -89,6 +128,17 @@ class LayerKind:
         from . import kind_named
 
         return kind_named, (self.name,)
+
+
+def outside_compile(function):
+    """`function`, run as it is where torch.compile traces its caller: a break in the graph."""
+    disabled = torch._disable_dynamo(function)  # torch.compiler.disable would import the compiler right here
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
 
 
 def calls_its_class(module: nn.Module) -> bool:

@@ -1,11 +1,10 @@
-"""A part of a layer seen as a linear layer of its own: one expert of a batched weight, or some rows of a packed one.
+"""One expert of a batched weight, seen as a linear layer of its own.
 
     expert e       W[e] (O, I), A[e], B[e], m[e]                      (§3.1, per expert)
-    rows a:b       W[a:b], A, B[a:b], m[a:b]; which rows have no direction is decided in the whole
 
-A part has what the maths asks of a layer: `weight`, the direction's tensors, `adaptation`, `training`. Norms, the op, merging and
-`verify` then treat it as any linear layer. Parts are made anew for each use; what is derived from their tensors (norm, ready
-factors, w²) stays in a `PartAdaptation`, which the layer's own adaptation holds. Cost: nothing for a part that is not used.
+An expert has what the maths asks of a layer; norms, calls, merging and `verify` treat it as any linear layer. `Expert` is made anew
+for each use; what is derived from its tensors stays in its `PartWeight`, which the weight of the whole holds. Cost: nothing for an
+expert that is not used.
 """
 
 from __future__ import annotations
@@ -16,53 +15,54 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.dense import DenseBase
-from .site import Adaptation, FrozenFacts, LayerSite
+from .weight import AdaptedWeight, FrozenFacts
 
 
-class Views:
-    """Views of parameters, each the same object while the parameter's memory stays: a norm's sources are known again by them."""
+class Expert:
+    """Number `index` of a batch of matrices (E, O, I)."""
 
-    def __init__(self):
-        self.kept: dict[str, tuple[tuple, Tensor]] = {}
-
-    def get(self, name: str, p: Tensor, index) -> Tensor:
-        key = p.data_ptr(), p.dtype, p.device, p.shape
-        if name not in self.kept or self.kept[name][0] != key:
-            with torch.inference_mode(False):
-                self.kept[name] = key, p.detach()[index]
-        return self.kept[name][1]
-
-    def __deepcopy__(self, memo):
-        return Views()
-
-    def __reduce__(self):
-        return Views, ()
-
-
-@dataclass
-class PartAdaptation(Adaptation):
-    """What one part is adapted with: the layer's choices, and caches of its own."""
-
-    views: Views = field(default_factory=Views)
+    def __init__(self, batch: nn.Module, index: int):
+        self.batch, self.index = batch, index
 
     @property
-    def made(self) -> bool:
-        """The factors of a call are slices without an identity: the norm is kept under `direction.sources` of the part."""
-        return True
+    def weight(self) -> Tensor:
+        return self.batch.weight[self.index]
 
-    def frozen_facts(self, module: Part) -> FrozenFacts:
-        return module.facts(super().frozen_facts)
+    @property
+    def training(self) -> bool:
+        return self.batch.training
+
+    @property
+    def _parameters(self) -> dict[str, Tensor | None]:
+        own = self.batch._parameters.items()
+        return {name: None if p is None else p.detach()[self.index] for name, p in own}
 
 
-@dataclass
-class WholeAdaptation(Adaptation):
-    """What a layer with parts is adapted with."""
+@dataclass(eq=False)
+class PartWeight(AdaptedWeight):
+    """What one expert is adapted with: the whole's choices."""
 
-    parts: dict[object, PartAdaptation] = field(default_factory=dict)
+    whole: object = None
+    index: int = 0
 
-    def part(self, key, kind) -> PartAdaptation:
-        """The adaptation of one part, seen as a layer of this kind."""
-        if key not in self.parts:
+    @property
+    def layer(self) -> Expert | None:
+        batch = None if self.whole is None else self.whole.layer
+        return None if batch is None else Expert(batch, self.index)
+
+    def parameters(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        own = self.whole.layer._parameters
+        return tuple(own[name].detach()[self.index] for name in names)
+
+
+@dataclass(eq=False)
+class BatchWeight(AdaptedWeight):
+    """What a batched weight (E, O, I) is adapted with: its experts are the parts."""
+
+    parts: dict[int, PartWeight] = field(default_factory=dict)
+
+    def part(self, index: int) -> PartWeight:
+        if index not in self.parts:
             names = (
                 "direction",
                 "rank",
@@ -72,87 +72,55 @@ class WholeAdaptation(Adaptation):
                 "full_gradient",
                 "relative",
                 "dropout",
+                "registry",
                 "handle",
-                "siblings",
             )
             choices = {name: getattr(self, name) for name in names}
-            self.parts[key] = PartAdaptation(kind=kind, base=DenseBase(kind), **choices)
-        return self.parts[key]
+            kind = self.kind.expert_kind
+            self.parts[index] = PartWeight(kind=kind, base=DenseBase(kind), whole=self, index=index, **choices)
+            self.registry.add(self.parts[index])
+        return self.parts[index]
+
+    def belongs_to(self, layer) -> None:
+        super().belongs_to(layer)
+        for part in self.parts.values():
+            part.registry = self.registry
+            self.registry.add(part)
+
+    def matrices(self) -> list[PartWeight]:
+        return [self.part(index) for index in range(len(self.layer.weight))]
+
+    def create(self, layer, seed: int, dtype: torch.dtype, device) -> None:
+        """The direction's parameters, made for each expert and stacked."""
+        each, (count, *shape) = [], self.base.shape(layer)
+        for index in range(count):
+            each.append(nn.Module())
+            self.direction.create(each[-1], tuple(shape), self.rank, seed + index, dtype, device)
+        for name in each[0]._parameters:
+            experts = [one._parameters[name] for one in each]
+            layer.register_parameter(name, None if experts[0] is None else nn.Parameter(torch.stack(experts).detach()))
+
+    def low_rank(self, tensors=None) -> tuple[Tensor | None, Tensor | None]:
+        """A (E, K, I), B (E, O, K)."""
+        own = self.parameters(self.direction.names) if tensors is None else tensors[: len(self.direction.names)]
+        shape = self.shape[-2:]
+        factors = [self.direction.factors(one, shape) for one in zip(*own, strict=True)] or [(None, None)]
+        return tuple(None if same[0] is None else torch.stack(same) for same in zip(*factors, strict=True))
+
+    @property
+    def facts(self) -> FrozenFacts:
+        w2, directionless, _ = zip(*(part.facts for part in self.matrices()), strict=True)
+        some = torch.stack(directionless)
+        return FrozenFacts(torch.stack(w2), some, some if not some.is_meta and bool(some.any()) else None)
+
+    def watched(self) -> tuple[Tensor, ...]:
+        """Its experts are watched one by one."""
+        return ()
+
+    def sample(self) -> None:
+        return None
 
     def changed(self) -> None:
         super().changed()
         for part in self.parts.values():
             part.changed()
-
-
-class Part:
-    """A part of `layer`; subclasses say which."""
-
-    def __init__(self, layer: nn.Module, adaptation: PartAdaptation):
-        self.layer, self.adaptation = layer, adaptation
-
-    def facts(self, own) -> FrozenFacts:
-        """w² and the rows without direction; own: the function that reads them off this part's weight."""
-        return own(self)
-
-    def op_site(self, gradients: bool, count: bool = False) -> LayerSite:
-        self.adaptation.calls += count
-        return LayerSite(self, self.adaptation, gradients)
-
-    @property
-    def training(self) -> bool:
-        return self.layer.training
-
-    @property
-    def scaling(self) -> float:
-        return self.adaptation.scaling
-
-
-class Rows(Part):
-    """Rows of a packed weight. Its direction's tensors are the layer's: a caller slices the factors."""
-
-    def __init__(self, layer: nn.Module, rows: slice, kind):
-        super().__init__(layer, layer.adaptation.part((rows.start, rows.stop), kind))
-        self.rows = rows
-
-    @property
-    def weight(self) -> Tensor:
-        return self.adaptation.views.get("weight", self.layer.adaptation.base.weight(self.layer), self.rows)
-
-    def facts(self, own) -> FrozenFacts:
-        w2, directionless, frozen = self.layer.adaptation.frozen_facts(self.layer)
-        return FrozenFacts(w2[self.rows], directionless[self.rows], None if frozen is None else frozen[self.rows])
-
-    def __getattr__(self, name: str):
-        return getattr(self.layer, name)
-
-
-class Indexed(Part):
-    """Number `index` of a batch of matrices (E, O, I); `given` has tensors to take instead of views of the parameters."""
-
-    def __init__(self, layer: nn.Module, index: int, kind, given: dict[str, Tensor] | None = None):
-        super().__init__(layer, layer.adaptation.part(index, kind))
-        self.index, self.given = index, given or {}
-
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.weight[self.index]
-
-    @property
-    def magnitude(self) -> Tensor | None:
-        return self.magnitude_start * self.magnitude_delta.exp() if self.adaptation.relative else self.tensor("magnitude")
-
-    @property
-    def _parameters(self) -> dict[str, Tensor | None]:
-        return {name: self.tensor(name) for name in self.layer._parameters}
-
-    def tensor(self, name: str) -> Tensor | None:
-        p = self.layer._parameters.get(name)
-        if p is None or name in self.given:
-            return self.given.get(name)
-        return self.adaptation.views.get(name, p, self.index)
-
-    def __getattr__(self, name: str) -> Tensor | None:
-        if name == "layer" or name not in self.layer._parameters:
-            raise AttributeError(name)
-        return self.tensor(name)

@@ -16,12 +16,12 @@ Cost: 2·O·I·R FLOPs at the base's own speed and 2·(O + I)·R² in fp32; memo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..bases import Base
 from .decomposition import TINY
 
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -29,6 +29,25 @@ _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-24
 
 _TOLERANCE = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-6, torch.float64: 1e-12}
 """Largest share of n² that U's rounding may cause before a row is redone: well below what the output's dtype resolves."""
+
+
+class Weight(Protocol):
+    """The frozen weight W (O, I) as the norm and its gradient ask for it: products, and rows in fp32 (fp64)."""
+
+    dtype: torch.dtype
+    """In which products with W are computed."""
+    device: torch.device
+    exact_forward: bool
+    """False where the forward rounds activations too: U then comes from row tiles."""
+
+    def forward_rows(self, rows_KI: Tensor) -> Tensor:
+        """rows · Wᵀ (K, O) in W's dtype."""
+
+    def backward_rows(self, rows_KO: Tensor) -> Tensor:
+        """rows · W (K, I)."""
+
+    def row_tiles(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """(which rows, those rows of W in fp32 or fp64), tile by tile; all rows, or those in the index `rows`."""
 
 
 class Terms(NamedTuple):
@@ -41,51 +60,50 @@ class Terms(NamedTuple):
     clamped: Tensor
 
 
-def magnitudes(modules: list[nn.Module], A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor):
-    """(n (L, O), which layers' n can be trusted): the output axis of L layers of one shape, in few operations; no zero rows.
+def stacked(U_LOR: Tensor, A_LRI: Tensor, B_LOR: Tensor, s: float, w2_LO: Tensor, noise: float, tolerance: float):
+    """(n (L, O), which layers need `terms` (L,)): the output axis of L layers of one shape in few operations; no zero rows.
 
-    A and B already in the dtype of the forward. A layer is trusted where none of its rows is in danger of cancellation, by the
-    first test of `terms`; the others need `terms`."""
-    dtype, bases = w2_LO.dtype, [module.adaptation.base for module in modules]
-    products = [base_times_A(b, module, A_RI) for b, module, A_RI in zip(bases, modules, A_LRI, strict=True)]
-    product, base = torch.stack(products).to(dtype), bases[0]
-    A, B = A_LRI.to(dtype), B_LOR.to(dtype)
-    gram_LRR = A @ A.mT
-    product.mul_(B)
-    noise_LO = torch.linalg.vector_norm(product, dim=-1).mul_(rounding(base, modules[0]) * abs(s))
-    n2_LO = torch.add(w2_LO, product.sum(-1), alpha=2 * s)
-    n2_LO.add_(torch.matmul(B, gram_LRR).mul_(B).sum(-1), alpha=s * s)
-    bound_LO = (B.square() @ gram_LRR.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
-    noise_LO.add_(torch.add(w2_LO, bound_LO, alpha=s * s), alpha=_ROUNDING[dtype])
-    trusted_L = (noise_LO <= _TOLERANCE[base.dtype(modules[0])] * n2_LO).all(-1)  # also False for NaN
-    return n2_LO.sqrt_(), trusted_L.tolist()
+    U = W·Aᵀ, A and B as the forward rounds them, all in w²'s dtype; U is overwritten. noise: ε_U, tolerance: see `limits`. A layer
+    needs `terms` where one of its rows is in danger of cancellation by the first test there, or is not a number."""
+    gram_LRR = A_LRI @ A_LRI.mT
+    bound_LO = (B_LOR.square() @ gram_LRR.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
+    U_LOR.mul_(B_LOR)
+    noise_LO = torch.linalg.vector_norm(U_LOR, dim=-1).mul_(noise * abs(s))
+    n2_LO = torch.add(w2_LO, U_LOR.sum(-1), alpha=2 * s)
+    n2_LO.add_(torch.matmul(B_LOR, gram_LRR).mul_(B_LOR).sum(-1), alpha=s * s)
+    noise_LO.add_(torch.add(w2_LO, bound_LO, alpha=s * s), alpha=_ROUNDING[w2_LO.dtype])
+    doubtful_L = ~(noise_LO <= tolerance * n2_LO).all(-1)  # also of NaN
+    return n2_LO.sqrt_(), doubtful_L
 
 
-def terms(
-    base: Base, module: nn.Module, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str, product: Tensor | None = None
-) -> Terms:
+def limits(W: Weight) -> tuple[float, float]:
+    """(ε_U of this weight, the share of n² that it may cause)."""
+    return rounding(W), _TOLERANCE[W.dtype]
+
+
+def terms(W: Weight, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str, product: Tensor | None = None) -> Terms:
     """The norm and its parts; A already in the dtype that the forward uses, to which B is rounded too; product: U, if it is known.
     No autograd, no autocast.
 
     Both axes are one sum over rows: P = U, F = B on the output axis, P = (Bᵀ·W)ᵀ, F = Aᵀ on the input axis."""
     if axis == "output":
-        product = base_times_A(base, module, A_RI) if product is None else product
+        product = times_A(W, A_RI) if product is None else product
         P_NR, F_NR, gram = product, B_OR, gram_matrix(A_RI, w2.dtype)
     else:
-        P_NR, F_NR, gram = base.backward_rows(module, B_OR.T).T, A_RI.T, gram_matrix(B_OR.T.to(A_RI.dtype), w2.dtype)
+        P_NR, F_NR, gram = W.backward_rows(B_OR.T).T, A_RI.T, gram_matrix(B_OR.T.to(A_RI.dtype), w2.dtype)
     cross, ba2, product_norm, bound = row_sums(P_NR, F_NR, gram, A_RI.dtype)
     cross, ba2 = cross.mul_(s), ba2.mul_(s * s)
     n2 = (w2 + ba2).add_(cross, alpha=2)
-    noise = product_norm.mul_(rounding(base, module) * abs(s))
+    noise = product_norm.mul_(rounding(W) * abs(s))
     # the sums themselves, where B·A cancels within itself: |F_i·G_ij·F_j|₂ ≤ Σ_i F_i²·G_ii, formed exactly only where that matters
-    tolerance, own = _TOLERANCE[base.dtype(module)], _ROUNDING[w2.dtype]
+    tolerance, own = _TOLERANCE[W.dtype], _ROUNDING[w2.dtype]
     redone = (noise + own * (w2 + s * s * bound) > tolerance * n2).nonzero().squeeze(1)
     if len(redone):
         F2 = F_NR[redone].to(A_RI.dtype).to(w2.dtype).square()
         sums = own * (w2[redone] + s * s * ((F2 @ gram.square()) * F2).sum(1).sqrt())
         redone = redone[noise[redone] + sums > tolerance * n2[redone]]
     if len(redone):
-        n2[redone] = squared_direct(base, module, A_RI.to(w2.dtype), B_OR.to(A_RI.dtype), s, axis, redone)
+        n2[redone] = squared_direct(W, A_RI.to(w2.dtype), B_OR.to(A_RI.dtype), s, axis, redone)
     n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()
     return Terms(torch.maximum(n, floor), cross, ba2, redone, n < floor)
 
@@ -117,80 +135,78 @@ def row_chunks(rows: int, width: int, device: torch.device):
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def rounding(base: Base, module: nn.Module) -> float:
-    """ε_U of this base; TF32 products count as what they are, and row tiles as the fp32 that they are in."""
-    dtype = base.dtype(module) if base.exact_forward else torch.float32
-    if dtype == torch.float32 and base.device(module).type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+def rounding(W: Weight) -> float:
+    """ε_U of this weight; TF32 products count as what they are, and row tiles as the fp32 that they are in."""
+    dtype = W.dtype if W.exact_forward else torch.float32
+    if dtype == torch.float32 and W.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return 2**-11
     return _ROUNDING[dtype]
 
 
-def base_times_A(base: Base, module: nn.Module, A_RI: Tensor) -> Tensor:
-    """U = W·Aᵀ (O, R): through the base's forward, or through row tiles where that forward is not exact."""
-    if base.exact_forward:
-        return base.forward_rows(module, A_RI).T
-    U = A_RI.new_empty(base.shape(module)[0], len(A_RI), dtype=torch.float32)
-    for rows, tile_KI in base.row_tiles(module):
-        U[rows] = tile_KI @ A_RI.to(tile_KI.dtype).T
-    return U
+def times_A(W: Weight, A_RI: Tensor) -> Tensor:
+    """U = W·Aᵀ (O, R): through the layer's forward, or through row tiles where that forward is not exact."""
+    if W.exact_forward:
+        return W.forward_rows(A_RI).T
+    parts = [tile_KI @ A_RI.to(tile_KI.dtype).T for _, tile_KI in W.row_tiles()]
+    return torch.cat(parts) if parts else A_RI.new_empty(0, len(A_RI))
 
 
-def squared_direct(base: Base, module: nn.Module, A: Tensor, B: Tensor, s: float, axis: str, index: Tensor) -> Tensor:
+def squared_direct(W: Weight, A: Tensor, B: Tensor, s: float, axis: str, index: Tensor) -> Tensor:
     """|W + s·B·A|² of the rows (columns) in `index`, directly from fp32 row tiles. A in fp32 (fp64)."""
     B = B.to(A.dtype)
     if axis == "output":
-        parts = [V.square().sum(1) for _, V in direct_rows(base, module, A, B, s, index)]
+        parts = [V.square().sum(1) for _, V in direct_rows(W, A, B, s, index)]
         return torch.cat(parts)
     total = torch.zeros(len(index), dtype=A.dtype, device=A.device)
-    for rows, tile_KI in base.row_tiles(module):
+    for rows, tile_KI in W.row_tiles():
         V = torch.addmm(tile_KI[:, index], B[rows], A[:, index], alpha=s)
         total += V.square().sum(0)
     return total
 
 
-def direct_rows(base: Base, module: nn.Module, A: Tensor, B: Tensor, s: float, index: Tensor | None = None):
+def direct_rows(W: Weight, A: Tensor, B: Tensor, s: float, index: Tensor | None = None):
     """(rows, W_rows + s·B_rows·A) tile by tile in fp32; also what merging writes."""
-    for rows, tile_KI in base.row_tiles(module, index):
+    for rows, tile_KI in W.row_tiles(index):
         yield rows, torch.addmm(tile_KI, B[rows], A, alpha=s)
 
 
-def full_gradient_output(base, module, A_RI, B_OR, s, c_O, redone) -> tuple[Tensor, Tensor]:
+def full_gradient_output(W: Weight, A_RI, B_OR, s, c_O, redone) -> tuple[Tensor, Tensor]:
     """(dA, dB) through the norm, output axis; c = g·dg/n², 0 on rows without direction. U is recomputed here.
 
     Rows that cancel take V = W + s·B·A from fp32 tiles in both gradients: −s·(c ⊙ B)ᵀ·V and −s·c ⊙ (V·Aᵀ)."""
     A, B = A_RI.to(c_O.dtype), B_OR.to(c_O.dtype)
-    VA_OR = torch.addmm(base_times_A(base, module, A_RI).to(c_O.dtype), B, A @ A.T, alpha=s)
+    VA_OR = torch.addmm(times_A(W, A_RI).to(c_O.dtype), B, A @ A.T, alpha=s)
     cB_OR = c_O[:, None] * B
     cB_plain = cB_OR.index_fill(0, redone, 0.0)
-    cBV_RI = torch.addmm(scaled_backward(base, module, cB_plain.T), B.T @ cB_plain, A, alpha=s)
-    for rows, V in direct_rows(base, module, A, B, s, redone) if len(redone) else ():
+    cBV_RI = torch.addmm(scaled_backward(W, cB_plain.T), B.T @ cB_plain, A, alpha=s)
+    for rows, V in direct_rows(W, A, B, s, redone) if len(redone) else ():
         VA_OR[rows] = V @ A.T
         cBV_RI += cB_OR[rows].T @ V
     return -s * cBV_RI, -s * c_O[:, None] * VA_OR
 
 
-def full_gradient_input(base, module, A_RI, B_OR, s, q_I, redone) -> tuple[Tensor, Tensor]:
+def full_gradient_input(W: Weight, A_RI, B_OR, s, q_I, redone) -> tuple[Tensor, Tensor]:
     """(dA, dB) through the norm, input axis; q = −g·dm/n, 0 on columns without direction. Columns that cancel likewise."""
     A, B = A_RI.to(q_I.dtype), B_OR.to(q_I.dtype)
-    BV_RI = torch.addmm(base.backward_rows(module, B_OR.T).to(q_I.dtype), B.T @ B, A, alpha=s)
+    BV_RI = torch.addmm(W.backward_rows(B_OR.T).to(q_I.dtype), B.T @ B, A, alpha=s)
     Aq_RI = A * q_I
     Aq_plain = Aq_RI.index_fill(1, redone, 0.0)
     scale = _unit(Aq_plain)
-    VAq_OR = base_times_A(base, module, Aq_plain / scale).to(q_I.dtype) * scale
+    VAq_OR = times_A(W, Aq_plain / scale).to(q_I.dtype) * scale
     VAq_OR = torch.addmm(VAq_OR, B, A @ Aq_plain.T, alpha=s)
     if len(redone):
         BV_RI[:, redone] = 0.0
-        for rows, tile_KI in base.row_tiles(module):
+        for rows, tile_KI in W.row_tiles():
             V = torch.addmm(tile_KI[:, redone], B[rows], A[:, redone], alpha=s)
             BV_RI[:, redone] += B[rows].T @ V
             VAq_OR[rows] += V @ Aq_RI[:, redone].T
     return s * BV_RI * q_I, s * VAq_OR
 
 
-def scaled_backward(base: Base, module: nn.Module, rows_KO: Tensor) -> Tensor:
+def scaled_backward(W: Weight, rows_KO: Tensor) -> Tensor:
     """rows · W, with the rows brought to unit size first: a gradient of 1e-8 would vanish in fp16."""
     scale = _unit(rows_KO)
-    return base.backward_rows(module, rows_KO / scale).to(rows_KO.dtype) * scale
+    return W.backward_rows(rows_KO / scale).to(rows_KO.dtype) * scale
 
 
 def _unit(rows: Tensor) -> Tensor:

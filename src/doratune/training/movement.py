@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..adapter.attach import adapters
-from ..layers.site import LayerSite
 from ..math.decomposition import movement
 
 
@@ -41,19 +40,18 @@ class Movement:
 def measure(model: nn.Module) -> Movement:
     """The movement of an attached model's adapter, against the frozen weight."""
     magnitudes, directions = [], []
-    for module in (part for _, layer in adapters(model) for part in layer.adaptation.matrices(layer)):
-        a, site = module.adaptation, LayerSite(module, module.adaptation)
-        w2, frozen, _ = a.frozen_facts(module)
-        A, B = a.factors_of(module)
+    for weight in (part for _, layer in adapters(model) for part in layer.adapted.matrices()):
+        w2, frozen, _ = weight.facts
+        A, B = weight.low_rank()
         if A is None:
             zero = torch.zeros_like(w2)
-            dm, turn = movement(module.magnitude, w2.sqrt(), w2, zero, zero, frozen)
+            dm, turn = movement(weight.m(), w2.sqrt(), w2, zero, zero, frozen)
         else:
-            t = site.terms(A.to(a.base.dtype(module)), B.to(a.base.dtype(module)))
-            m = w2.sqrt() if module.magnitude is None else module.magnitude
+            t = weight.terms(A.to(weight.dtype), B.to(weight.dtype))
+            m = weight.m() if weight.magnitude else w2.sqrt()
             dm, turn = movement(m, t.n, w2, t.cross, t.ba2, frozen)
             directions.append(turn)
-        if module.magnitude is not None:
+        if weight.magnitude:
             magnitudes.append(dm)
     return Movement(_mean(magnitudes), _mean(directions))
 

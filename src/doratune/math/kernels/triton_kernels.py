@@ -1,11 +1,11 @@
 """The adapted output, its backward and the direct norm as one Triton kernel each (CUDA; bf16, fp16, fp32).
 
-    compose            y = out + h ⊙ (out − bias) + z·sBᵀ         h = g − 1, z = x·Aᵀ (T, R), sB = s·g ⊙ B (O, R)
-    compose_backward   gdY = dY + h ⊙ dY,   dot = Σ_T dY ⊙ (kept − bias)                        kept = the forward's `out`
+    compose            y = g ⊙ out + shift + z·sBᵀ         shift = (1 − g) ⊙ bias, z = x·Aᵀ (T, R), sB = s·g ⊙ B (O, R)
+    compose_backward   gdY = g ⊙ dY,   dot = Σ_T dY ⊙ (kept − bias)                          kept = the forward's y or `out`
     direct_norm        n_o = |W_o + s·B_o·A|                       the norm of Eq. 5 without the terms that can cancel
 
 (Eq. 5, 7, 11.) Everything is computed in fp32 and rounded once, products of two fp32 tensors included ("ieee", no TF32);
-the bias is rounded to the output's dtype first, as the base added it. With h = 0 and sB = 0, y equals `out` (−0 becomes 0).
+With g = 1, shift = 0 and sB = 0, y equals `out` (−0 becomes 0).
 Sums go through a small buffer of partial sums, no atomics: the same input gives the same bits.
 
 Cost: every large tensor is read once and written once: compose 2·T·O numbers of traffic and 2·T·O·R FLOPs, backward 3·T·O,
@@ -56,8 +56,8 @@ def splits(T: int, O: int) -> int:
     return max(1, min(triton.cdiv(T, rows), PROGRAMS // triton.cdiv(O, columns)))
 
 
-def compose(out_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None, z_TR: Tensor | None, sB_OR: Tensor | None) -> Tensor:
-    """y (T, O), contiguous, in out's dtype; gain = g − 1 or None (LoRA); z and sB in out's dtype or None (magnitude only)."""
+def compose(out_TO: Tensor, g_O: Tensor | None, shift_O: Tensor | None, z_TR: Tensor | None, sB_OR: Tensor | None) -> Tensor:
+    """y (T, O), contiguous, in out's dtype; g None: LoRA; z and sB in out's dtype or None (magnitude only)."""
     T, O = out_TO.shape
     y_TO = out_TO.new_empty(T, O)
     if y_TO.numel() == 0:
@@ -68,22 +68,22 @@ def compose(out_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None, z_TR: 
     low_rank = (_dense(z_TR), _dense(sB_OR)) if R else (None, None)
     with torch.cuda.device_of(out_TO):
         _compose_kernel[grid](
-            y_TO, out_TO, _dense(gain_O), _dense(bias_O), *low_rank, T, O, *out_TO.stride(), R, *size, GROUP, **OPTIONS,
+            y_TO, out_TO, _dense(g_O), _dense(shift_O), *low_rank, T, O, *out_TO.stride(), R, *size, GROUP, **OPTIONS,
         )  # fmt: skip
     return y_TO
 
 
-def compose_backward(dY_TO: Tensor, kept_TO: Tensor, gain_O: Tensor | None, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(g ⊙ dY (T, O) in dY's dtype, Σ_T dY ⊙ (kept − bias) (O,) in fp32); without a gain the first is dY itself."""
+def compose_backward(dY_TO: Tensor, kept_TO: Tensor, g_O: Tensor | None, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(g ⊙ dY (T, O) in dY's dtype, Σ_T dY ⊙ (kept − bias) (O,) in fp32); without g the first is dY itself."""
     T, O = dY_TO.shape
-    gdY_TO = dY_TO if gain_O is None else dY_TO.new_empty(T, O)
+    gdY_TO = dY_TO if g_O is None else dY_TO.new_empty(T, O)
     if dY_TO.numel() == 0:
         return gdY_TO, dY_TO.new_zeros(O, dtype=torch.float32)
     partial_SO = dY_TO.new_empty(splits(T, O), O, dtype=torch.float32)
     rows, columns = BACKWARD_TILE
     with torch.cuda.device_of(dY_TO):
         _backward_kernel[triton.cdiv(O, columns), len(partial_SO)](
-            gdY_TO, partial_SO, dY_TO, kept_TO, _dense(gain_O), _dense(bias_O), T, O,
+            gdY_TO, partial_SO, dY_TO, kept_TO, _dense(g_O), _dense(bias_O), T, O,
             *dY_TO.stride(), *kept_TO.stride(), rows, columns, **OPTIONS,
         )  # fmt: skip
     return gdY_TO, partial_SO.sum(0)
@@ -110,7 +110,7 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 @triton.jit(do_not_specialize=["T"])
 def _compose_kernel(
-    y, out, gain, bias, z, sB, T, O, out_t, out_o,
+    y, out, g, shift, z, sB, T, O, out_t, out_o,
     R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; out_t, out_o: out's strides. Tiles in groups of GROUP row blocks, down the rows first."""
@@ -122,11 +122,10 @@ def _compose_kernel(
     mask = (t < T)[:, None] & (o < O)[None, :]
     out_TO = tl.load(out + t[:, None] * out_t + o[None, :] * out_o, mask=mask, other=0.0).to(tl.float32)
     y_TO = out_TO
-    if gain is not None:
-        rest_TO = out_TO
-        if bias is not None:
-            rest_TO -= tl.load(bias + o, mask=o < O, other=0.0).to(y.dtype.element_ty).to(tl.float32)[None, :]
-        y_TO += tl.load(gain + o, mask=o < O, other=0.0).to(tl.float32)[None, :] * rest_TO
+    if g is not None:
+        y_TO *= tl.load(g + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        if shift is not None:
+            y_TO += tl.load(shift + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     if z is not None:
         low_TO = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for start in range(0, R, RANKS):
@@ -139,15 +138,13 @@ def _compose_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(
-    gdY, partial, dY, kept, gain, bias, T, O, dY_t, dY_o, kept_t, kept_o, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _backward_kernel(gdY, partial, dY, kept, g, bias, T, O, dY_t, dY_o, kept_t, kept_o, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One block of columns, every num_programs(1)-th block of rows; one row of partial sums. dY_t, …: strides."""
     o = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    if gain is not None:
-        gain_O = tl.load(gain + o, mask=o < O, other=0.0).to(tl.float32)
+    if g is not None:
+        g_O = tl.load(g + o, mask=o < O, other=0.0).to(tl.float32)
     if bias is not None:
-        bias_O = tl.load(bias + o, mask=o < O, other=0.0).to(kept.dtype.element_ty).to(tl.float32)
+        bias_O = tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
     sum_TO = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
         t = start + tl.arange(0, ROWS).to(tl.int64)
@@ -157,8 +154,8 @@ def _backward_kernel(
         if bias is not None:
             kept_TO -= bias_O[None, :]
         sum_TO += dY_TO * kept_TO
-        if gain is not None:
-            gdY_TO = dY_TO + gain_O[None, :] * dY_TO
+        if g is not None:
+            gdY_TO = g_O[None, :] * dY_TO
             tl.store(gdY + t[:, None] * O + o[None, :], gdY_TO.to(gdY.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(1).to(tl.int64) * O + o, tl.sum(sum_TO, axis=0), mask=o < O)
 

@@ -1,0 +1,188 @@
+"""The factors of calls, prepared once per change of the parameters for all weights together.
+
+    A, B in the compute dtype      n = |W + s·B·A| (`math/norm.py`)      g = m/n      s·g ⊙ B      1/m and 1/n      (1 − g) ⊙ bias
+
+(Eq. 5.) Weights of one likeness are stacked: some twenty-five operations for all of them, and one product U = W·Aᵀ each. Everything is
+prepared as if no row needed care; which weights do (a norm that cancels, |g| too small to read dm off y, or for g − 1 in a low
+precision) is then read once for all, and those are done again by themselves.
+
+Cost: 2·O·I·R FLOPs a weight at the base's own speed and a few passes over A and B; at most `BATCH_NUMBERS` numbers at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bases import accumulation_dtype
+from ..math import norm
+from ..math.dora import Factors
+from . import passes
+
+TOO_SMALL = 1e-2
+"""Below this |g| a row's magnitude gradient is not read off the output."""
+
+SMALL_GAIN = 0.25
+"""Below this g, g − 1 in a low precision would be off by more than the result's own rounding."""
+
+BATCH_NUMBERS = 2**21
+"""Numbers of A, B and U that are stacked at once on a CPU; ten times as many elsewhere."""
+
+LARGE = 2**18
+"""Weights with more numbers in B cost so much themselves that stacking saves nothing; `norm.terms` takes less memory."""
+
+
+def prepare(weights: list, low: torch.dtype) -> None:
+    """Give each weight its factors for calls in the compute dtype `low`. No autograd, no autocast."""
+    groups: dict[tuple, list] = {}
+    for weight in weights:
+        groups.setdefault(likeness(weight), []).append(weight)
+    doubts, prepared = [], []
+    for alike in groups.values():
+        for part in _batches(alike):
+            if (doubt := _together(part, low)) is not None:
+                doubts.append(doubt)
+                prepared += part
+    if doubts:
+        flags = torch.cat([doubt.to(doubts[0].device) for doubt in doubts]).tolist()
+        for weight, flag in zip(prepared, flags, strict=True):
+            if any(flag):
+                _with_care(weight, low, *flag)
+
+
+def likeness(weight) -> tuple:
+    """Weights of which this is equal are prepared in the same operations."""
+    if weight._likeness is None:
+        first = next(iter(weight.tensors()), None)
+        choices = weight.rank, weight.scaling, weight.magnitude, weight.axis, weight.exact_forward, weight.direction.name
+        facts = weight.shape, weight.dtype, weight.device, weight.bias is None
+        weight._likeness = *choices, *facts, None if first is None else (first.dtype, first.device)
+    return weight._likeness
+
+
+def _batches(alike: list):
+    first = alike[0]
+    rows, columns = first.shape[-2:]
+    limit = BATCH_NUMBERS if first.device.type == "cpu" else 10 * BATCH_NUMBERS
+    step = max(1, limit // max(1, first.rank * (columns + 2 * rows)))
+    yield from (alike[i : i + step] for i in range(0, len(alike), step))
+
+
+def _together(weights: list, low: torch.dtype) -> Tensor | None:
+    """Prepare weights of one likeness; what is in doubt (L, 4): see `_with_care`. None: nothing can be."""
+    first, pairs = weights[0], [weight.low_rank() for weight in weights]
+    A_LRI, B_LOR = (stacked([pair[i] for pair in pairs], low) if first.rank else None for i in (0, 1))
+    if not first.magnitude or first.axis == "input":
+        _direction_alone(weights, A_LRI, B_LOR, pairs, low)
+        return None
+    n_LO, cancels_L = _norms(weights, A_LRI, B_LOR)
+    m_LO = torch.stack([weight.m() for weight in weights])
+    frozen = [weight.facts.frozen for weight in weights]
+    frozen_LO = None if not any(mask is not None for mask in frozen) else torch.stack([w.facts.directionless for w in weights])
+    bias_LO = None if first.bias is None else stacked([weight.bias for weight in weights], m_LO.dtype)
+    vectors, doubt_L4 = gains(m_LO, n_LO, frozen_LO, bias_LO, low)
+    if cancels_L is not None:
+        doubt_L4[:, 0] = cancels_L
+    sg_LO1 = (vectors["g"] * first.scaling).unsqueeze(-1)
+    given = dict.fromkeys(("A_IR", "B_RO", "sg"), [None] * len(weights))
+    if first.rank:
+        given = {
+            "A_IR": A_LRI.mT.unbind(0),
+            "B_RO": (sg_LO1 * B_LOR).to(low).mT.unbind(0),
+            "sg": sg_LO1.unbind(0),
+        }
+    given |= {name: vector.unbind(0) for name, vector in vectors.items() if vector is not None}
+    common = {"s": first.scaling, "wide": m_LO.dtype, "passes": passes.kernels_for(first.device, low)}
+    for i, weight in enumerate(weights):
+        weight.factors = Factors(**common, **{name: column[i] for name, column in given.items()})
+    return doubt_L4
+
+
+def stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tensors of one shape as one, rounded to `dtype`."""
+    if tensors[0].dtype == dtype:
+        return torch.stack(tensors)
+    out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
+    torch._foreach_copy_(list(out.unbind(0)), tensors)
+    return out
+
+
+def _norms(weights: list, A_LRI: Tensor | None, B_LOR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(n (L, O), which weights' norm needs `norm.terms` (L,) or None), from A and B as the forward rounds them."""
+    w2_LO, first = torch.stack([weight.facts.w2 for weight in weights]), weights[0]
+    if A_LRI is None:
+        return w2_LO.sqrt_(), None
+    if B_LOR[0].numel() > LARGE:
+        return torch.stack([_one_norm(w, A, B) for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
+    kept = [weight.kept_product(A_RI) for weight, A_RI in zip(weights, A_LRI, strict=True)]
+    U = [norm.times_A(w, A) if U is None else U for w, A, U in zip(weights, A_LRI, kept, strict=True)]
+    U_LOR = torch.stack(U).to(w2_LO.dtype)
+    A_LRI, B_LOR = A_LRI.to(w2_LO.dtype), B_LOR.to(w2_LO.dtype)
+    return norm.stacked(U_LOR, A_LRI, B_LOR, first.scaling, w2_LO, *norm.limits(first))
+
+
+def _one_norm(weight, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """n (O,) of one large weight; on CUDA one pass over a dense W where that is faster."""
+    matrix = weight.base.matrix(weight.layer) if weight.base.writable and A_RI.is_cuda else None
+    if matrix is None or matrix.dtype != A_RI.dtype:
+        return weight.terms(A_RI, B_OR).n
+    return passes.direct_norm(matrix, A_RI, B_OR, weight.scaling, lambda: weight.terms(A_RI, B_OR).n)
+
+
+def gains(m_LO: Tensor, n_LO: Tensor, frozen_LO: Tensor | None, bias_LO: Tensor | None, low: torch.dtype):
+    """({name in `Factors`: (L, O)}, doubt (L, 4)); frozen: rows without direction, where g = 1 for good."""
+    if frozen_LO is not None:
+        m_LO, n_LO = m_LO.masked_fill(frozen_LO, 1.0), n_LO.masked_fill(frozen_LO, 1.0)
+    g_LO, per_m, per_n = m_LO / n_LO, m_LO.reciprocal(), n_LO.reciprocal()
+    if frozen_LO is not None:
+        per_m, per_n = per_m.masked_fill_(frozen_LO, 0.0), per_n.masked_fill_(frozen_LO, 0.0)
+    vectors = {"g": g_LO, "n": n_LO, "per_m": per_m, "per_n": per_n}
+    least = g_LO.abs().amin(1, keepdim=True) if m_LO.shape[1] else torch.ones_like(m_LO).sum(1, keepdim=True) + 1
+    doubt = torch.zeros(len(m_LO), 4, dtype=m_LO.dtype, device=m_LO.device)
+    doubt[:, 1:2] = least < TOO_SMALL
+    if low != m_LO.dtype:
+        vectors["g_minus_1"] = ((m_LO - n_LO) * n_LO.reciprocal()).to(low)
+        doubt[:, 2:3] = least < SMALL_GAIN
+    if bias_LO is not None:
+        vectors |= {"bias": bias_LO, "shift": (1 - g_LO) * bias_LO}
+        if low != m_LO.dtype:
+            vectors["drowning"] = bias_LO.abs() * per_m.abs()
+            doubt[:, 3] = vectors["drowning"].amax(1) if m_LO.shape[1] else 0.0
+    return vectors, doubt
+
+
+def _with_care(weight, low: torch.dtype, cancels: float, small: float, wide: float, drowned: float) -> None:
+    """What is in doubt of one weight: its norm cancels, some |g| is too small to read dm off y, some g for g − 1 in `low`; the
+    largest |bias|/|m|."""
+    f = weight.factors
+    if cancels:
+        A, B = weight.low_rank()
+        n_1O = weight.terms(A.to(low), B).n[None]
+        facts, bias = weight.facts, weight.bias
+        mask = None if facts.frozen is None else facts.frozen[None]
+        vectors, doubt = gains(weight.m()[None], n_1O, mask, None if bias is None else bias[None].to(n_1O.dtype), low)
+        for name, vector in vectors.items():
+            setattr(f, name, vector[0])
+        f.sg = (f.g * weight.scaling).unsqueeze(-1)
+        f.B_RO = (f.sg * B.to(low)).to(low).T
+        _, small, wide, drowned = doubt[0].tolist()
+    f.care = (f.g.abs() < TOO_SMALL).nonzero().squeeze(1) if small else None
+    if wide:
+        f.g_minus_1 = None
+    f.drowned = drowned if drowned == drowned else float("inf")
+
+
+def _direction_alone(weights: list, A_LRI: Tensor | None, B_LOR: Tensor | None, pairs: list, low: torch.dtype) -> None:
+    """Factors without a gain on the output: LoRA's, and on the input axis, whose gain is on the input."""
+    first = weights[0]
+    sB_LOR = None if B_LOR is None else B_LOR * first.scaling
+    for i, weight in enumerate(weights):
+        f = weight.factors = Factors(s=first.scaling, sg=first.scaling, wide=accumulation_dtype(weight.dtype))
+        if A_LRI is not None:
+            f.A_IR, f.B_RO = A_LRI[i].T, sB_LOR[i].T
+        if weight.magnitude:
+            n = weight.facts.w2.sqrt() if A_LRI is None else weight.terms(A_LRI[i], pairs[i][1]).n
+            frozen = weight.facts.frozen
+            vectors, _ = gains(weight.m()[None], n[None], None if frozen is None else frozen[None], None, low)
+            del vectors["g_minus_1" if "g_minus_1" in vectors else "per_m"]
+            f.gain = Factors(s=first.scaling, wide=f.wide, **{name: vector[0] for name, vector in vectors.items()})

@@ -1,0 +1,255 @@
+"""DoRA as the paper writes it, and as it is computed: forward and backward on plain tensors.
+
+    W' = m ⊙ V/|V|,   V = W + s·B·A                                                                    (Eq. 5)
+
+`dora` is that line. A layer does not form V; with g = m/|V| and the base's own output `out` = x·Wᵀ + bias
+
+    forward    y = g ⊙ (out − bias) + bias + (x·Aᵀ)·(s·g ⊙ B)ᵀ            scale, and a product that adds into it
+    backward   P = dYᵀ·(x·Aᵀ);  dm = Σ_T dY ⊙ (y − bias) / m;  dB = s·g ⊙ P                            (Eq. 7, 11)
+               dZ = dY·(s·g ⊙ B);  dA = dZᵀ·x;  dx = dZ·A + (g ⊙ dY)·W
+    LoRA       the same with g = 1 and no m; magnitude only: the same without A and B
+    input axis    x̃ = g ⊙ x in front of the base and of a plain low-rank update; dm = Σ_T dx̃ ⊙ x / n
+    dropout    x ⊙ mask in place of x in the low-rank branch, whose scale is 1/keep times as large (the norm knows no dropout)
+
+What does not depend on x is in `Factors`, prepared once per change of the parameters (`layers/prepared.py`). The scale goes into
+B's rows, which are tiny, so the low-rank output is never written and read back. g is fp32 (fp64) and meets a low precision inside
+one kernel only: bf16 resolves g near 1 to 0.4 %. With B = 0 and the initial m, y is the base's output bit for bit.
+
+The magnitude's gradient is read off y, which a later operation (attention, a product) often keeps anyway; `Factors.care` has the
+rows where y has lost it: they are taken from W again.
+
+Cost over the base: 2·T·R·(I + O) FLOPs forward, twice that backward, and one pass over an output each way.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEW_TOKENS = 8
+MANY_TOKENS = 4096
+CHUNK_NUMBERS = 2**18
+
+
+def dora(W_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None, m: Tensor | None, s: float, axis="output", n=None) -> Tensor:
+    """W' (O, I) of Eq. 5 for a weight or rows of it; A and B None: magnitude only; m None: LoRA, V itself (Eq. 1).
+
+    m (O,) on the output axis, (I,) on the input axis; n: |V| where it is known, in m's shape."""
+    V_OI = W_OI if A_RI is None else torch.addmm(W_OI, B_OR, A_RI, alpha=s)
+    if m is None:
+        return V_OI
+    across = 1 if axis == "output" else 0
+    n = torch.linalg.vector_norm(V_OI, dim=across) if n is None else n
+    return V_OI * (m / n).unsqueeze(across)
+
+
+class Factors:
+    """What calls of one weight need of A, B, m and the bias, ready to use, in one compute dtype ("low").
+
+    A_IR (I, R) = Aᵀ and B_RO (R, O) = (s·g ⊙ B)ᵀ in the low dtype, None for magnitude only; sg = s·g (O, 1), or the number s:
+    what turns P into dB. g = m/n, n, per_m = 1/m, per_n = 1/n (O,) in the wide dtype, None for LoRA; per_m and per_n are 0 on
+    rows without direction. shift = (1 − g) ⊙ bias or None. g_minus_1 (O,) in the low dtype where no row needs more. care: indices of
+    rows whose dm y cannot give, or None. drowning = |bias|/|m| and its largest value `drowned`; 0 where a bias cannot drown y.
+    gain: on the input axis, the factors of the scaled input; g, n, … are then there. key, held: what they were prepared from.
+    """
+
+    __slots__ = (
+        "A_IR", "B_RO", "bias", "care", "drowned", "drowning", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
+        "per_m", "per_n", "s", "sg", "shift", "wide",
+    )  # fmt: skip
+
+    def __init__(self, **values):
+        for name in self.__slots__:
+            setattr(self, name, values.get(name))
+
+    def copy(self) -> Factors:
+        return Factors(**{name: getattr(self, name) for name in self.__slots__})
+
+    def rows(self, which: slice) -> Factors:
+        """The factors of some output rows of a packed weight."""
+        part = self.copy()
+        for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "drowning", "n"):
+            if (value := getattr(self, name)) is not None:
+                setattr(part, name, value[which])
+        part.B_RO = None if self.B_RO is None else self.B_RO[:, which]
+        part.sg = self.sg[which] if isinstance(self.sg, Tensor) else self.sg
+        if self.care is not None:
+            part.care = self.care[(self.care >= which.start) & (self.care < which.stop)] - which.start
+            part.care = part.care if len(part.care) else None
+        return part
+
+    def with_bias(self, bias_O: Tensor) -> Factors:
+        """The factors for a bias that is known to the call only."""
+        part = self.copy()
+        part.take_bias(bias_O)
+        return part
+
+    def take_bias(self, bias_O: Tensor) -> None:
+        self.bias = bias_O.detach().to(self.wide)
+        self.shift = (1 - self.g) * self.bias
+        self.drowning, self.drowned = self.bias.abs() * self.per_m.abs(), float("inf")
+
+
+class Kept(NamedTuple):
+    """What the backward has of a call: x (T, I), z = x·Aᵀ (T, R), and y (T, O) if `from_y`, else the base's output (T, O).
+
+    mask: which inputs of the low-rank branch were kept by dropout, keep: the share that is. care: rows to be taken from W."""
+
+    x: Tensor | None
+    z: Tensor | None
+    out: Tensor | None
+    from_y: bool
+    mask: Tensor | None = None
+    keep: float = 1.0
+    care: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; m also where the norm's own gradient needs dm."""
+
+    x: bool
+    out: bool
+    A: bool
+    B: bool
+    m: bool
+
+
+def forward(f: Factors, x_TI: Tensor | None, out: Tensor, mask: Tensor | None = None, keep: float = 1.0, fresh: bool = False):
+    """(y (T, O), z = x·Aᵀ (T, R) or None); x None: no low-rank part here, `out` may then be (N, O, S).
+
+    fresh: `out` is the caller's own and may be overwritten. No autograd, no autocast."""
+    if x_TI is None or f.A_IR is None:
+        return (out if f.g is None else scale(f, out, fresh)), None
+    z_TR = torch.mm(dropped(x_TI if x_TI.dtype == out.dtype else x_TI.to(out.dtype), mask), f.A_IR)
+    if f.g is None:
+        return (out.addmm_ if fresh else out.addmm)(z_TR, f.B_RO, alpha=1.0 / keep), z_TR
+    if f.passes is not None:
+        return f.passes.compose(out, f.g, f.shift, z_TR if keep == 1.0 else z_TR / keep, f.B_RO.T), z_TR
+    return scale(f, out, fresh).addmm_(z_TR, f.B_RO, alpha=1.0 / keep), z_TR
+
+
+def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> tuple[Tensor | None, ...]:
+    """(dx, dout, dA, dB, dm), None where not needed; dA and dB in the wide dtype.
+
+    W: `W.output_columns(x, rows)` is x·W[rows]ᵀ in the wide dtype, for rows in `kept.care`; low_B: () -> B (O, R) as the norm
+    used it. No autograd, no autocast."""
+    x_TI, z_TR, out_TO, from_y, mask, keep, care = kept
+    dx = dout = dA = dB = dm = P_OR = None
+    if z_TR is not None and (needs.B or (needs.m and not (from_y and care is None))):
+        P_OR = torch.mm(dY_TO.T, z_TR)
+    if needs.m:
+        dout, dm = scale_backward(f, dY_TO, out_TO)
+        if from_y:
+            dm = dm * f.per_m
+        else:
+            dm = (dm if P_OR is None else dm + along_P(f, low_B(), P_OR, keep)) * f.per_n
+        if care is not None:
+            exact = column_dot(dY_TO.index_select(1, care), W.output_columns(x_TI, care), None)
+            exact = exact if P_OR is None else exact + along_P(f, low_B(), P_OR, keep)[care]
+            dm[care] = exact * f.per_n[care]
+    elif needs.out:
+        dout = dY_TO if f.g is None else scale(_without_bias(f), dY_TO)
+    if z_TR is not None:
+        if needs.x or needs.A:
+            dZ_TR = torch.mm(dY_TO, f.B_RO.T)
+            dZ_TR = dZ_TR if keep == 1.0 else dZ_TR / keep
+        if needs.A:
+            dA = torch.mm(dZ_TR.T, dropped(x_TI if x_TI.dtype == dY_TO.dtype else x_TI.to(dY_TO.dtype), mask)).to(f.wide)
+        if needs.x:
+            dx = dropped(torch.mm(dZ_TR, f.A_IR.T), mask)
+        if needs.B:
+            dB = P_OR * f.sg if isinstance(f.sg, Tensor) else P_OR.to(f.wide).mul_(f.sg)
+            dB = dB if keep == 1.0 else dB.div_(keep)
+    return dx, dout, dA, dB, dm
+
+
+def along_P(f: Factors, B_OR: Tensor, P_OR: Tensor, keep: float) -> Tensor:
+    """s·rowsum(B ⊙ P) (O,): the low-rank half of Σ_T dY ⊙ (y − bias)/g."""
+    return (B_OR.to(f.wide) * P_OR).sum(1).mul_(f.s / keep)
+
+
+def scale(f: Factors, out: Tensor, fresh: bool = False) -> Tensor:
+    """g ⊙ (out − bias) + bias in out's dtype, exactly `out` where g = 1: one operation. out (T, O) or (N, O, S).
+
+    On CPU a low precision goes through the batch-norm kernel in evaluation form, which is this with g in fp32 and one rounding."""
+    flat, cpu = out.dim() == 2, out.device.type == "cpu"
+    if f.g_minus_1 is not None and f.shift is None and flat and cpu and len(out) < FEW_TOKENS:
+        return out.addcmul_(out, f.g_minus_1) if fresh else torch.addcmul(out, out, f.g_minus_1)
+    if cpu and f.g.dtype != out.dtype:
+        return _batch_norm(f, out, fresh and out.is_contiguous())
+    g, shift = (f.g, f.shift) if flat else (f.g[:, None], None if f.shift is None else f.shift[:, None])
+    if g.dtype == out.dtype and shift is None:
+        return out.mul_(g) if fresh else out * g
+    shift = constant(1, 0.0, g.dtype, g.device) if shift is None else shift
+    return torch.addcmul(shift, out, g, out=out if fresh else torch.empty_like(out))
+
+
+def scale_backward(f: Factors, dY: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(g ⊙ dY in dY's dtype, Σ_T dY ⊙ (kept − bias) (O,) in the wide dtype)."""
+    if f.passes is not None and dY.dim() == 2:
+        return f.passes.compose_backward(dY, kept, f.g, f.bias)
+    low, cpu = dY.dtype != f.wide, dY.device.type == "cpu"
+    # in fp32 the kernel's sums run down the rows one by one
+    if not cpu or dY.dtype != kept.dtype or (not low and not FEW_TOKENS <= len(dY) <= MANY_TOKENS):
+        return scale(_without_bias(f), dY), column_dot(dY, kept, f.bias)
+    mean, one = constant(len(f.g), 0.0, f.wide, dY.device) if f.bias is None else f.bias, constant(len(f.g), 1.0, f.wide, dY.device)
+    arguments = f.g, mean, one, None, None, False, 0.0, (True, True, False)
+    scaled, dot_O, _ = _norm_backward(channels(dY), channels(kept), *arguments)
+    return rows(scaled), dot_O
+
+
+_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+def _batch_norm(f: Factors, out: Tensor, fresh: bool) -> Tensor:
+    """Output rows are channels, mean 0, variance 1, weight g, bias `shift`: 1024 × 1536 in bf16 take 0.16 ms on two cores."""
+    zero, one = (constant(len(f.g), value, f.g.dtype, f.g.device) for value in (0.0, 1.0))
+    shift = zero if f.shift is None else f.shift
+    if not fresh:
+        return rows(torch.native_batch_norm(channels(out), f.g, shift, zero, one, False, 0.0, 0.0)[0])
+    view, none = channels(out), constant(0, 0.0, f.g.dtype, f.g.device)
+    torch.ops.aten.native_batch_norm.out(view, f.g, shift, zero, one, False, 0.0, 0.0, out=view, save_mean=none, save_invstd=none)
+    return out
+
+
+def _without_bias(f: Factors) -> Factors:
+    """The same gain without a bias to leave alone: gradients have none."""
+    return f if f.shift is None else Factors(g=f.g, g_minus_1=f.g_minus_1)
+
+
+def column_dot(a_TO: Tensor, b_TO: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Σ_T a ⊙ (b − bias) (O,), products and sums in fp32 (fp64), in chunks of rows; also of (N, O, S)."""
+    wide = torch.float64 if a_TO.dtype == torch.float64 else torch.float32
+    if a_TO.dim() == 3:
+        a_TO, b_TO = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (a_TO, b_TO))
+    step, total = max(1, CHUNK_NUMBERS // max(1, a_TO.shape[1])), None
+    for a, b in zip(a_TO.split(step), b_TO.split(step), strict=True):
+        b = b.to(wide) if bias_O is None else b.to(wide) - bias_O
+        total = (a * b).sum(0) if total is None else total.add_((a * b).sum(0))
+    return total
+
+
+def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def channels(t_TO: Tensor) -> Tensor:
+    """(1, O, T, 1) in channels-last order over the same memory: rows of t are positions, columns channels; (N, O, S) as it is."""
+    if t_TO.dim() == 3:
+        return t_TO.contiguous()
+    return t_TO.contiguous().T[None, :, :, None]
+
+
+def rows(t_1OT1: Tensor) -> Tensor:
+    """`channels` undone. Not a view to autograd: a later operation may change it in place."""
+    return t_1OT1 if t_1OT1.dim() == 3 else t_1OT1.view(t_1OT1.shape[1:3]).T.data
+
+
+@lru_cache(maxsize=64)
+def constant(length: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that is only ever read."""
+    with torch.inference_mode(False):
+        return torch.full((length,), value, dtype=dtype, device=device)
