@@ -234,6 +234,25 @@ def test_swaps_around_compiled_calls(case):
         assert error(outputs(compiled, (4,)), own) < 1e-5
 
 
+@pytest.mark.parametrize("weight", [False, True], ids=["adapter", "weight"])
+@pytest.mark.parametrize("case", FEW)
+def test_merging_after_a_swap(case, weight):
+    """What is merged is what the values of now say, and so is what comes back."""
+    model = chain(case)
+    own = outputs(model)
+    if weight:
+        for layer in model:
+            layer.weight.data.mul_(uneven(layer.weight))
+    else:
+        one_by_one(trained(model), swapped(model))
+    want = outputs(fresh(case, values(model)))
+    assert error(want, own) > FAR
+    doratune.merge(model)
+    assert error(outputs(model), want) < 1e-5, "merged"
+    doratune.unmerge(model)
+    assert error(outputs(model), want) < 1e-5, "unmerged"
+
+
 # ---------------------------------------------------------------------------------------------- functional_call
 
 
@@ -428,3 +447,20 @@ def test_an_edited_weight_of_a_compiled_model(case, edit):
         assert error(gradients(compiled, x), gradients(fresh(case, values(model)), x)) < 1e-5, "after"
         with torch.no_grad():
             assert error(compiled(x), fresh(case, values(model))(x)) < 1e-5, "without gradients"
+
+
+@pytest.mark.parametrize("name", ["adamw fused", "adamw foreach"])
+@pytest.mark.parametrize("case", ["dora", "dora, input", "dvora"])
+def test_a_trained_weight_of_a_compiled_model(case, name):
+    model, x = chain(case), torch.randn(4, WIDTH)
+    for layer in model:
+        layer.weight.requires_grad_(True)
+    compiled, optimizer = torch.compile(model, fullgraph=True, backend="aot_eager"), OPTIMIZERS[name](trained(model))
+    for _ in range(2):
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        twin = fresh(case, values(model))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.requires_grad_(p.requires_grad)
+        assert error(gradients(compiled, x), gradients(twin, x)) < 1e-5
