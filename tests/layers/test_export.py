@@ -19,7 +19,7 @@ from twins import TOLERANCE, WIDTH, chain, config, error, fresh, moved, values
 
 import doratune
 
-CASES = ("dora", "dora, input", "dora, relative", "dora, pissa", "magnitude only", "dvora", "dloha", "dlokr", "lora", "vera")
+CASES = ("dora", "dora, input", "dora, pissa", "magnitude only", "dvora", "dlokr", "lora")
 SOME = ("dora", "dora, input", "dvora", "lora")
 
 

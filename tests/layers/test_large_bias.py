@@ -201,12 +201,18 @@ def test_with_real_dropout(make, size, dtype):
     check("Linear", model, model, *inputs((TOKENS, IN), model))
 
 
-@DTYPES
-@pytest.mark.parametrize("size", [30.0, 300.0])
-@pytest.mark.parametrize("kind", ["Linear", "own forward", "Conv2d", "dvora", "magnitude only", "Conv1D", "Linear, dropout"])
+@pytest.mark.parametrize(
+    ("kind", "size", "dtype"),
+    [
+        *(("Linear", size, dtype) for size in (30.0, 300.0) for dtype in CLOSE),
+        *(
+            (kind, 300.0, torch.bfloat16)
+            for kind in ("own forward", "Conv2d", "dvora", "magnitude only", "Conv1D", "Linear, dropout")
+        ),
+        *((kind, 300.0, torch.float32) for kind in ("Conv2d", "dvora")),
+    ],
+)
 def test_compiled(kind, size, dtype):
-    if size == 30.0 and kind not in ("Linear", "dvora"):
-        pytest.skip("300 times is the harder one")
     model, shape = built(kind, dtype)
     biased(kind, moved(model.train()), shape, size)
     x, dY = inputs(shape, model)
