@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from doratune.bench import arms, clock, decode, memory, norm, train_step
 from doratune.bench.pages import write_report
-from doratune.bench.settings import MEASUREMENTS, BenchSettings
+from doratune.bench.settings import ARMS, MEASUREMENTS, BenchSettings
 from doratune.bench.shapes import load, random_ids
 from doratune.bench.train_step import CHECKPOINTED, PLAIN
 from doratune.cli.main import main
@@ -68,7 +68,7 @@ def test_arms_share_the_weights_and_move(base):
     ids, addresses = random_ids(base, 1, 8), {p.data_ptr() for p in base.parameters()}
     with torch.no_grad():
         expected = base(input_ids=ids).logits
-        for name in arms.ARMS:
+        for name in ARMS:
             model = arms.build(name, base, TARGETS, rank=4)
             frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
             assert frozen == addresses, name

@@ -20,22 +20,6 @@ from torch.nn import functional as F
 
 import doratune
 
-from ..errors import UserError, listed, near_misses
-from .settings import ARMS
-
-
-def check_arms(names: list[str]) -> list[str]:
-    """Raises UserError on an unknown arm, or where PEFT is asked for and not installed."""
-    for name in names:
-        if name not in ARMS:
-            raise UserError(f"unknown arm {name!r}{near_misses(name, ARMS)}; arms are {listed(ARMS)}")
-    if any(name.endswith("_peft") for name in names):
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            raise UserError("the arms lora_peft and dora_peft need peft: pip install peft, or leave them out of --arms") from None
-    return names
-
 
 def build(name: str, base: nn.Module, targets: list[str], rank: int, moved: bool = True) -> nn.Module:
     """A model of the arm `name` over the weights of `base`; alpha = 2·rank.

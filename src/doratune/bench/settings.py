@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 
-from ..errors import UserError, near_misses
+from ..errors import UserError, listed, near_misses
 
 ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
 MEASUREMENTS = ("train_step", "decode", "memory", "norm", "layer", "sizes")
@@ -83,15 +84,21 @@ class BenchSettings:
         self._check_numbers()
         from ..math import kernels
         from ..support.models import torch_dtype
-        from .arms import check_arms
 
-        check_arms(self.arms)
+        self._check_arms()
         self._check_quantized()
         for dtype in self.dtypes:
             torch_dtype(dtype)
         self.torch_device()
         kernels.use(self.kernel)
         return self
+
+    def _check_arms(self) -> None:
+        for name in self.arms:
+            if name not in ARMS:
+                raise UserError(f"unknown arm {name!r}{near_misses(name, ARMS)}; arms are {listed(ARMS)}")
+        if any(name.endswith("_peft") for name in self.arms) and importlib.util.find_spec("peft") is None:
+            raise UserError("the arms lora_peft and dora_peft need peft: pip install peft, or leave them out of --arms")
 
     def _check_quantized(self) -> None:
         from ..support.models import quantization
