@@ -21,4 +21,6 @@
     sections.py      the tables of docs/performance.md
     host_tables.py   those of host cost
     tables.py        figures in words; which clock counts where
+
+A measurement is a file with a function `measure`; from Python, `measure.run_all(BenchSettings(…))` does what the command does.
 """
