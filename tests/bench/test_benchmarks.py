@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from doratune.bench import arms, clock, decode, memory, norm, train_step
+from doratune.bench import arms, clock, decode, memory, norm, startup, train_step
 from doratune.bench.pages import write_report
-from doratune.bench.settings import MEASUREMENTS, BenchSettings
+from doratune.bench.settings import ARMS, MEASUREMENTS, BenchSettings
 from doratune.bench.shapes import load, random_ids
 from doratune.bench.train_step import CHECKPOINTED, PLAIN
 from doratune.cli.main import main
@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SMALL = {"model": "tiny-shape", "dtypes": "bfloat16", "ranks": 4, "batch_size": 2, "length": 8, "rounds": 1, "warm_up": 0}
 SMALL |= {"accumulation": 2, "new_tokens": 2, "tokens": 8, "layer_sizes": 16, "hidden_sizes": "8,16", "size_ranks": "2,4"}
-SMALL |= {"norm_size": 40, "norm_rank": 3, "device": "cpu"}
+SMALL |= {"norm_size": 40, "norm_rank": 3, "device": "cpu", "threads": "0,1"}
+SMALL |= {"host_layers": 2, "host_width": 8, "host_tokens": 2, "host_rank": 2, "host_rounds": 2, "attach_layers": 2}
 SMALL_FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
@@ -68,7 +69,7 @@ def test_arms_share_the_weights_and_move(base):
     ids, addresses = random_ids(base, 1, 8), {p.data_ptr() for p in base.parameters()}
     with torch.no_grad():
         expected = base(input_ids=ids).logits
-        for name in arms.ARMS:
+        for name in ARMS:
             model = arms.build(name, base, TARGETS, rank=4)
             frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
             assert frozen == addresses, name
@@ -162,16 +163,18 @@ def test_ways_to_the_norm_agree():
         assert found["doratune"] < 2e-4 and found["dense"] < 1e-2 and found["peft"] < 1e-5
 
 
-def test_bench_measures_everything_and_reports(tmp_path, capsys):
+def test_bench_measures_everything_and_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(startup, "TRIALS", 1)
     results = tmp_path / "results"
     assert main(["bench", *SMALL_FLAGS, "--output", str(results), "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     printed = json.loads(out[-1])
-    assert list(printed) and set(printed) == set(MEASUREMENTS)
+    assert set(printed) == {*MEASUREMENTS, "train_step_1_thread", "decode_1_thread"}
     assert any("dora/lora" in line for line in out)
     for what in MEASUREMENTS:
         content = json.loads((results / f"{what}_cpu.json").read_text())
         assert content["what"] == what and content["result"] == printed[what]
+        assert content["facts"]["threads"] == (1 if what == "host" else torch.get_num_threads())
         assert content["facts"]["settings"]["ranks"] == [4] and content["facts"]["versions"]["torch"] == torch.__version__
     step = printed["train_step"]["bfloat16"]["4"]
     assert set(step[PLAIN]["ratios"]) == set(train_step.RATIOS) and set(step[CHECKPOINTED]["arms"]) == {"lora", "dora"}
@@ -193,6 +196,7 @@ def report_of(results, root):
     assert "old" not in readme and "bf16 r4" in readme and "not measured" in readme
     assert page.split("## GPU")[1].strip().startswith("not measured")
     assert "not measured" not in page.split("## CPU")[1].split("## GPU")[0]
+    assert page.split("## llama-768-shape (CPU)")[1].count("not measured") == 3
     assert all(line.count("|") == table[0].count("|") for table in tables_of(page) for line in table)
 
 
@@ -239,6 +243,8 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch, tmp_path, capsys):
         (["--dtypes", "fp32"], "dtype is 'fp32'"),
         (["--ranks", "0"], "ranks is 0"),
         (["--rounds", "0"], "rounds is 0"),
+        (["--threads", "-1"], "threads is -1"),
+        (["--host_rounds", "0"], "host_rounds is 0"),
         (["--arms"], "arms is empty"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--kernel", "cutlass"], "kernel is 'cutlass'"),

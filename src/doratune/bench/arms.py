@@ -7,7 +7,8 @@
     dora_peft   DoRA by PEFT, unmodified, default settings
     dora_dense  DoRA as plain dense W + s·B·A in eager mode: what one writes down first
 
-A copy of the model shares its parameters' and buffers' memory with the others, so six arms cost one model.
+A copy of the model shares its parameters' and buffers' memory with the others, so six arms cost one model. The allocator is held
+still (`allocator.py`) before any arm is built, whoever builds it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,9 @@ from torch.nn import functional as F
 
 import doratune
 
-from ..errors import UserError, listed, near_misses
-from .settings import ARMS
+from .allocator import hold_still
 
-
-def check_arms(names: list[str]) -> list[str]:
-    """Raises UserError on an unknown arm, or where PEFT is asked for and not installed."""
-    for name in names:
-        if name not in ARMS:
-            raise UserError(f"unknown arm {name!r}{near_misses(name, ARMS)}; arms are {listed(ARMS)}")
-    if any(name.endswith("_peft") for name in names):
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            raise UserError("the arms lora_peft and dora_peft need peft: pip install peft, or leave them out of --arms") from None
-    return names
+ALL_LINEAR = "all-linear"
 
 
 def build(name: str, base: nn.Module, targets: list[str], rank: int, moved: bool = True) -> nn.Module:
@@ -42,20 +31,31 @@ def build(name: str, base: nn.Module, targets: list[str], rank: int, moved: bool
 
     moved: B and m away from their start (B ~ 1e-3, m · 1 ± 1e-2), since some implementations are quick where DoRA does nothing.
     """
-    model = share(base)
-    if name in ("lora", "dora"):
-        config = doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets)
-        doratune.attach(model, config)
-    elif name.endswith("_peft"):
-        import peft
-
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=name == "dora_peft")
-        model = peft.get_peft_model(model, config)
-    elif name == "dora_dense":
-        attach_dense(model, targets, rank)
+    model = attach_arm(name, share(base), targets, rank)
     if moved:
         move(model)
     return model
+
+
+def attach_arm(name: str, model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+    """`model` with what the arm `name` adds to it, as it starts; it may be another module around it."""
+    hold_still()
+    targets = pattern(targets)
+    if name in ("lora", "dora"):
+        return doratune.attach(model, doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets))
+    if name.endswith("_peft"):
+        import peft
+
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=name == "dora_peft")
+        return peft.get_peft_model(model, config)
+    if name == "dora_dense":
+        attach_dense(model, targets, rank)
+    return model
+
+
+def pattern(targets: list[str]) -> list[str] | str:
+    """The names as they are; the one name "all-linear" as the word that this package and PEFT take for it."""
+    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else targets
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -98,11 +98,13 @@ class DenseDoRALinear(nn.Module):
         return F.linear(x, gain.to(W.dtype)[:, None] * V, self.linear.bias)
 
 
-def attach_dense(model: nn.Module, targets: list[str], rank: int) -> None:
+def attach_dense(model: nn.Module, targets: list[str] | str, rank: int) -> None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.split(".")[-1], DenseDoRALinear(module, rank, 2.0))
+        parent, _, own = name.rpartition(".")
+        wanted = module is not head if targets == ALL_LINEAR else own in targets
+        if isinstance(module, nn.Linear) and wanted:
+            setattr(model.get_submodule(parent), own, DenseDoRALinear(module, rank, 2.0))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -1,8 +1,8 @@
 """Arms interleaved step by step in one process, and ratios pair by pair: what a shared, noisy machine allows to compare.
 
 Every round runs each arm once, in an order that turns by one from round to round; a ratio is formed within each round.
-Wall time, and on CPU the process's CPU time, which other work on the machine disturbs less; on a GPU the device is
-synchronized around each arm.
+Wall time, and the process's CPU time, which other work on the machine disturbs less and which means something with one thread
+only; on a GPU the device is synchronized around each arm.
 """
 
 from __future__ import annotations
@@ -56,6 +56,19 @@ def interleave(
                         one.cpu_s.append(seconds[1])
                 advance(1)
     return series
+
+
+@contextlib.contextmanager
+def thread_count(threads: int):
+    """Inside the block PyTorch computes with `threads` threads; 0: with as many as before.
+
+    CPU time means something with one thread only: threads that wait for others spin, and their time is counted too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import doratune
 
+from .allocator import hold_still
 from .clock import FAILED, attempt, bar, interleave, release, silent, summary
 from .memory import peak_bytes
 from .settings import BenchSettings
@@ -30,6 +31,7 @@ RATIOS = {"dense/doratune": ("dense", "doratune"), "peft/doratune": ("peft", "do
 
 def measure(settings: BenchSettings, progress=silent) -> dict:
     """{dtype: {rank: {side: {"arms": seconds and peak_bytes, "ratios", "errors": by share of |sBA| / |W|}}}}."""
+    hold_still()
     size, rank, device = settings.norm_size, settings.norm_rank, settings.torch_device()
     module = large_layer(size, rank, device)
     arms = ways(module, with_peft=any(name.endswith("_peft") for name in settings.arms))

@@ -12,16 +12,18 @@ from ..support.models import QUANTIZATIONS
 from ..support.tables import placed
 from .sections import device_sections
 from .settings import MEASUREMENTS
-from .tables import NOT_MEASURED
+from .shapes import BESIDE
+from .tables import NOT_MEASURED, WAYS
 from .targets import Results, targets
 
 INTRODUCTION = """\
 Written by `python benchmarks/report.py` from the files that `doratune bench` leaves in `benchmarks/results/`; no figure by hand.
 
 Arms run in turn, step by step, in one process; every ratio is formed within a round; shown are the median and the 20th and 80th
-percentile. On CPU targets are about the process's CPU time, with wall time beside it; on a GPU about wall time. `lora` and `dora`
-are this package, `lora_peft` and `dora_peft` are PEFT, unmodified; `frozen` is the base alone with its whole chain of input
-gradients; `dora_dense` is DoRA with W + s·B·A formed in full. Ratios of bytes are of those alive after the forward."""
+percentile. Targets are about wall time with as many threads as the machine gives, and on CPU also about the CPU time of one
+thread, measured by itself: with several, CPU time counts those that spin while they wait. `lora` and `dora` are this package,
+`lora_peft` and `dora_peft` are PEFT, unmodified; `frozen` is the base alone with its whole chain of input gradients; `dora_dense`
+is DoRA with W + s·B·A formed in full. Ratios of bytes are of those alive after the forward."""
 
 
 def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
@@ -36,8 +38,7 @@ def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
     folder = results_folder or root / "benchmarks" / "results"
     cpu, gpu = (read_results(folder, device) for device in ("cpu", "cuda"))
     page, readme = root / "docs" / "performance.md", root / "README.md"
-    quantized = {(device, q): read_results(folder, f"{device}_{q}") for device in ("cpu", "cuda") for q in QUANTIZATIONS}
-    contents = {page: performance_page(cpu, gpu, quantized), readme: placed(readme, "performance", targets(cpu, gpu))}
+    contents = {page: performance_page(cpu, gpu), readme: placed(readme, "performance", targets(cpu, gpu))}
     for path, content in contents.items():
         with replacing(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -45,18 +46,27 @@ def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
 
 
 def read_results(folder: Path, device: str) -> Results:
-    """The measurements of `folder` on one type of device."""
-    paths = {what: folder / f"{what}_{device}.json" for what in MEASUREMENTS}
-    return {what: read_json(path, "run doratune bench again") for what, path in paths.items() if path.is_file()}
+    """The measurements of `folder` on one type of device, by measurement, variant and threads."""
+    found = {}
+    for what in MEASUREMENTS:
+        for variant in ("", *(f"_{name}" for name in (*QUANTIZATIONS, *BESIDE))):
+            for way in WAYS[device]:
+                path = folder / f"{what}_{device}{variant}{way.suffix}.json"
+                if path.is_file():
+                    found[what + variant + way.suffix] = read_json(path, "run doratune bench again")
+    return found
 
 
-def performance_page(cpu: Results, gpu: Results, quantized: dict[tuple[str, str], Results] | None = None) -> str:
-    """The whole of docs/performance.md; quantized: (device, storage) → the same over a quantized base."""
+def performance_page(cpu: Results, gpu: Results) -> str:
+    """The whole of docs/performance.md."""
     parts = ["# Performance", INTRODUCTION, "## Targets", targets(cpu, gpu)]
     for title, results, device in (("CPU", cpu, "cpu"), ("GPU", gpu, "cuda")):
         missing = f"{NOT_MEASURED}; `doratune bench --device {device}` measures it"
         parts += [f"## {title}", *(device_sections(results, device) if results else [missing])]
-    for (device, storage), results in (quantized or {}).items():
-        if results:
-            parts += [f"## Base in {storage} ({device.upper()}): QLoRA and QDoRA", *device_sections(results, device, all=False)]
+    for results, device in ((cpu, "cpu"), (gpu, "cuda")):
+        for name in (*BESIDE, *QUANTIZATIONS):
+            wanted = name in BESIDE and device == "cpu"
+            title = f"## {name} ({device.upper()})" if name in BESIDE else f"## Base in {name} ({device.upper()}): QLoRA and QDoRA"
+            sections = device_sections(results, device, name, all=wanted)
+            parts += [title, *sections] if sections else []
     return "\n\n".join(parts) + "\n"

@@ -1,73 +1,107 @@
-"""The tables of docs/performance.md, one function a measurement: its JSON's `result` and the type of device → Markdown blocks."""
+"""The tables of docs/performance.md, one function a measurement: what its JSON files hold → Markdown blocks.
+
+A measurement of a model may have two files, one with all threads and one with one thread: their times stand side by side.
+"""
 
 from __future__ import annotations
 
 from ..support.tables import markdown
-from .tables import CLOCKS, NOT_MEASURED, SHORT, main_clock, mib, seconds, spread
-from .targets import TARGETS, Results
+from .host_tables import host_tables
+from .tables import NOT_MEASURED, SHORT, WALL, WAYS, Way, mib, seconds, spread
+from .targets import OTHER_TARGETS, TARGETS, Results
 from .train_step import CHECKPOINTED, PLAIN
 
 
-def device_sections(results: Results, device: str, all: bool = True) -> list[str]:
-    """Headings, where the figures come from, and tables of every measurement; all: also say which were not made."""
+def device_sections(results: Results, device: str, variant: str = "", all: bool = True) -> list[str]:
+    """Headings, where the figures come from, and tables of every measurement of one variant; all: also say which were not made."""
     parts = []
     for what, (title, tables) in SECTIONS.items():
-        if not all and what not in results:
+        name = f"{what}_{variant}" if variant else what
+        files = {way: results[name + way.suffix] for way in WAYS[device] if name + way.suffix in results}
+        if not files and (not all or (variant and what not in OF_A_MODEL)):
             continue
         parts.append(f"### {title}")
-        parts += [origin(results[what]["facts"]), *tables(results[what]["result"], device)] if what in results else [NOT_MEASURED]
+        parts += [origin(file["facts"], what) for file in files.values()]
+        parts += tables(name, files, device) if files else [NOT_MEASURED]
     return parts
 
 
-def origin(facts: dict) -> str:
+def origin(facts: dict, what: str) -> str:
+    """Where a measurement's figures come from."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     s = facts["settings"]
+    size = f"model {s['model']}, batch {s['batch_size']} × {s['length']}, {s['rounds']} rounds"
+    if what == "host":
+        width, tokens = s["host_width"], s["host_tokens"]
+        size = f"{s['host_layers']} layers of {width} × {width}, {tokens} tokens, {s['host_rounds']} rounds"
     return (
         f"{facts['date'][:10]}, {facts['device']}, threads: {facts['threads']}, {versions}, commit {facts['commit'] or 'unknown'}; "
-        f"model {s['model']}, batch {s['batch_size']} × {s['length']}, {s['rounds']} rounds, kernel {s['kernel']}."
+        f"{size}, kernel {s['kernel']}."
     )
 
 
-def timed(one: dict, device: str, what: str = "", path: tuple[str, ...] = (), dtype: str = "", rank: str = "") -> list[str]:
-    """Ratios with their targets, and the arms' own times."""
-    limits = {t.path[-1]: t for t in TARGETS if t.what == what and t.path[:-1] == (*path, "ratios")}
+Files = dict[Way, dict]
+"""How a measurement was timed → its JSON file."""
+
+
+def timed(ones: dict[Way, dict], device: str, what: str = "", path: tuple[str, ...] = (), dtype: str = "", rank: str = ""):
+    """Ratios with their targets, and the arms' own times; ones: the same measurement by each way to time it."""
+    limits = {t.path[-1]: t for t in (*TARGETS, *OTHER_TARGETS) if t.what == what and t.path[:-1] == (*path, "ratios")}
+    ways = WAYS[device] if what else (WALL,)
     rows = []
-    for name, value in one["ratios"].items():
+    for name in dict.fromkeys(name for one in ones.values() for name in one["ratios"]):
         limit = limits[name].limit(dtype, rank) if name in limits else None
         words = "" if limit is None else f"{'≥' if limits[name].at_least else '≤'} {limit:g}"
-        rows.append([name, words, *(spread(value, clock) for clock in CLOCKS[device])])
-    clock = main_clock(device)
-    times = ", ".join(f"{name} {seconds(arm, clock)}" for name, arm in one["arms"].items())
-    return [markdown(["ratio", "target", *CLOCKS[device].values()], rows), f"Median {CLOCKS[device][clock]}: {times}."]
+        rows.append([name, words, *(spread(ones.get(way, {}).get("ratios", {}).get(name), way.clock) for way in ways)])
+    times = [
+        f"Median {way.title}: {', '.join(f'{name} {seconds(arm, way.clock)}' for name, arm in ones[way]['arms'].items())}."
+        for way in ways
+        if way in ones
+    ]
+    return [markdown(["ratio", "target", *(way.title for way in ways)], rows), *times]
 
 
-def train_tables(result: dict, device: str) -> list[str]:
+def at(files: Files, *path: str) -> dict[Way, dict]:
+    """What each file holds at `path`; files that hold nothing there are left out."""
+    found = {}
+    for way, file in files.items():
+        node = file["result"]
+        for key in path:
+            node = (node or {}).get(key)
+        if node is not None:
+            found[way] = node
+    return found
+
+
+def places(files: Files) -> list[tuple[str, str]]:
+    """Every (dtype, rank) of any file, in order."""
+    return list(dict.fromkeys((d, r) for file in files.values() for d, ranks in file["result"].items() for r in ranks))
+
+
+def train_tables(what: str, files: Files, device: str) -> list[str]:
     parts = []
     for scenario in (PLAIN, CHECKPOINTED):
-        for dtype, ranks in result.items():
-            for rank, scenarios in ranks.items():
-                if scenario not in scenarios:  # measured at the first rank only
-                    continue
+        for dtype, rank in places(files):
+            if ones := at(files, dtype, rank, scenario):  # with checkpointing measured at the first rank only
                 parts.append(f"{SHORT[dtype]}, rank {rank}, {scenario}:")
-                parts += timed(scenarios[scenario], device, "train_step", (scenario,), dtype, rank)
+                parts += timed(ones, device, what, (scenario,), dtype, rank)
     return parts
 
 
-def decode_tables(result: dict, device: str) -> list[str]:
+def decode_tables(what: str, files: Files, device: str) -> list[str]:
     parts = []
-    for dtype, ranks in result.items():
-        for rank, one in ranks.items():
-            parts += [f"{SHORT[dtype]}, rank {rank}:", *timed(one, device, "decode", (), dtype, rank)]
+    for dtype, rank in places(files):
+        parts += [f"{SHORT[dtype]}, rank {rank}:", *timed(at(files, dtype, rank), device, what, (), dtype, rank)]
     return parts
 
 
-def memory_tables(result: dict, device: str) -> list[str]:
+def memory_tables(what: str, files: Files, device: str) -> list[str]:
     """MiB by arm and kind of count, and the ratios of both counts."""
     names = {"live_bytes": "alive", "saved_bytes": "saved", "packed_bytes": "packed"}
     names |= {"step_peak_bytes": "peak of a step", "step_extra_bytes": "beyond rest"}
     keys = list(names)[: 4 if device == "cuda" else 2]
     parts = ["`alive`: made by the forward and alive after it; `saved`: in the graph's saved tensors; without parameters, buffers."]
-    for dtype, ranks in result.items():
+    for dtype, ranks in files[WALL]["result"].items():
         for rank, scenarios in ranks.items():
             for scenario, one in scenarios.items():
                 rows = [[name, *(arm.get("failed") or mib(arm[key]) for key in keys)] for name, arm in one["arms"].items()] + [
@@ -78,43 +112,42 @@ def memory_tables(result: dict, device: str) -> list[str]:
     return parts
 
 
-def norm_tables(result: dict, device: str) -> list[str]:
+def norm_tables(what: str, files: Files, device: str) -> list[str]:
     """Time, extra memory, and the error at each share of the change."""
-    clock, parts = main_clock(device), []
-    for dtype, ranks in result.items():
+    parts = []
+    for dtype, ranks in files[WALL]["result"].items():
         for rank, sizes in ranks.items():
             for size, one in sizes.items():
                 shares = list(one["errors"])
                 rows = [
-                    [name, seconds(arm, clock), mib(arm.get("peak_bytes"))]
+                    [name, seconds(arm, WALL.clock), mib(arm.get("peak_bytes"))]
                     + [f"{one['errors'][share][name]:.1e}" if name in one["errors"][share] else NOT_MEASURED for share in shares]
                     for name, arm in one["arms"].items()
                 ]
-                head = ["", f"median {CLOCKS[device][clock]}", "extra MiB", *(f"error, s·B·A {share} of W" for share in shares)]
+                head = ["", f"median {WALL.title}", "extra MiB", *(f"error, s·B·A {share} of W" for share in shares)]
                 parts += [f"{size} × {size}, {SHORT[dtype]}, rank {rank}:", markdown(head, rows)]
     return parts
 
 
-def layer_tables(result: dict, device: str) -> list[str]:
+def layer_tables(what: str, files: Files, device: str) -> list[str]:
     parts = []
-    for dtype, ranks in result.items():
+    for dtype, ranks in files[WALL]["result"].items():
         for rank, sizes in ranks.items():
             for size, one in sizes.items():
-                parts += [f"{size} × {size}, {SHORT[dtype]}, rank {rank}:", *timed(one, device)]
+                parts += [f"{size} × {size}, {SHORT[dtype]}, rank {rank}:", *timed({WALL: one}, device)]
     return parts
 
 
-def size_tables(result: dict, device: str) -> list[str]:
+def size_tables(what: str, files: Files, device: str) -> list[str]:
     """One table a figure: ranks by sides."""
-    clock = main_clock(device)
     figures = {
-        "Step, dora/lora": lambda one: spread(one["ratios"].get("dora/lora"), clock),
-        "Step, dora/frozen": lambda one: spread(one["ratios"].get("dora/frozen"), clock),
+        "Step, dora/lora": lambda one: spread(one["ratios"].get("dora/lora"), WALL.clock),
+        "Step, dora/frozen": lambda one: spread(one["ratios"].get("dora/frozen"), WALL.clock),
         "MiB kept for backward, dora − lora": lambda one: mib(one.get("extra_bytes")),
         "MiB of A, B and m": lambda one: mib(one.get("adapter_bytes")),
     }
     parts = []
-    for dtype, ranks in result.items():
+    for dtype, ranks in files[WALL]["result"].items():
         for title, figure in figures.items():
             sides = list(next(iter(ranks.values())))
             rows = [[rank, *(figure(sizes[side]) for side in sides)] for rank, sizes in ranks.items()]
@@ -129,5 +162,8 @@ SECTIONS = {
     "decode": ("Unmerged decode", decode_tables),
     "layer": ("One layer", layer_tables),
     "sizes": ("Cost against size", size_tables),
+    "host": ("Host cost", host_tables),
 }
 """measurement: (heading, its tables)."""
+OF_A_MODEL = ("train_step", "memory", "decode")
+"""What a variant has: another base or another shape of the model."""

@@ -19,6 +19,15 @@ SHAPES = {
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
     },
+    "llama-768-shape": {  # small enough that the host is a good part of a step; a small head, so that the layers are what is timed
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 4096,
+        "max_position_embeddings": 2048,
+    },
     "tiny-shape": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -29,6 +38,9 @@ SHAPES = {
         "max_position_embeddings": 512,
     },
 }
+
+BESIDE = ("llama-768-shape",)
+"""Shapes that reports show beside the main model, from files of their own."""
 
 
 def load(name: str, dtype: str, device: torch.device, quantize: str = "none"):

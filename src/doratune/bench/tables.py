@@ -1,16 +1,33 @@
-"""Figures in words: a ratio with its spread, bytes in MiB."""
+"""Figures in words: a ratio with its spread, bytes in MiB; and which clock counts where."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 MIB = 2**20
 NOT_MEASURED = "not measured"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-CLOCKS = {"cpu": {"cpu_s": "CPU time", "wall_s": "wall time"}, "cuda": {"wall_s": "wall time"}}
-"""By type of device the clocks that are shown; the first is the one that targets are about."""
 
 
-def main_clock(device: str) -> str:
-    return next(iter(CLOCKS[device]))
+class Way(NamedTuple):
+    """How a time was taken."""
+
+    suffix: str
+    """Of the measurement's name."""
+    clock: str
+    title: str
+    word: str
+
+
+WALL = Way("", "wall_s", "wall time", "wall")
+ONE_THREAD = Way("_1_thread", "cpu_s", "CPU time, one thread", "CPU")
+WAYS = {"cpu": (WALL, ONE_THREAD), "cuda": (WALL,)}
+"""By type of device. With several threads the CPU time also counts threads that spin while they wait: wall time there."""
+
+
+def way_of(measurement: str) -> Way:
+    """`train_step_1_thread` → one thread's CPU time."""
+    return ONE_THREAD if measurement.endswith(ONE_THREAD.suffix) else WALL
 
 
 def spread(value: dict | None, clock: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..support.tables import markdown
-from .tables import MIB, NOT_MEASURED, SHORT, main_clock
+from .shapes import BESIDE
+from .tables import MIB, NOT_MEASURED, SHORT, WAYS
 from .train_step import CHECKPOINTED, PLAIN
 
 BF16, FP32 = "bfloat16", "float32"
+(SHAPE,) = BESIDE
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Target:
 
     label: str
     what: str
+    """The measurement, with the variant that it is of: `train_step`, `train_step_nf4`."""
     path: tuple[str, ...]
     """Where the figure is below {dtype: {rank: …}}; "*" is every key there."""
     limits: dict[str, float]
@@ -41,9 +44,12 @@ class Target:
         return ", ".join(f"{sign} {limit:g}{names.get(key, f' r{key}')}" for key, limit in self.limits.items())
 
 
+STEP = {"16": 1.05, "24": 1.05, "64": 1.07}
+PEFT_STEP = {FP32: 1.02, BF16: 0.95}
+
 TARGETS = (
-    Target("step, DoRA / LoRA", "train_step", (PLAIN, "ratios", "dora/lora"), {"16": 1.05, "64": 1.08}),
-    Target("step, DoRA / PEFT's LoRA", "train_step", (PLAIN, "ratios", "dora/lora_peft"), {FP32: 1.05, BF16: 0.93}),
+    Target("step, DoRA / LoRA", "train_step", (PLAIN, "ratios", "dora/lora"), {"16": 1.05, "64": 1.07}),
+    Target("step, DoRA / PEFT's LoRA", "train_step", (PLAIN, "ratios", "dora/lora_peft"), PEFT_STEP),
     Target(
         "step beyond the frozen base, DoRA / PEFT's DoRA",
         "train_step",
@@ -66,7 +72,35 @@ TARGETS = (
     Target("unmerged decode, PEFT's DoRA / DoRA", "decode", ("ratios", "dora_peft/dora"), {"all": 2.0}, at_least=True),
     Target("merged decode / base", "decode", ("ratios", "merged/frozen"), {"all": 1.02}),
 )
-"""Of a whole model, by dtype and rank."""
+"""Of the main model, by dtype and rank."""
+
+OTHER_TARGETS = (
+    Target("nf4: step, QDoRA / QLoRA", "train_step_nf4", (PLAIN, "ratios", "dora/lora"), {"all": 1.05}),
+    Target(f"{SHAPE}: step, DoRA / LoRA", f"train_step_{SHAPE}", (PLAIN, "ratios", "dora/lora"), {"24": 1.05}),
+    Target(f"{SHAPE}: step, DoRA / PEFT's LoRA", f"train_step_{SHAPE}", (PLAIN, "ratios", "dora/lora_peft"), PEFT_STEP),
+    Target(
+        f"{SHAPE}: step, accumulation + checkpointing, DoRA / LoRA",
+        f"train_step_{SHAPE}",
+        (CHECKPOINTED, "ratios", "dora/lora"),
+        {"all": 1.03},
+    ),
+    Target(f"{SHAPE}: unmerged decode, DoRA / LoRA", f"decode_{SHAPE}", ("ratios", "dora/lora"), {"all": 1.03}),
+)
+"""Of a quantized base, and of the shape that stands beside the main model."""
+
+HOST_TARGETS = (
+    Target("forward, DoRA / PEFT's DoRA", "host", ("ratios", "dora/dora_peft", "forward_min"), {"all": 0.8}),
+    Target("backward, DoRA / PEFT's DoRA", "host", ("ratios", "dora/dora_peft", "backward_min"), {"all": 1.1}),
+    Target("decode, DoRA / PEFT's LoRA", "host", ("ratios", "dora/lora_peft", "decode_min"), {"all": 0.8}),
+    *(
+        Target(f"operations of {title}'s {part}", "host", ("operations", arm, part, "a_layer"), {"all": limit})
+        for arm, title, limits in (("dora", "DoRA", (5, 11, 4)), ("lora", "LoRA", (3, 8, 3)))
+        for part, limit in zip(("forward", "backward", "decode"), limits, strict=True)
+    ),
+    Target("host reads of a DoRA layer's forward", "host", ("host_reads", "dora", "a_layer"), {"all": 0}),
+    Target("host reads of a DoRA model's forward", "host", ("host_reads", "dora", "a_model_forward"), {"all": 1}),
+)
+"""Of a small layer (`host.py`): ratios of the least times, and counts a layer of a forward with nothing to prepare."""
 
 NORM_TARGETS = (
     Target("extra memory, MiB", "norm", ("*", "arms", "doratune", "peak_bytes"), {"all": 16.0}, unit=MIB),
@@ -84,14 +118,11 @@ def find(node, path: tuple[str, ...]):
     return node
 
 
-def median(value, clock: str) -> float | None:
-    """The figure itself, or the median by the clock where it is a time."""
-    times = value.get(clock) if isinstance(value, dict) else {"p50": value}
-    return times and times["p50"]
-
-
 Results = dict[str, dict]
-"""{measurement: the content of its JSON file}, of one type of device."""
+"""Of one type of device: the content of the JSON files by measurement, variant and threads (`record.py`), as in
+`train_step`, `train_step_nf4`, `decode_llama-768-shape_1_thread`."""
+
+TIMES = "Of a step or a decode: wall time with as many threads as the machine gives, and the CPU time of one thread."
 
 
 def targets(cpu: Results, gpu: Results) -> str:
@@ -102,34 +133,49 @@ def targets(cpu: Results, gpu: Results) -> str:
     for target in TARGETS:
         cells = [promise(target, cpu, "cpu", *one) for one in where] or [NOT_MEASURED]
         rows.append([target.label, target.words, *cells, one_cell(target, gpu, "cuda")])
-    norm_rows = [[t.label, t.words, one_cell(t, cpu, "cpu"), one_cell(t, gpu, "cuda")] for t in NORM_TARGETS]
-    parts = [markdown(head, rows), f"Norm of one layer ({norm_size(cpu)}):", markdown(["", "target", "CPU", "GPU"], norm_rows)]
+    parts = [markdown(head, rows), TIMES]
+    for title, some in (
+        ("Other bases and sizes:", OTHER_TARGETS),
+        (f"One small layer, where the host is the limit ({host_size(cpu)}):", HOST_TARGETS),
+        (f"Norm of one layer ({norm_size(cpu)}):", NORM_TARGETS),
+    ):
+        rows = [[t.label, t.words, one_cell(t, cpu, "cpu"), one_cell(t, gpu, "cuda")] for t in some]
+        parts += [title, markdown(["", "target", "CPU", "GPU"], rows)]
     return "\n\n".join(parts)
 
 
 def columns(results: Results, measurements: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Every (dtype, rank) that one of the measurements has, in their order."""
+    """Every (dtype, rank) that one of the measurements has with any number of threads, in their order."""
     found = {}
-    for what in measurements:
-        for dtype, ranks in results.get(what, {}).get("result", {}).items():
+    for name in (what + way.suffix for what in measurements for way in WAYS["cpu"]):
+        for dtype, ranks in results.get(name, {}).get("result", {}).items():
             found |= {(dtype, rank): None for rank in ranks}
     return list(found)
 
 
 def promise(target: Target, results: Results, device: str, dtype: str, rank: str) -> str:
-    """The figure of one dtype and rank, in bold where it misses the target."""
-    value = median(find(results, (target.what, "result", dtype, rank, *target.path)), main_clock(device))
-    if value is None:
-        return NOT_MEASURED
-    value /= target.unit
-    shown = f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.3f}"
-    return f"**{shown}** (missed)" if target.met(value, dtype, rank) is False else shown
+    """The figure of one dtype and rank, in bold where it misses the target; of a time one figure for each way to take it."""
+    shown = []
+    for way in WAYS[device]:
+        value = find(results, (target.what + way.suffix, "result", dtype, rank, *target.path))
+        timed = isinstance(value, dict)
+        if timed:
+            value = value.get(way.clock) and value[way.clock]["p50"]
+        if value is not None:
+            shown.append(_figure(target, value, dtype, rank, f" {way.word}" if timed else ""))
+    return ", ".join(shown) or NOT_MEASURED
+
+
+def _figure(target: Target, value: float, dtype: str, rank: str, word: str) -> str:
+    value = value if isinstance(value, int) and target.unit == 1 else value / target.unit
+    shown = str(value) if isinstance(value, int) else f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+    return f"**{shown}**{word} (missed)" if target.met(value, dtype, rank) is False else shown + word
 
 
 def one_cell(target: Target, results: Results, device: str) -> str:
     """The figures of every dtype and rank in one cell."""
-    where = columns(results, (target.what,))
-    return ", ".join(f"{SHORT[d]} r{r} {promise(target, results, device, d, r)}" for d, r in where) or NOT_MEASURED
+    found = [(d, r, promise(target, results, device, d, r)) for d, r in columns(results, (target.what,))]
+    return "; ".join(f"{SHORT[d]} r{r} {shown}" for d, r, shown in found if shown != NOT_MEASURED) or NOT_MEASURED
 
 
 def norm_size(results: Results) -> str:
@@ -140,3 +186,11 @@ def norm_size(results: Results) -> str:
         for size in by_size
     ]
     return ", ".join(sizes) or NOT_MEASURED
+
+
+def host_size(results: Results) -> str:
+    if "host" not in results:
+        return NOT_MEASURED
+    s = results["host"]["facts"]["settings"]
+    dtypes = ", ".join(SHORT[dtype] for dtype in results["host"]["result"])
+    return f"{s['host_width']} × {s['host_width']}, {dtypes}, rank {s['host_rank']}, {s['host_tokens']} tokens, one thread"
