@@ -58,7 +58,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         shared = next((layer.adaptation.direction.shared for layer in layers.values() if layer.adaptation.rank), None)
     if config.direction == "vera" and shared is not None:
         tensors |= {("", name): t.clone() for name, t in zip(SHARED, shared.get(torch.device("cpu"), torch.float32), strict=True)}
-    whole = model.state_dict(keep_vars=True)
+    whole = model.state_dict(keep_vars=True) | record.wide
     for name in record.also_train:
         tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
     write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})
