@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..layers.layouts import named_layers
 from ..layers.registry import Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
+from . import whole
 from .targets import Selection, select
 
 RECORD, BASELINE = "_doratune", "_doratune_baseline"
@@ -44,6 +45,7 @@ class Attachment:
     registry: Registry
     overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
+    wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
 
 
 def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
@@ -65,7 +67,7 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in model.named_modules():
-        if isinstance(module, Adapted) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
+        if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
     return attach_selection(model, config, select(model, config), trainable, original)
 
@@ -82,7 +84,7 @@ def attach_selection(
         for name, base in bases.items():
             initial.original_weight(original, name, base.shape(modules[name]), config)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    replaced = _train_whole(modules, selection.also_train, trainable)
+    replaced = whole.train_whole(modules, selection.also_train, trainable)
     for p in model.parameters():
         p.requires_grad_(False)
     for name in selection.also_train:
@@ -110,6 +112,7 @@ def attach_selection(
     except BaseException:
         detach(model)  # as it was
         raise
+    whole.cover_readers(model)
     fastpath.close(model)
     _watch(model, record)
     return model
@@ -259,19 +262,6 @@ def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, see
         module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
 
 
-def _train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
-    """Give modules that are trained whole parameters of their own; the originals (perhaps tied elsewhere) are kept."""
-    replaced, own = {}, {}
-    for name in names:
-        for path, p in list(modules[name].named_parameters(remove_duplicate=False)):
-            owner, _, leaf = path.rpartition(".")
-            if id(p) not in own:  # a tie inside the module stays a tie
-                own[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=trainable)
-            replaced[f"{name}.{path}"] = p
-            modules[name].get_submodule(owner)._parameters[leaf] = own[id(p)]
-    return replaced
-
-
 @torch.no_grad()
 def detach(model: nn.Module) -> nn.Module:
     """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`.
@@ -286,11 +276,7 @@ def detach(model: nn.Module) -> nn.Module:
         take_off(module)
     fastpath.reopen(model)
     _unwatch(model)
-    for path, p in record.replaced.items():
-        owner, _, leaf = path.rpartition(".")
-        parameters = model.get_submodule(owner)._parameters
-        p.data = p.data.to(parameters[leaf].device, parameters[leaf].dtype)  # where the model moved to meanwhile
-        parameters[leaf] = p
+    whole.give_back(model, record.replaced)
     for path, buffer in record.buffers.items():
         model.get_buffer(path).copy_(buffer)
     for name, p in model.named_parameters():

@@ -19,6 +19,7 @@ from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
 from ..math.autograd import no_autocast
 from ..math.dora import dora
+from . import whole
 from .attach import adapters, put_on, record_of, take_off
 from .stored import Stored
 
@@ -48,6 +49,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     record = record_of(model)
     if record.merged is not None:
         raise UserError("this model is merged already; call doratune.unmerge(model) first")
+    whole.check(model)
     layers, merged = list(adapters(model)), {}
     if quantized == "same":
         _check_storages(layers)
@@ -63,7 +65,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                 if stored.original is not None:
                     _restore(layer_at(model, name), stored)
             raise
-    record.merged = merged
+    record.merged, record.wide = merged, whole.narrow(model)
     fastpath.reopen(model)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
@@ -83,7 +85,8 @@ def unmerge(model: nn.Module) -> None:
         raise UserError('merged with keep="none": no original weight was kept; load the base model again')
     for name, stored in record.merged.items():
         _restore(layer_at(model, name), stored)
-    record.merged = None
+    whole.widen(model, record.wide)
+    record.merged, record.wide = None, {}
     fastpath.close(model)
 
 
@@ -164,7 +167,10 @@ def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
     adapted = {id(p) for _, module in layers for p in module.parameters(recurse=False)}
     plain = [p for p in model.parameters() if id(p) not in adapted and type(p) is nn.Parameter and p.is_floating_point()]
     plain = [p for p in plain if type(p.data) is Tensor and p.dtype.itemsize >= 2]
-    return max(plain, key=Tensor.numel).dtype if plain else None
+    if not plain:
+        return None
+    largest = max(plain, key=Tensor.numel)
+    return whole.compute_dtypes(model).get(id(largest), largest.dtype)
 
 
 def _dtype(module: Adapted, common: torch.dtype | None, quantized: str) -> torch.dtype:

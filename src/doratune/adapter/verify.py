@@ -64,6 +64,9 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     frozen_adapter = not report.trainable
     for name, layer in layers.items():
         _check_layer(name, layer, frozen_adapter, report)
+    for name in record.also_train:
+        for parameter, p in model.get_submodule(name).named_parameters():
+            _check_values(f"{name}.{parameter}", p, report)
     if frozen_adapter:
         report.notes.append("nothing is trainable: the adapter is attached for inference")
     if report.zero_rows:
@@ -93,12 +96,9 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
     weight = layer.adapted
     frozen = never_trained(weight)
     for parameter, p in own_parameters(layer).items():
-        if p.dtype.itemsize < 4:
-            report.problems.append(f"{name}.{parameter} is {p.dtype}, which AdamW cannot move; it must be fp32")
         if not p.requires_grad and not frozen_adapter and parameter not in frozen:
             report.problems.append(f"{name}.{parameter} is not trainable")
-        if not torch.isfinite(p).all():
-            report.problems.append(f"{name}.{parameter} holds NaN or infinite values")
+        _check_values(f"{name}.{parameter}", p, report)
     if weight.magnitude and layer.magnitude is None:
         report.problems.append(f"{name} has lost its magnitude")
     if not weight.magnitude or layer.magnitude is None:
@@ -108,6 +108,13 @@ def _check_layer(name: str, layer, frozen_adapter: bool, report: Report) -> None
         report.zero_rows[name] = zero
     if clamped := sum(_clamped(part) for part in weight.matrices()):
         report.clamped_rows[name] = clamped
+
+
+def _check_values(name: str, p: nn.Parameter, report: Report) -> None:
+    if p.is_floating_point() and p.dtype.itemsize < 4:
+        report.problems.append(f"{name} is {p.dtype}, which AdamW cannot move; it must be fp32")
+    if not torch.isfinite(p).all():
+        report.problems.append(f"{name} holds NaN or infinite values")
 
 
 def _clamped(weight) -> int:

@@ -56,7 +56,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         tensors |= {(name, parameter): t for parameter, t in exported.items()}
     for direction in {id(layer.adapted.direction): layer.adapted.direction for layer in layers.values()}.values():
         tensors |= {("", name): t.clone() for name, t in direction.shared_tensors().items()}
-    whole = model.state_dict(keep_vars=True)
+    whole = model.state_dict(keep_vars=True) | record.wide
     for name in record.also_train:
         tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
     write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})

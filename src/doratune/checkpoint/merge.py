@@ -44,6 +44,7 @@ class Plan:
     merged: dict[str, str]  # key in the checkpoint → adapted module
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
     untied: dict[str, str]  # a weight that was tied to one of those → the key of their common tensor in the checkpoint
+    like: dict[str, str]  # a trained parameter that the checkpoint lacks → a key in it that has the dtype of the base's
 
 
 def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -60,13 +61,14 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     shards = list_shards(folder)
     plan = make_plan(folder, Path(adapter), {key for keys in shards.values() for key in keys})
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
+    dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
     weight_map, size = {}, 0
     with new_folder(output, overwrite) as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
             whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
             if number == len(shards) - 1:
-                whole |= {k: _cast(t, out_dtype or t.dtype) for k, t in extra.items()}
+                whole |= {k: _cast(t, out_dtype or dtypes.get(k, t.dtype)) for k, t in extra.items()}
             write_tensors(temporary / shard, whole)
             weight_map |= {key: shard for key in whole}
             size += sum(t.nbytes for t in whole.values())
@@ -128,9 +130,11 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
     untied = {peer: found for peer, key in untied.items() if (found := _key_in(key, keys, prefix))}
+    lacking = [key for key, _ in skeleton.named_parameters(remove_duplicate=False) if key in replaced and key not in keys]
+    like = {key: _like(key, skeleton, keys, prefix) or next(iter(merged)) for key in lacking}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
-    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied)
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like)
 
 
 def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -139,6 +143,13 @@ def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[st
     for name, p in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     return {key: [n for n in same if n not in whole] for same in names.values() for key in same if key in whole}
+
+
+def _like(key: str, skeleton: nn.Module, keys: set[str], prefix: str) -> str | None:
+    """The checkpoint's key for what this parameter is tied to in the base."""
+    p = skeleton.get_parameter(key)
+    tied = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is p]
+    return next((found for name in tied if (found := _key_in(name, keys, prefix))), None)
 
 
 def _read(folder: Path, shards: dict[str, list[str]], key: str) -> Tensor:
