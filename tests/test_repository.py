@@ -116,6 +116,16 @@ def test_every_module_opens_with_a_docstring():
     assert [p.name for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))] == []
 
 
+def test_class_names_are_unique():
+    """A name means one thing in the whole package."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

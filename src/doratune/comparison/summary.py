@@ -25,7 +25,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table as text: what the terminal, Markdown and the report show."""
 
     title: str
@@ -38,7 +38,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfigurationRow:
     """One configuration's figures over its seeds; `scores` by name: likelihood, generate, eval_loss."""
 
     method: str
@@ -87,7 +87,7 @@ class Pair:
 class Summary:
     """Everything that a finished grid says."""
 
-    rows: list[Row]
+    rows: list[ConfigurationRow]
     pairs: list[Pair]
     lrs: dict[str, float]
     notes: list[str]
@@ -95,7 +95,7 @@ class Summary:
     confidence: float
     facts: dict = field(default_factory=dict)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[TextTable]:
         return [score_table(self), pair_table(self)] if self.pairs else [score_table(self)]
 
     def text(self) -> str:
@@ -156,7 +156,7 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
     return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
 
 
-def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
+def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> ConfigurationRow:
     def mean(name: str) -> float | None:
         values = [r.metrics[name] for r in group if r.metrics.get(name) is not None]
         return sum(values) / len(values) if values else None
@@ -167,7 +167,7 @@ def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
         if values:
             scores[name] = over_seeds(values, confidence)
     first = group[0].metrics
-    return Row(
+    return ConfigurationRow(
         *key, lr, sorted(r.cell.seed for r in group), scores, first["trainable"], first["total"],
         mean("peak_bytes"), mean("seconds"), mean("cpu_seconds"), mean("tokens_per_second"),
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecip
     return paired_bootstrap(*right, grid.resamples, grid.confidence)
 
 
-def score_table(summary: Summary) -> Table:
+def score_table(summary: Summary) -> TextTable:
     used = [name for name in NAMES if any(name in row.scores for row in summary.rows)]
     columns = ["method", "rank", "examples", "lr", "seeds", *(NAMES[name] for name in used)]
     columns += ["trained", "share", "peak memory", "time", "CPU time", "tokens/s"]
@@ -211,10 +211,10 @@ def score_table(summary: Summary) -> Table:
         cells += ["-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.seconds:.0f} s"]
         rows.append([*cells, "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s", f"{row.tokens_per_second:.0f}"])
     note = f"mean over seeds ± half of the {100 * summary.confidence:g} % interval (Student's t); time of the training alone"
-    return Table("Scores and cost", columns, rows, note)
+    return TextTable("Scores and cost", columns, rows, note)
 
 
-def pair_table(summary: Summary) -> Table:
+def pair_table(summary: Summary) -> TextTable:
     rows = []
     for pair in summary.pairs:
         d, lower = pair.difference, pair.score == "eval_loss"
@@ -225,7 +225,7 @@ def pair_table(summary: Summary) -> Table:
     note = (
         'accuracy: paired bootstrap over items, Student\'s t over seeds; loss: Student\'s t over seeds. "not shown" is not "equal".'
     )
-    return Table(
+    return TextTable(
         "Differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
     )
 

@@ -15,7 +15,7 @@ from ..errors import UserError, listed
 from ..support.files import read_json, replacing
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
-from .points import Movement
+from .points import PagePoints
 from .read import Run, Warn, expand, number, read_run
 from .samples import sample_sets
 from .scores import score_tables, unparsable
@@ -81,7 +81,7 @@ def build(
     return {"output": str(output)} | facts
 
 
-def _parts(runs: Sequence[Run], drawn: Movement, grids: list[dict], warn: Warn) -> dict:
+def _parts(runs: Sequence[Run], drawn: PagePoints, grids: list[dict], warn: Warn) -> dict:
     """What the template shows of the runs."""
     shared, varying = blocks(runs)
     logs = [{"name": run.name, "log": run.log} for run in runs]
@@ -170,11 +170,11 @@ def curve(value: dict) -> dict | None:
     return words | {"series": kept} if any(kept.values()) else None
 
 
-def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> Movement:
+def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> PagePoints:
     if points is not None:
         return movement.given(runs, points, warn)
     if analysis == "none":
-        return Movement()
+        return PagePoints()
     if analysis != "auto":
         return movement.given(runs, movement.read_points(Path(analysis)), warn)
     done = [folder / "analysis" for folder in folders if (folder / "analysis" / "points.json").is_file()]
@@ -184,4 +184,4 @@ def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Wa
         return movement.given(runs, {run: found for folder in done for run, found in movement.read_points(folder).items()}, warn)
     except UserError as error:
         warn(str(error))
-        return Movement()
+        return PagePoints()

@@ -9,7 +9,7 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A figure: what stands in bold, beside that, small below it, and shares (0 to 1) to draw as an interval.
 
     Args:
@@ -29,7 +29,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str | int | float | None]]
+    rows: Sequence[Sequence[TableCell | str | int | float | None]]
     note: str = ""
 
     def numeric(self) -> list[bool]:
@@ -47,7 +47,7 @@ class Table:
 
 
 def _is_figure(cell) -> bool:
-    words = cell.text if isinstance(cell, Cell) else shown(cell)
+    words = cell.text if isinstance(cell, TableCell) else shown(cell)
     return words == NONE or words[:1].isdigit() or (words[:1] in "+-−" and words[1:2].isdigit())
 
 

@@ -5,7 +5,7 @@
     class TrainRecipe: ...
 
 What YAML cannot say becomes what it can: a tuple is a list there, any mapping a dict. The documentation is the string below a
-field, read from the class's source; it goes into the docstring's "Args:", from which `--help` is made. Cost: one parse of the source.
+field, read from the class's source; it goes into the docstring's "Args:", from which `--help` is made. Cost: one parse.
 """
 
 from __future__ import annotations
