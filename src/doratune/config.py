@@ -71,7 +71,7 @@ class AdapterConfig:
     norm_memory: int = 0
     """Bytes that VeRA may keep over all layers to spare the norm its product with W (O·R + R² numbers a layer); 0: none."""
     seed: int = 0
-    """Seed of A. Each module draws from its own generator, so the start depends on neither order nor global state."""
+    """Seed of A. Each module draws from its own generator, so that order and global state do not change the start."""
 
     def __post_init__(self):
         for name in ("targets", "exclude", "magnitude_only", "also_train"):

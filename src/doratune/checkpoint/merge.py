@@ -127,7 +127,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
-    untied = {peer: found for peer, key in untied.items() if (found := _key_in(key, keys, prefix))}
+    untied = {peer: stored_key for peer, key in untied.items() if (stored_key := _key_in(key, keys, prefix))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Siblings(), shared_factors(config, [kind_of(m).base(m).shape(m)[-2:] for m in modules]), loading=True)
     return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied)

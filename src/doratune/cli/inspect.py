@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
         load(model, settings.adapter, trainable=True)
     else:
         attach(model, config)
-    adapted = inspect(model)
-    say(adapted.table())
+    inspection = inspect(model)
+    say(inspection.table())
     if as_json:
-        print_json(adapted.to_dict() | {"model": name})
+        print_json(inspection.to_dict() | {"model": name})
     return 0

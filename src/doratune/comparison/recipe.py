@@ -221,12 +221,12 @@ def _read(path: str) -> dict:
 def _numbers(values: dict) -> dict:
     """YAML reads 1e-3 as text; doratune train takes it as a number, and so does a grid."""
     types = {f.name: str(f.type) for f in dataclasses.fields(TrainRecipe)}
-    found = dict(values)
+    settings = dict(values)
     for name, value in values.items():
         if isinstance(value, str) and types.get(name, "").startswith(("float", "int")):
             try:
-                found[name] = float(value) if types[name].startswith("float") else int(value)
+                settings[name] = float(value) if types[name].startswith("float") else int(value)
             except ValueError:
                 expected = "a number" if types[name].startswith("float") else "a whole number"
                 raise UserError(f"{name} is {value!r}; expected {expected}") from None
-    return found
+    return settings

@@ -104,7 +104,7 @@ class Summary:
 
     def curves(self) -> list[dict]:
         """Score against rank (Fig. 5) and against the number of examples (Fig. 4), where the grid varies them."""
-        found = []
+        charts = []
         for axis, name in (("rank", "rank"), ("size", "training examples")):
             if len({getattr(row, axis) for row in self.rows if getattr(row, axis)}) > 1:
                 series: dict[str, list[dict]] = {}
@@ -114,8 +114,8 @@ class Summary:
                         other = row.size if axis == "rank" else row.rank
                         label = row.method + (f" {'n' if axis == 'rank' else 'r'}{other}" if other else "")
                         series.setdefault(label, []).append({"x": x} | dataclasses.asdict(estimate))
-                found.append({"title": f"{NAMES[self.score]} by {name}", "x": name, "y": NAMES[self.score], "series": series})
-        return found
+                charts.append({"title": f"{NAMES[self.score]} by {name}", "x": name, "y": NAMES[self.score], "series": series})
+        return charts
 
     def to_dict(self) -> dict:
         tables = [dataclasses.asdict(table) for table in self.tables()]
@@ -176,12 +176,12 @@ def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Confi
 def _pairs(grid: CompareRecipe, shared: TrainRecipe, groups) -> list[tuple[tuple, tuple]]:
     """Every configuration against the reference method's (lora, else the first) of the same place in the grid."""
     reference = "lora" if "lora" in grid.methods else grid.methods[0]
-    theirs, found = ranks_of(reference, grid, shared), []
+    theirs, pairs = ranks_of(reference, grid, shared), []
     for method in (m for m in grid.methods if m != reference):
         ours = ranks_of(method, grid, shared)
         matched = list(zip(ours, theirs)) if len(ours) == len(theirs) else [(a, b) for a in ours for b in theirs]
-        found += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
-    return [(a, b) for a, b in found if a in groups and b in groups]
+        pairs += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
+    return [(a, b) for a, b in pairs if a in groups and b in groups]
 
 
 def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecipe) -> Difference | None:

@@ -50,15 +50,15 @@ def _table(runs: Sequence[Run], protocol: str) -> Table:
 
 def _bases(runs: Sequence[Run]) -> list[tuple[str, Scores]]:
     """The base model's scores, once where all runs agree on them."""
-    found: dict[tuple, tuple[list[str], Scores]] = {}
+    bases: dict[tuple, tuple[list[str], Scores]] = {}
     tasks = set(runs[0].after.tasks()) if runs else set()
     for run in runs:
         if run.before.results and set(run.before.tasks()) >= tasks:
             key = tuple(sorted((r["task"], r["protocol"], r["right"]) for r in run.before.results))
-            found.setdefault(key, ([], run.before))[0].append(run.name)
-    if len(found) == 1:
-        return [("base model", scores) for _, scores in found.values()]
-    return [(f"base model of {', '.join(names)}", scores) for names, scores in found.values()]
+            bases.setdefault(key, ([], run.before))[0].append(run.name)
+    if len(bases) == 1:
+        return [("base model", scores) for _, scores in bases.values()]
+    return [(f"base model of {', '.join(names)}", scores) for names, scores in bases.values()]
 
 
 def _cells(scores: Scores, protocol: str, tasks: dict, average: bool) -> list[TableCell | None]:

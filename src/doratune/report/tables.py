@@ -40,7 +40,7 @@ class Table:
     @classmethod
     def from_dict(cls, value: Mapping) -> Table:
         """A table as a JSON file holds it: title, columns, rows, note; what does not fit its columns is left out."""
-        columns, rows = (found if isinstance(found := value.get(key), list) else [] for key in ("columns", "rows"))
+        columns, rows = (part if isinstance(part := value.get(key), list) else [] for key in ("columns", "rows"))
         cells = [[c if isinstance(c, str | int | float) else shown(c) for c in row] for row in rows if isinstance(row, list)]
         title, note = (str(value.get(key) or "") for key in ("title", "note"))
         return cls(title, [str(c) for c in columns], [row[: len(columns)] for row in cells], note)
