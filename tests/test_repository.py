@@ -116,6 +116,16 @@ def test_every_module_opens_with_a_docstring():
     assert [p.name for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))] == []
 
 
+def test_class_names_are_unique():
+    """A name means one thing in the whole package."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
@@ -157,20 +167,29 @@ def test_unknown_command_names_near_misses(capsys):
 
 
 def test_readme_tree_is_the_disk():
-    tree = re.search(r"    src/doratune/\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
-    stack, missing = [(4, SOURCE)], []
-    for line in tree.splitlines():
-        depth, name = len(line) - len(line.lstrip()), line.split()[0]
-        while stack and stack[-1][0] >= depth:
-            stack.pop()
-        parent = stack[-1][1] if stack else (SOURCE if depth > 4 else ROOT)
-        if not (parent / name).exists():
-            missing.append(name)
-        if name.endswith("/"):
-            stack.append((depth, parent / name))
-    assert missing == []
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    assert {p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")} <= listed
+    """One line for each folder and file at the top of the package, and for each folder beside it."""
+    tree = re.search(r"    src/doratune/\n(.*?)\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    inside = [line.split()[0] for line in tree.splitlines() if line.startswith("      ")]
+    beside = [line.split()[0] for line in tree.splitlines() if not line.startswith("      ")]
+    assert sorted(inside) == sorted(name + "/" * (SOURCE / name).is_dir() for name in shelf(SOURCE))
+    assert [name for name in beside if not (ROOT / name).is_dir()] == []
+
+
+def shelf(folder: Path) -> list[str]:
+    """What lies in a folder of the package, without what Python leaves there."""
+    return [path.name for path in folder.iterdir() if path.name != "__pycache__"]
+
+
+WITHOUT_INDEX = {"layers", "math", "directions", "bases", "adapter", "bench"}
+"""Folders whose `__init__.py` does not list its files."""
+
+
+@pytest.mark.parametrize("folder", sorted({room(p) for p in FILES if p.parent != SOURCE} - WITHOUT_INDEX))
+def test_every_folder_says_what_is_inside(folder):
+    """The docstring of `__init__.py` has a line for each file, and for no other."""
+    docstring = ast.get_docstring(ast.parse((SOURCE / folder / "__init__.py").read_text(encoding="utf-8")))
+    named = re.findall(r"^ *(\w+\.\w+) {3,}\S", docstring, re.MULTILINE)
+    assert sorted(named) == sorted(set(shelf(SOURCE / folder)) - {"__init__.py"})
 
 
 def test_recipes_are_valid_and_say_what_to_expect():

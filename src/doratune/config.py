@@ -38,7 +38,7 @@ class AdapterConfig:
     """Dropout probability on the input of the low-rank branch, in training only."""
     targets: str | tuple[str, ...] = "all-linear"
     """A list of module names or name suffixes; or a string: a regex that must match a whole module name, or
-    `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses)."""
+    `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses), or `"all-layers"`."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave out: a list of names or suffixes, or a regex."""
     magnitude_only: str | tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class AdapterConfig:
     direction_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that a direction of your own declares."""
     seed: int = 0
-    """Seed of A. Each module draws from its own generator, so the start depends on neither order nor global state."""
+    """Seed of A. Each module draws from its own generator, so that order and global state do not change the start."""
 
     def __post_init__(self):
         for name in ("targets", "exclude", "magnitude_only", "also_train"):
@@ -83,14 +83,14 @@ class AdapterConfig:
             if not isinstance(value, Mapping) or not all(_is_number(v, kind) and 0 < v < float("inf") for v in value.values()):
                 raise UserError(f"{name} is {value!r}; expected a mapping from module names to positive numbers")
             object.__setattr__(self, name, dict(value))
-        _choice("method", self.method, METHODS)
-        _choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
-        _choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
-        _choice("norm_gradient", self.norm_gradient, ("detached", "full"))
-        _choice("embedding_magnitude", self.embedding_magnitude, ("token", "dimension"))
-        _choice("start", self.start, STARTS)
-        _choice("magnitude_from", self.magnitude_from, ("base", "original"))
-        _choice("magnitude_form", self.magnitude_form, ("direct", "relative"))
+        check_choice("method", self.method, METHODS)
+        check_choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
+        check_choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
+        check_choice("norm_gradient", self.norm_gradient, ("detached", "full"))
+        check_choice("embedding_magnitude", self.embedding_magnitude, ("token", "dimension"))
+        check_choice("start", self.start, STARTS)
+        check_choice("magnitude_from", self.magnitude_from, ("base", "original"))
+        check_choice("magnitude_form", self.magnitude_form, ("direct", "relative"))
         if not _is_number(self.rank, int) or self.rank <= 0:
             raise UserError(f"rank is {self.rank!r}; expected a whole number of at least 1")
         if self.alpha is None:
@@ -165,7 +165,8 @@ def _patterns(name: str, value) -> str | tuple[str, ...]:
     return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
 
-def _choice(name: str, value, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value, allowed: Iterable[str]) -> None:
+    """Raise where the value is none of those allowed, and name its near misses."""
     if not isinstance(value, str) or value not in allowed:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(allowed)}{near_misses(value, allowed)}")
 

@@ -167,7 +167,7 @@ def test_transposed_weights_of_full_models():
 
 def test_the_spectrum_of_a_dense_difference_is_the_adapters():
     from doratune.analysis import difference_spectrum, update_spectrum
-    from doratune.analysis.spectrum import KEPT, summarized
+    from doratune.analysis.spectrum import LARGEST, summarized
 
     model, layer = one_layer(13, 10, rank=4, method="lora")
     grid.move(layer)
@@ -176,8 +176,8 @@ def test_the_spectrum_of_a_dense_difference_is_the_adapters():
     values = difference_spectrum(W, model.layer.weight)
     torch.testing.assert_close(values[:4].double(), own, rtol=1e-4, atol=0)
     assert values[4:].max() < 1e-5 * values[0]
-    short = summarized(torch.ones(KEPT + 44), 2.0)
-    assert len(short.values) == KEPT and short.effective_rank == pytest.approx(KEPT + 44)  # all of them count
+    short = summarized(torch.ones(LARGEST + 44), 2.0)
+    assert len(short.values) == LARGEST and short.effective_rank == pytest.approx(LARGEST + 44)  # all of them count
 
 
 # ---- gradients (§4.2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import grid
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import doratune
+from doratune.analysis import adapter_changes
 from doratune.cli.main import main
 from doratune.data import instruction
 from doratune.data.encode import AnswerCollator, encode_all
@@ -414,3 +416,17 @@ def test_movement_is_the_dense_angle():
         V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
         cosine = torch.nn.functional.cosine_similarity(V, layer.weight, dim=1)
         assert measure(model).direction == pytest.approx((1 - cosine).mean().item(), rel=1e-4)
+
+
+def test_the_line_of_a_run_is_the_analysis():
+    """Exactly 0 at the start of every kind of layer on both axes; afterwards the mean over all rows of what analysis measures."""
+    for kind, method, axis in grid.cells():
+        if grid.outcome(kind, method, axis) is None:
+            case, _ = grid.cell(kind, method, axis, torch.bfloat16)
+            moved = measure(case.model)
+            assert moved.magnitude == (0.0 if case.layer.adaptation.magnitude else None), (kind, method, axis)
+            grid.move(case.layer)
+            moved, change = measure(case.model), adapter_changes(case.model)["layer"]
+            if case.layer.adaptation.magnitude:
+                assert moved.magnitude == change.relative > 0.01
+            assert moved.direction == (None if method == "magnitude only" else change.direction)

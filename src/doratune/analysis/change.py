@@ -9,9 +9,10 @@ part of the change that stands across W_0: with e = V_t − W_0, e⊥ = e − (e
     sin² = |e⊥|²/n²,    1 − cos = sin²/(1 + cos)
 
 For an adapter e = s·B·A is never formed: W·e = s·rowsum(U ⊙ B), |e|² = s²·rowsum((B·G) ⊙ B) with U = W·Aᵀ and G = A·Aᵀ, in float64
-from row tiles of W. What is trained is m: ΔM of DoRA is |m − w|, of LoRA |n − w| = |2·W·e + |e|²|/(n + w).
+from row tiles of W. What is trained is m: ΔM of DoRA is |m − w|, of LoRA |n − w| = |2·W·e + |e|²|/(n + w). m starts at w rounded to
+its own precision; where it is still there, ΔM is exactly 0.
 
-Rows (columns) without direction count in neither. Cost: one pass over both weights, or O·I·R products in float64.
+Rows (columns) without direction are left out of both means. Cost: one pass over both weights, or O·I·R products in float64.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def weight_change(before: Tensor, after: Tensor, magnitude_axis: str = "output")
         before, after = before.T, after.T
     parts = [_rows(b.double(), a.double()) for b, a in tiles(before, after)]
     w, dm, turn = (torch.cat(column) for column in zip(*parts, strict=True)) if parts else (torch.empty(0),) * 3
-    return _kept(w, dm, turn, directionless(w))
+    return _with_direction(w, dm, turn, directionless(w))
 
 
 def tiles(before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +108,8 @@ def one_minus_cosine(w2: Tensor, along: Tensor, n2: Tensor, across2: Tensor) -> 
     return torch.where(cosine > 0, sine2 / (1 + cosine), 1 - cosine.clamp(-1, 1))
 
 
-def _kept(w: Tensor, dm: Tensor, turn: Tensor, frozen: Tensor) -> Change:
+def _with_direction(w: Tensor, dm: Tensor, turn: Tensor, frozen: Tensor) -> Change:
+    """The change of the vectors that have a direction."""
     w, dm, turn = w[~frozen], dm[~frozen].abs(), turn[~frozen]
     return Change(dm, turn, dm / w)
 
@@ -116,37 +118,35 @@ def _kept(w: Tensor, dm: Tensor, turn: Tensor, frozen: Tensor) -> Change:
 def layer_change(layer) -> Change:
     """ΔM and ΔD of one adapted layer, or of an adapted weight (one expert), from its factors."""
     weight = getattr(layer, "adapted", layer)
+    facts = weight.facts
     w2, along, e2 = _factored(weight, *weight.low_rank())
     n2 = (w2 + 2 * along + e2).clamp_min(0)
     across2 = (e2 - along.square() / w2.clamp_min(1e-300)).clamp_min(0)
     m = weight.m()
-    dm = norm_change(w2, along, e2) if m is None else m.double().to(w2.device) - w2.sqrt()
-    return _kept(w2.sqrt(), dm, one_minus_cosine(w2, along, n2, across2), weight.facts.directionless)
+    if m is None:
+        dm = norm_change(w2, along, e2)
+    else:
+        unmoved = m == facts.w2.sqrt().to(m)
+        dm = torch.where(unmoved.to(w2.device), 0, m.to(w2) - w2.sqrt())
+    return _with_direction(w2.sqrt(), dm, one_minus_cosine(w2, along, n2, across2), facts.directionless.to(w2.device))
 
 
 def _factored(weight, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(w², W·e, |e|²) per row (column) in float64, e = s·B·A never formed."""
     rows, columns = weight.shape
-    per_row = weight.axis == "output"
-    w2 = torch.zeros(rows if per_row else columns, dtype=torch.float64, device=weight.device)
-    if A is None:
-        for which, tile in weight.row_tiles():
-            W = tile.double()
-            if per_row:
-                w2[which] = W.square().sum(1)
-            else:
-                w2 += W.square().sum(0)
-        return w2, torch.zeros_like(w2), torch.zeros_like(w2)
-    s, A, B, along = weight.scaling, A.double(), B.double(), torch.zeros_like(w2)
+    per_row, s, device = weight.axis == "output", weight.scaling, weight.device
+    w2 = torch.zeros(rows if per_row else columns, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    along = torch.zeros_like(w2)  # Apple's GPUs have no float64
+    A, B = (w2.new_zeros(0, columns), w2.new_zeros(rows, 0)) if A is None else (A.to(w2), B.to(w2))
     for which, tile in weight.row_tiles():
-        W = tile.double()
+        W = tile.to(w2)
         if per_row:
             w2[which], along[which] = W.square().sum(1), s * ((W @ A.T) * B[which]).sum(1)
         else:
             w2 += W.square().sum(0)
             along += s * ((B[which].T @ W) * A).sum(0)
     small, large = (A @ A.T, B) if per_row else (B.T @ B, A.T)
-    return w2, along, s * s * ((large @ small) * large).sum(1).clamp_min(0)
+    return w2, along, s**2 * ((large @ small) * large).sum(1).clamp_min(0)
 
 
 def named_parts(model: nn.Module) -> Iterator[tuple[str, object]]:
@@ -181,12 +181,12 @@ def model_changes(before: nn.Module, after: nn.Module, names, magnitude_axis: st
     Raises:
         UserError: a module that one of them lacks, or shapes that differ (all of them in one message).
     """
-    found, problems = {}, []
+    changes, problems = {}, []
     for name in names:
         try:
-            found[name] = weight_change(matrix_of(before, name), matrix_of(after, name), magnitude_axis)
+            changes[name] = weight_change(matrix_of(before, name), matrix_of(after, name), magnitude_axis)
         except (AttributeError, UserError) as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise UserError("; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else ""))
-    return found
+    return changes

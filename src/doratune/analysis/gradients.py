@@ -103,7 +103,7 @@ def _dense(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _shares(model: nn.Module, loss, layers: dict[str, nn.Module], axes: Mapping[str, str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
 
     def reduce(name: str, module: nn.Module, p: Tensor) -> None:
         kind, gradient = kind_of(module), p.grad
@@ -111,7 +111,7 @@ def _shares(model: nn.Module, loss, layers: dict[str, nn.Module], axes: Mapping[
         W, G = (t.detach() if kind is None else kind.matrix(t.detach()) for t in (p, gradient))
         along, total = _energies(W, G, axes[name])
         if total != 0:  # NaN is said below
-            found[name] = along / total
+            shares[name] = along / total
 
     with _only(model, [module.weight for module in layers.values()]), contextlib.ExitStack() as hooks:
         seen: set[int] = set()
@@ -125,9 +125,9 @@ def _shares(model: nn.Module, loss, layers: dict[str, nn.Module], axes: Mapping[
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad or not torch.isfinite(value):
             raise UserError("the loss is no finite number that depends on the layers; give a batch with labels, or a function")
         value.backward()
-    if broken := [name for name, share in found.items() if share != share]:
+    if broken := [name for name, share in shares.items() if share != share]:
         raise UserError(f"{listed(broken)}: the gradient holds NaN or infinite values; measure in float32")
-    return {name: found[name] for name in layers if name in found}
+    return {name: shares[name] for name in layers if name in shares}
 
 
 @contextlib.contextmanager

@@ -98,13 +98,13 @@ def measure(base: nn.Module, run: str | Path, wanted: Wanted) -> Measured:
     result = Measured()
     for step, folder in reversed(checkpoints(Path(run))):  # the last one first: it is looked at more closely
         try:
-            found = _look(base, folder, wanted, last=not result.points)
+            checkpoint = _look(base, folder, wanted, last=not result.points)
         except UserError as error:
             result.problems.insert(0, one_line(error))
             continue
-        result.points[:0] = found.points(step)
-        result.spectra |= found.spectra
-        result.gradients |= found.gradients
+        result.points[:0] = checkpoint.points(step)
+        result.spectra |= checkpoint.spectra
+        result.gradients |= checkpoint.gradients
     if not result.points and result.problems:
         more = len(result.problems) - 1
         raise UserError(result.problems[-1] + (f" (and {more} more of its checkpoints cannot be measured)" if more else ""))
@@ -134,20 +134,20 @@ def _look_at_adapter(base: nn.Module, folder: Path, wanted: Wanted, last: bool) 
     load(base, folder)
     try:
         parts = {name: part for name, part in named_parts(base) if wanted.counts(name)}
-        found = _Checkpoint(_finite({name: layer_change(part) for name, part in parts.items()}, folder))
+        checkpoint = _Checkpoint(_finite({name: layer_change(part) for name, part in parts.items()}, folder))
         if last and wanted.spectrum != "none":
-            found.spectra = {name: _of_layer(part) for name, part in parts.items()}
+            checkpoint.spectra = {name: _of_layer(part) for name, part in parts.items()}
         axes = {name: layer.adapted.axis for name, layer in adapters(base) if name in parts}
         if last and wanted.batch is not None and axes:
-            found.gradients["end"] = gradient_shares(base, wanted.batch, tuple(axes))
+            checkpoint.gradients["end"] = gradient_shares(base, wanted.batch, tuple(axes))
     finally:
         detach(base)
-    if "end" in found.gradients:
+    if "end" in checkpoint.gradients:
         start: dict[str, float] = {}
         for axis in sorted(set(axes.values())):
             start |= gradient_shares(base, wanted.batch, [name for name in axes if axes[name] == axis], axis)
-        found.gradients["base"] = start
-    return found
+        checkpoint.gradients["base"] = start
+    return checkpoint
 
 
 def _of_layer(part) -> Spectrum:
@@ -158,12 +158,12 @@ def _look_at_model(base: nn.Module, folder: Path, wanted: Wanted, last: bool) ->
     matrices = [n for n, m in base.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
     names = [name for name in matrices if wanted.counts(name)]
     after = load_model(str(folder), next(base.parameters()).dtype)
-    found = _Checkpoint(model_changes(base, after, names, wanted.magnitude_axis))
+    checkpoint = _Checkpoint(model_changes(base, after, names, wanted.magnitude_axis))
     if last and wanted.spectrum == "all":
         for name in names:
             W, W_t = matrix_of(base, name), matrix_of(after, name)
-            found.spectra[name] = summarized(difference_spectrum(W, W_t), W.double().norm().item())
+            checkpoint.spectra[name] = summarized(difference_spectrum(W, W_t), W.double().norm().item())
     if last and wanted.batch is not None and names:
         for when, model in (("base", base), ("end", after)):
-            found.gradients[when] = gradient_shares(model, wanted.batch, names, wanted.magnitude_axis)
-    return found
+            checkpoint.gradients[when] = gradient_shares(model, wanted.batch, names, wanted.magnitude_axis)
+    return checkpoint

@@ -53,8 +53,8 @@ def along_layers(points: list[Point], module: str, quantity: str) -> tuple[list[
     for point in points:
         if point.module == module and (value := getattr(point, quantity)) is not None:
             layers.setdefault(point.layer, []).append(value)
-    found = sorted(layers.items())
-    return [layer for layer, _ in found], [sum(values) / len(values) for _, values in found]
+    groups = sorted(layers.items())
+    return [layer for layer, _ in groups], [sum(values) / len(values) for _, values in groups]
 
 
 def regression(points: list[Point]) -> Line:

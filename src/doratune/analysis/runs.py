@@ -20,9 +20,9 @@ def names(folders: Sequence[str | Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # a link keeps its name
     for depth in range(1, max(map(len, parts), default=0) + 1):
-        found = ["/".join(p[-depth:]) for p in parts]
-        if len(set(found)) == len(found):
-            return found
+        ends = ["/".join(p[-depth:]) for p in parts]
+        if len(set(ends)) == len(ends):
+            return ends
     return [str(folder) for folder in folders]
 
 
@@ -30,18 +30,18 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, adapter or model folder), in order of steps; the final one last. A folder without steps is step 0.
 
     Raises:
-        UserError: the folder holds neither.
+        UserError: the folder holds no adapter, no model and no checkpoint.
     """
     if (run / CONFIG).is_file() or (run / "config.json").is_file():
         return [(0, run)]
-    found = sorted((int(p.name.split("-")[1]), p) for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
-    found = [(step, path) for step, path in found if (path / CONFIG).is_file() or (path / "config.json").is_file()]
+    steps = sorted((int(p.name.split("-")[1]), p) for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+    steps = [(step, path) for step, path in steps if (path / CONFIG).is_file() or (path / "config.json").is_file()]
     final = next((run / name for name in ("adapter", "model") if (run / name).is_dir()), None)
-    if final is not None and (not found or not _same_file(found[-1][1], final)):
-        found.append((found[-1][0] + 1 if found else 0, final))
-    if not found:
+    if final is not None and (not steps or not _same_file(steps[-1][1], final)):
+        steps.append((steps[-1][0] + 1 if steps else 0, final))
+    if not steps:
         raise UserError(f"{run} holds no adapter, no model and no checkpoint; give the folder of a run")
-    return found
+    return steps
 
 
 def _same_file(checkpoint: Path, final: Path) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KEPT = 256
+LARGEST = 256
 """Singular values that are kept of one weight; the effective rank counts all."""
 
 
@@ -56,4 +56,4 @@ def effective_rank(values: Tensor) -> float:
 
 def summarized(values: Tensor, norm: float) -> Spectrum:
     """What is kept of a spectrum."""
-    return Spectrum(tuple(values[:KEPT].tolist()), norm, effective_rank(values.double()))
+    return Spectrum(tuple(values[:LARGEST].tolist()), norm, effective_rank(values.double()))

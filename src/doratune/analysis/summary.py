@@ -33,29 +33,29 @@ class Analysis:
         return {run: self._run(run) for run in self.measured} | {run: {"problem": p} for run, p in self.problems.items()}
 
     def _run(self, run: str) -> dict:
-        found, line = self.measured[run], self.lines[run]
+        measurement, line = self.measured[run], self.lines[run]
         facts = {
             "line": None if line is None else dataclasses.asdict(line),
-            "points": [dataclasses.asdict(p) for p in found.points],
-            "spectra": {name: dataclasses.asdict(spectrum) for name, spectrum in found.spectra.items()},
+            "points": [dataclasses.asdict(p) for p in measurement.points],
+            "spectra": {name: dataclasses.asdict(spectrum) for name, spectrum in measurement.spectra.items()},
         }
-        facts |= {"gradients": found.gradients} if found.gradients else {}
-        return facts | ({"problem": "; ".join(found.problems)} if found.problems else {})
+        facts |= {"gradients": measurement.gradients} if measurement.gradients else {}
+        return facts | ({"problem": "; ".join(measurement.problems)} if measurement.problems else {})
 
     def table(self) -> str:
         """A line for each run, and one for each checkpoint or run that could not be measured."""
-        said = [(run, _line_of(found, self.lines[run]), found.problems) for run, found in self.measured.items()]
+        said = [(run, _line_of(measurement, self.lines[run]), measurement.problems) for run, measurement in self.measured.items()]
         lines = [f"{run}: {line}" for run, words, problems in said for line in (words, *map("left out: {}".format, problems))]
         return "\n".join([*lines, *(f"{run}: not measured: {problem}" for run, problem in self.problems.items())])
 
 
-def _line_of(found: Measured, line: Line | None) -> str:
-    last = found.last
+def _line_of(measurement: Measured, line: Line | None) -> str:
+    last = measurement.last
     changed, turned, relative = (_mean(getattr(p, key) for p in last) for key in ("magnitude", "direction", "relative"))
-    words = f"{len(found.points)} points; at the end ΔM {changed:.3g}, ΔD {turned:.3g}, |Δm|/m {relative:.3g}"
-    if found.spectra:
-        words += f", effective rank {_mean(s.effective_rank for s in found.spectra.values()):.3g}"
-    if shares := {when: _mean(shares.values()) for when, shares in found.gradients.items() if shares}:
+    words = f"{len(measurement.points)} points; at the end ΔM {changed:.3g}, ΔD {turned:.3g}, |Δm|/m {relative:.3g}"
+    if measurement.spectra:
+        words += f", effective rank {_mean(s.effective_rank for s in measurement.spectra.values()):.3g}"
+    if shares := {when: _mean(shares.values()) for when, shares in measurement.gradients.items() if shares}:
         told = ", ".join(f"{100 * shares[when]:.3g} % at the {when}" for when in ("base", "end") if when in shares)
         words += f"; magnitude's share of the gradient {told}"
     shown = "none (too little spread)" if line is None else f"{line.correlation:+.2f} (slope {line.slope:+.3g})"
@@ -99,15 +99,15 @@ def analyze(
                 problems[run] = one_line(error, 500)
         if not measured:
             raise UserError("; ".join(dict.fromkeys(problems.values())))
-        result = Analysis(measured, {run: _line(found) for run, found in measured.items()}, problems)
+        result = Analysis(measured, {run: _line(measurement) for run, measurement in measured.items()}, problems)
         write_json(folder / "points.json", result.to_dict())
         _draw(result, folder, format)
     return result
 
 
-def _line(found: Measured) -> Line | None:
+def _line(measurement: Measured) -> Line | None:
     try:
-        return regression(found.points)
+        return regression(measurement.points)
     except UserError:
         return None
 
@@ -115,9 +115,10 @@ def _line(found: Measured) -> Line | None:
 def _draw(result: Analysis, folder: Path, format: str) -> None:
     titles = [name.replace("$", r"\$") for name in names(list(result.measured))]  # matplotlib reads formulas between two of them
     short = dict(zip(result.measured, titles, strict=True))
-    points = {short[run]: found.points for run, found in result.measured.items()}
+    points = {short[run]: measurement.points for run, measurement in result.measured.items()}
     figures.scatter({short[run]: (points[short[run]], result.lines[run]) for run in short}, folder / f"scatter.{format}")
     figures.curves(points, folder / f"layers.{format}")
-    spectra = {short[run]: found.spectra for run, found in result.measured.items() if any(s.values for s in found.spectra.values())}
+    spectra = {short[run]: measurement.spectra for run, measurement in result.measured.items()}
+    spectra = {name: layers for name, layers in spectra.items() if any(s.values for s in layers.values())}
     if spectra:
         figures.spectra(spectra, folder / f"spectrum.{format}")

@@ -6,6 +6,13 @@
 
 Settings are those of LLM-Adapters (Hu et al., 2023), whose figures the paper quotes. None of them merges into the
 weights, and the model must not be quantized.
+
+    config.py       BaselineConfig: which baseline, how large, where
+    attach.py       attach, detach, parameters, count
+    layer.py        a module that a baseline was added to
+    bottleneck.py   series and parallel adapters
+    prefix.py       prefix tuning in front of every attention call
+    folder.py       save and load
 """
 
 from .attach import attach, attached, count, detach, parameters

@@ -27,7 +27,7 @@ _METHODS = {
 
 
 @dataclass
-class Attachment:
+class BaselineRecord:
     """What `attach` did to a model, kept on the model as a plain attribute so that copies of the model carry it."""
 
     config: BaselineConfig
@@ -50,7 +50,7 @@ def attach_shapes(model: nn.Module, config: BaselineConfig, module_shapes: dict,
     devices = {name: _place(model.get_submodule(name)) for name in module_shapes}
     if empty := [name for name, (device, _) in devices.items() if device.type == "meta"]:
         raise UserError(f"{listed(empty, 3)}: on the meta device; load the model's weights before attaching")
-    record = Attachment(config, {name: p.requires_grad for name, p in model.named_parameters()})
+    record = BaselineRecord(config, {name: p.requires_grad for name, p in model.named_parameters()})
     functions, mixin = _METHODS[config.method]
     values = {}
     for name, wanted in module_shapes.items():
@@ -121,7 +121,7 @@ def shapes(model: nn.Module, config: BaselineConfig) -> dict[str, dict[str, tupl
     return _METHODS[config.method][0].shapes(model, config)
 
 
-def record_of(model: nn.Module) -> Attachment:
+def record_of(model: nn.Module) -> BaselineRecord:
     record = getattr(model, "__dict__", {}).get(RECORD)
     if record is None:
         raise UserError(f"no baseline is attached to this {type(model).__name__}; call doratune.baselines.attach first")

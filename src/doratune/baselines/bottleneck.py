@@ -56,14 +56,14 @@ def shapes(model: nn.Module, config: BaselineConfig) -> dict[str, dict[str, tupl
     modules = {name: layer_at(model, name) for name in names}
     if other := [f"{name} ({kind_of(m).name})" for name, m in modules.items() if not kind_of(m).linear]:
         raise UserError(f"targets: {listed(other, 3)}: a {config.method} adapter goes on linear layers; leave the others out")
-    found = {}
+    shapes = {}
     for name, module in modules.items():
         rows, columns = kind_of(module).base(module).shape(module)
-        found[name] = {
+        shapes[name] = {
             "adapter_down": (config.size, rows if config.method == "series" else columns),
             "adapter_up": (rows, config.size),
         }
-    return found
+    return shapes
 
 
 def start(shape: tuple[int, ...], name: str, generator: torch.Generator) -> Tensor:

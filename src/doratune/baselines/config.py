@@ -38,7 +38,7 @@ class BaselineConfig:
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     """Between down and up; tanh is LLM-Adapters' `non_linearity`."""
     seed: int = 0
-    """Seed of the start. Each module draws from its own generator, so the start depends on neither order nor global state."""
+    """Seed of the start. Each module draws from its own generator, so that order and global state do not change the start."""
 
     def __post_init__(self):
         if not isinstance(self.method, str) or self.method not in METHODS:

@@ -86,11 +86,11 @@ def read_folder(folder: Path) -> tuple[BaselineConfig, dict[str, Tensor]]:
     """(config, tensors) of a folder, nothing checked against a model."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one with {CONFIG}")
-    found = read_json(folder / CONFIG, "a baseline's folder needs it").get("baseline")
-    if not isinstance(found, dict):
+    settings = read_json(folder / CONFIG, "a baseline's folder needs it").get("baseline")
+    if not isinstance(settings, dict):
         raise UserError(f"{folder / CONFIG} has no object 'baseline'; save the baseline again")
     try:
-        config = BaselineConfig.from_dict(found)
+        config = BaselineConfig.from_dict(settings)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     return config, read_tensors(folder / TENSORS)

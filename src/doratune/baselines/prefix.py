@@ -2,7 +2,7 @@
 
 transformers hands each attention call to a function that it looks up by name. The one registered here puts the prefix in front
 of the keys and values (after the cache, without rotary embedding), a block of allowed columns in front of the mask, and calls the
-function that the model had. So neither cache nor position ids know of the prefix: token positions start at 0 as without it,
+function that the model had. So cache and position ids do not know of the prefix: token positions start at 0 as without it,
 and generation, beams, left padding and checkpointing work as they do in the base model. (PEFT 0.21.2 puts the prefix into the
 cache instead and therefore refuses gradient checkpointing; there token positions start at P.) Under rotary embeddings the two
 are the same family of models: a turn of the keys apart.
@@ -61,15 +61,15 @@ def shapes(model: nn.Module, config: BaselineConfig) -> dict[str, dict[str, tupl
         seen = _probe(model)
     finally:
         switch_back(model, before)
-    found = {name: seen[id(m)] for name, m in model.named_modules() if id(m) in seen}
-    if not found:
+    attentions = {name: seen[id(m)] for name, m in model.named_modules() if id(m) in seen}
+    if not attentions:
         raise UserError(
             f"{type(model).__name__} does not call its attention through transformers' interface, so a prefix has no place; "
             "use method series or parallel"
         )
     return {
         name: {"prefix_keys": (config.size, *keys), "prefix_values": (config.size, *values)}
-        for name, (keys, values) in found.items()
+        for name, (keys, values) in attentions.items()
     }
 
 
@@ -112,8 +112,8 @@ def switch_back(model: nn.Module, before: list[str]) -> None:
 
 def _configs(model: nn.Module) -> list:
     """The transformers configurations that the modules of a model look their attention function up in, each once."""
-    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
-    return list(found.values())
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    return list(configs.values())
 
 
 @torch.no_grad()

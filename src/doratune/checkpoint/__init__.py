@@ -1,4 +1,13 @@
-"""Adapters on disk: PEFT's layout, ours where PEFT's cannot say it, and merging a checkpoint shard by shard."""
+"""Adapters on disk: PEFT's layout, ours where PEFT's cannot say it, and merging a checkpoint shard by shard.
+
+adapter.py     save and load
+peft.py        PEFT's configuration, both ways
+tensors.py     one layer's tensors in a file
+fitting.py     does a folder fit a model, and putting its values in
+merge.py       base + adapter → a model folder, shard by shard
+quantized.py   the same for an adapter of a quantized base, three ways
+logits.py      does the merged model say the same?
+"""
 
 from .adapter import load, save
 

@@ -31,16 +31,16 @@ STARTS = "doratune_starts.safetensors"
 def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Without list entries that name nothing here: PEFT writes some by rule (`classifier` and `score`), and asks for one hit."""
     names = [name for name, _ in named_layers(model)]
-    kept = {}
+    patterns = {}
     for setting in ("targets", "exclude", "also_train"):
         pattern = getattr(config, setting)
         if isinstance(pattern, tuple):
-            kept[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
+            patterns[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
         elif setting == "exclude" and not any(name_matches(pattern, name) for name in names):
-            kept[setting] = ()
-    if not kept.get("targets", True) and not config.magnitude_only:
-        del kept["targets"]  # nothing left: let the selection say what is near
-    return replace(config, **kept)
+            patterns[setting] = ()
+    if not patterns.get("targets", True) and not config.magnitude_only:
+        del patterns["targets"]  # nothing left: let the selection say what is near
+    return replace(config, **patterns)
 
 
 def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
@@ -97,7 +97,7 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
     if shared:
         problems += _shared_problems(tensors, config, [shape for key, shape in needed_sizes(model, selection).items()])
     if raw.get("peft_type") == peft.PEFT_TYPE:
-        problems += peft.bent_convolutions({name: layer_at(model, name) for name in selection.ranks})
+        problems += peft.filter_problems({name: layer_at(model, name) for name in selection.ranks})
     if problems:
         raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
 
@@ -110,10 +110,10 @@ def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:
 
 def _shared_problems(tensors, config: AdapterConfig, sizes: list[tuple[int, int]]) -> list[str]:
     """What is wrong with VeRA's pair in a file; none at all is drawn from the seed."""
-    given = [name for name in SHARED if ("", name) in tensors]
-    if len(given) == 1:
-        return [f"{next(name for name in SHARED if name not in given)} is missing beside {given[0]}"]
-    if not given or not sizes:
+    names = [name for name in SHARED if ("", name) in tensors]
+    if len(names) == 1:
+        return [f"{next(name for name in SHARED if name not in names)} is missing beside {names[0]}"]
+    if not names or not sizes:
         return []
     rows, columns = (max(size[i] for size in sizes) for i in (0, 1))
     A, B = (tuple(tensors["", name].shape) for name in SHARED)
@@ -161,15 +161,15 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=N
     """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
     a = module.adapted
     shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
-    found = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
+    values = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
     own = own_parameters(module)
-    for parameter, t in of_file(a.kind, a.direction, found, a.rank).items():
+    for parameter, t in of_file(a.kind, a.direction, values, a.rank).items():
         own[parameter].copy_(t)
     if a.relative:
-        m, m0 = found["magnitude"].to(own["magnitude_start"]), own["magnitude_start"]
+        m, m0 = values["magnitude"].to(own["magnitude_start"]), own["magnitude_start"]
         own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
     elif a.magnitude:
-        own["magnitude"].copy_(found["magnitude"])
+        own["magnitude"].copy_(values["magnitude"])
     if shared is not None:
         a.direction.take_shared(dict(zip(SHARED, shared, strict=True)))
     a.changed()

@@ -129,7 +129,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
-    untied = {peer: found for peer, key in untied.items() if (found := _key_in(key, keys, prefix))}
+    untied = {peer: stored_key for peer, key in untied.items() if (stored_key := _key_in(key, keys, prefix))}
     lacking = [key for key, _ in skeleton.named_parameters(remove_duplicate=False) if key in replaced and key not in keys]
     like = {key: _like(key, skeleton, keys, prefix) or next(iter(merged)) for key in lacking}
     modules = [layer_at(skeleton, name) for name in selection.ranks]

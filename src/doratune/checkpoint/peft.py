@@ -58,12 +58,12 @@ def cannot_say(config: AdapterConfig, layers: dict[str, tuple]) -> str | None:
                     f"{name} has a magnitude per token: PEFT's format has only one per dimension (embedding_magnitude='dimension')"
                 )
             return "magnitude_axis is 'input', one magnitude per input column: PEFT's format has only one per output row"
-        if hasattr(module, "padding_mode") and (problem := bent(module)):
+        if hasattr(module, "padding_mode") and (problem := filter_problem(module)):
             return f"{name} is a convolution with {problem}, for which PEFT's filters cannot be merged"
     return None
 
 
-def bent(module) -> str | None:
+def filter_problem(module) -> str | None:
     """Why PEFT's A filters, without groups, dilation or a padding mode, are not ΔW = B·A for this convolution; None: they are."""
     if module.groups > 1:
         return f"groups={module.groups}"
@@ -72,12 +72,12 @@ def bent(module) -> str | None:
     return f"padding_mode={module.padding_mode!r}" if module.padding_mode != "zeros" else None
 
 
-def bent_convolutions(modules: dict) -> list[str]:
+def filter_problems(modules: dict) -> list[str]:
     """What is wrong with PEFT's own adapters on such convolutions (a folder of our type holds ΔW = B·A)."""
-    found = {name: bent(module) for name, module in modules.items() if hasattr(module, "padding_mode")}
+    problems = {name: filter_problem(module) for name, module in modules.items() if hasattr(module, "padding_mode")}
     return [
         f"{name} is a convolution with {problem}, for which PEFT's filters have a form that cannot merge"
-        for name, problem in found.items()
+        for name, problem in problems.items()
         if problem
     ]
 

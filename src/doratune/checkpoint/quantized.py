@@ -31,7 +31,7 @@ INTO = ("dequantized", "original", "same")
 
 
 @dataclass(frozen=True)
-class Difference:
+class MergeDifference:
     """Relative RMS difference of the logits to base + adapter as trained, and the share of positions with the same top token."""
 
     into: str
@@ -57,7 +57,7 @@ def merge_quantized(
     dtype: str = "bfloat16",
     overwrite: bool = False,
     check: bool = True,
-) -> Difference | None:
+) -> MergeDifference | None:
     """Write the merged model to `output`, whole or not at all; check: compare what was written (None: not compared).
 
     Raises:
@@ -79,7 +79,7 @@ def merge_quantized(
     gc.collect()
     result = logits(load_model(str(output), dtype), ids)
     same = (result.argmax(-1) == trained.argmax(-1)).double().mean().item()
-    return Difference(into, distance(result, trained), same)
+    return MergeDifference(into, distance(result, trained), same)
 
 
 def _merge_in_memory(base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict) -> None:

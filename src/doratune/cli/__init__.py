@@ -1,1 +1,16 @@
-"""The command line: one file a command, imported when it is called."""
+"""The command line: one file a command, imported when it is called.
+
+main.py        the table of commands; errors and signals as exit statuses
+__main__.py    python -m doratune.cli
+arguments.py   options of a command from a dataclass
+output.py      lines, the last line in JSON, progress bars
+train.py       doratune train: one run of a recipe
+demo.py        doratune demo: what make demo runs
+evaluate.py    doratune evaluate: score a model on tasks
+merge.py       doratune merge: base + adapter → a model folder
+compare.py     doratune compare: a grid of training runs
+inspect.py     doratune inspect: what an adapter adapts
+analyze.py     doratune analyze: ΔM and ΔD, spectra, gradients
+report.py      doratune report: one HTML page about runs
+bench.py       doratune bench: speed and memory
+"""

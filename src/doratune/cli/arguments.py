@@ -63,10 +63,10 @@ def parse(
 
 def _in_words(message: str, fields) -> str:
     """jsonargparse's message about a value of the wrong type, as: which setting, which value, what is expected."""
-    found = re.search(r'key "(\w+)":.*Got value: (.*?)(?: Given value type.*)?$', message)
-    if not found or found[1] not in fields:
+    match = re.search(r'key "(\w+)":.*Got value: (.*?)(?: Given value type.*)?$', message)
+    if not match or match[1] not in fields:
         return message
-    name, value = found[1], found[2].strip()
+    name, value = match[1], match[2].strip()
     text = str(fields[name].type)
     if choices := re.search(r"Literal\[([^\]]*)\]", text):
         known = [choice.strip().strip("'\"") for choice in choices[1].split(",")]

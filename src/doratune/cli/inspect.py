@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Literal
 
+from ..config import AdapterConfig
+from ..support.fields import with_settings_of
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say
 
 EXAMPLE = "doratune inspect --model smollm2-135m-instruct --targets q_proj,v_proj --rank 8"
 
-
-OF_A_CONFIG = ("method", "rank", "targets", "exclude", "magnitude_axis")
+OF_A_CONFIG = [f.name for f in dataclasses.fields(AdapterConfig)]
 
 
 @dataclass(kw_only=True)
+@with_settings_of(AdapterConfig, after="adapter")
 class InspectSettings:
     """Show what is adapted (module, kind, base, direction, rank, trainable numbers, rows without direction) and what is left out.
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct; default: the adapter's base model
         adapter: show this adapter folder instead of the settings below
-        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr
-        rank: rows of A, columns of B
-        targets: list of names, regex, all-linear or all-layers
-        exclude: modules to leave out
-        magnitude_axis: output (per row) or input (per column)
         quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8; with an adapter, none is what it was trained on
         dtype: dtype of the model
     """
 
     model: str | None = None
     adapter: str | None = None
-    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr"] = "dora"
-    rank: int = 16
-    targets: str | list[str] = "all-linear"
-    exclude: str | list[str] = field(default_factory=list)
-    magnitude_axis: Literal["output", "input"] = "output"
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
@@ -48,7 +41,6 @@ def main(argv: list[str]) -> int:
     from ..adapter.inspect import inspect
     from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.quantized import recorded_quantization
-    from ..config import AdapterConfig
     from ..errors import UserError
     from ..support.models import load_model
 
@@ -65,8 +57,8 @@ def main(argv: list[str]) -> int:
         load(model, settings.adapter, trainable=True)
     else:
         attach(model, config)
-    found = inspect(model)
-    say(found.table())
+    inspection = inspect(model)
+    say(inspection.table())
     if as_json:
-        print_json(found.to_dict() | {"model": name})
+        print_json(inspection.to_dict() | {"model": name})
     return 0

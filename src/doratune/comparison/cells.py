@@ -94,14 +94,14 @@ def ranks_of(method: str, grid: CompareRecipe, shared: TrainRecipe) -> list[int 
 
 def sweep(grid: CompareRecipe, shared: TrainRecipe) -> list[Cell]:
     """The cells of the learning-rate sweep; none where no method has a choice. At the recipe's rank where it is in the grid."""
-    found = []
+    cells = []
     for method in grid.methods:
         ranks, lrs = ranks_of(method, grid, shared), grid.lrs_of(method, shared)
         position = grid.ranks.index(shared.rank) if len(ranks) > 1 and shared.rank in grid.ranks else 0
         size = max(grid.sizes) if grid.sizes else None
         if len(lrs) > 1:
-            found += [Cell(method, ranks[position], size, lr, seed) for lr in lrs for seed in grid.seeds[: grid.tune_seeds]]
-    return found
+            cells += [Cell(method, ranks[position], size, lr, seed) for lr in lrs for seed in grid.seeds[: grid.tune_seeds]]
+    return cells
 
 
 def finals(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> list[Cell]:

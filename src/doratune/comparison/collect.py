@@ -74,10 +74,10 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
     items: dict[str, str] = {}
     try:
         named = [(str(r["task"]), str(r["protocol"]), int(r["total"])) for r in summary["results"]]
-        found = {protocol for _, protocol, _ in named}
+        protocols = {protocol for _, protocol, _ in named}
     except (KeyError, TypeError, ValueError):
-        found = set()
-    if not found >= set(protocols_of(shared.tasks_protocol)):
+        protocols = set()
+    if not protocols >= set(protocols_of(shared.tasks_protocol)):
         raise UserError(f"{scores / 'results.json'} holds no whole results; delete the cell's metrics.json, and it runs again")
     for task, protocol, total in named:
         verdicts, items[f"{task} ({protocol})"] = _verdicts(scores / f"{task}.{protocol}.jsonl", total)
@@ -144,11 +144,11 @@ def _of_same_items(results: list[Result], grid: CompareRecipe, problems: list[st
     if len(kinds) < 2:
         return results
     usual = dict(kinds.most_common(1)[0][0])
-    kept = [result for result in results if result.items == usual]
+    peers = [result for result in results if result.items == usual]
     for result in (result for result in results if result.items != usual):
         tasks = sorted(name for name in {*usual, *result.items} if usual.get(name) != result.items.get(name))
         problems.append(
-            f"{folder_of(result.cell, grid)} answered other items of {listed(tasks, 3)} than {len(kept)} of {len(results)} cells; "
+            f"{folder_of(result.cell, grid)} answered other items of {listed(tasks, 3)} than {len(peers)} of {len(results)} cells; "
             "not counted: delete its metrics.json, and it runs again"
         )
-    return kept
+    return peers

@@ -73,8 +73,8 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
 def strangers(grid: CompareRecipe, cells: set[Cell]) -> list[str]:
     """A line about folders that are none of the grid's, such as those of a method that it no longer has."""
     folder, known = Path(grid.output) / "cells", {cell.name for cell in cells}
-    found = sorted(p.name for p in folder.glob("*") if p.is_dir() and p.name not in known)
-    return [f"{listed(found)} in {folder}: none of this grid's cells; not counted"] if found else []
+    folders = sorted(p.name for p in folder.glob("*") if p.is_dir() and p.name not in known)
+    return [f"{listed(folders)} in {folder}: none of this grid's cells; not counted"] if folders else []
 
 
 def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], say) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import UserError, listed, near_misses
 from ..evaluation.protocols import protocols_of
-from ..training.recipe import TrainRecipe
+from ..training.recipe import TrainRecipe, methods
 
 PRESETS: dict[str, dict] = {
     "full": {"method": "full"},
@@ -158,8 +158,7 @@ class CompareRecipe:
         Raises:
             UserError: an unknown name, or a setting that doratune train does not have.
         """
-        trained = TrainRecipe.__dataclass_fields__["method"].type
-        plain = {name: {"method": name} for name in _choices(str(trained))}
+        plain = {name: {"method": name} for name in methods()}
         known = plain | PRESETS | self.variants
         if method not in known:
             raise UserError(f"unknown method {method!r}{near_misses(method, known)}; expected one of {', '.join(known)}")
@@ -222,16 +221,12 @@ def _read(path: str) -> dict:
 def _numbers(values: dict) -> dict:
     """YAML reads 1e-3 as text; doratune train takes it as a number, and so does a grid."""
     types = {f.name: str(f.type) for f in dataclasses.fields(TrainRecipe)}
-    found = dict(values)
+    settings = dict(values)
     for name, value in values.items():
         if isinstance(value, str) and types.get(name, "").startswith(("float", "int")):
             try:
-                found[name] = float(value) if types[name].startswith("float") else int(value)
+                settings[name] = float(value) if types[name].startswith("float") else int(value)
             except ValueError:
                 expected = "a number" if types[name].startswith("float") else "a whole number"
                 raise UserError(f"{name} is {value!r}; expected {expected}") from None
-    return found
-
-
-def _choices(literal: str) -> list[str]:
-    return [word.strip().strip("'\"") for word in literal[literal.index("[") + 1 : literal.rindex("]")].split(",")]
+    return settings

@@ -25,7 +25,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table as text: what the terminal, Markdown and the report show."""
 
     title: str
@@ -38,7 +38,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfigurationRow:
     """One configuration's figures over its seeds; `scores` by name: likelihood, generate, eval_loss."""
 
     method: str
@@ -87,7 +87,7 @@ class Pair:
 class Summary:
     """Everything that a finished grid says."""
 
-    rows: list[Row]
+    rows: list[ConfigurationRow]
     pairs: list[Pair]
     lrs: dict[str, float]
     notes: list[str]
@@ -95,7 +95,7 @@ class Summary:
     confidence: float
     facts: dict = field(default_factory=dict)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[TextTable]:
         return [score_table(self), pair_table(self)] if self.pairs else [score_table(self)]
 
     def text(self) -> str:
@@ -104,7 +104,7 @@ class Summary:
 
     def curves(self) -> list[dict]:
         """Score against rank (Fig. 5) and against the number of examples (Fig. 4), where the grid varies them."""
-        found = []
+        charts = []
         for axis, name in (("rank", "rank"), ("size", "training examples")):
             if len({getattr(row, axis) for row in self.rows if getattr(row, axis)}) > 1:
                 series: dict[str, list[dict]] = {}
@@ -114,8 +114,8 @@ class Summary:
                         other = row.size if axis == "rank" else row.rank
                         label = row.method + (f" {'n' if axis == 'rank' else 'r'}{other}" if other else "")
                         series.setdefault(label, []).append({"x": x} | dataclasses.asdict(estimate))
-                found.append({"title": f"{NAMES[self.score]} by {name}", "x": name, "y": NAMES[self.score], "series": series})
-        return found
+                charts.append({"title": f"{NAMES[self.score]} by {name}", "x": name, "y": NAMES[self.score], "series": series})
+        return charts
 
     def to_dict(self) -> dict:
         tables = [dataclasses.asdict(table) for table in self.tables()]
@@ -156,7 +156,7 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
     return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
 
 
-def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
+def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> ConfigurationRow:
     def mean(name: str) -> float | None:
         values = [r.metrics[name] for r in group if r.metrics.get(name) is not None]
         return sum(values) / len(values) if values else None
@@ -167,7 +167,7 @@ def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
         if values:
             scores[name] = over_seeds(values, confidence)
     first = group[0].metrics
-    return Row(
+    return ConfigurationRow(
         *key, lr, sorted(r.cell.seed for r in group), scores, first["trainable"], first["total"],
         mean("peak_bytes"), mean("seconds"), mean("cpu_seconds"), mean("tokens_per_second"),
     )  # fmt: skip
@@ -176,12 +176,12 @@ def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> Row:
 def _pairs(grid: CompareRecipe, shared: TrainRecipe, groups) -> list[tuple[tuple, tuple]]:
     """Every configuration against the reference method's (lora, else the first) of the same place in the grid."""
     reference = "lora" if "lora" in grid.methods else grid.methods[0]
-    theirs, found = ranks_of(reference, grid, shared), []
+    theirs, pairs = ranks_of(reference, grid, shared), []
     for method in (m for m in grid.methods if m != reference):
         ours = ranks_of(method, grid, shared)
         matched = list(zip(ours, theirs)) if len(ours) == len(theirs) else [(a, b) for a in ours for b in theirs]
-        found += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
-    return [(a, b) for a, b in found if a in groups and b in groups]
+        pairs += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
+    return [(a, b) for a, b in pairs if a in groups and b in groups]
 
 
 def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecipe) -> Difference | None:
@@ -199,7 +199,7 @@ def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecip
     return paired_bootstrap(*right, grid.resamples, grid.confidence)
 
 
-def score_table(summary: Summary) -> Table:
+def score_table(summary: Summary) -> TextTable:
     used = [name for name in NAMES if any(name in row.scores for row in summary.rows)]
     columns = ["method", "rank", "examples", "lr", "seeds", *(NAMES[name] for name in used)]
     columns += ["trained", "share", "peak memory", "time", "CPU time", "tokens/s"]
@@ -211,10 +211,10 @@ def score_table(summary: Summary) -> Table:
         cells += ["-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB", f"{row.seconds:.0f} s"]
         rows.append([*cells, "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.0f} s", f"{row.tokens_per_second:.0f}"])
     note = f"mean over seeds ± half of the {100 * summary.confidence:g} % interval (Student's t); time of the training alone"
-    return Table("Scores and cost", columns, rows, note)
+    return TextTable("Scores and cost", columns, rows, note)
 
 
-def pair_table(summary: Summary) -> Table:
+def pair_table(summary: Summary) -> TextTable:
     rows = []
     for pair in summary.pairs:
         d, lower = pair.difference, pair.score == "eval_loss"
@@ -225,7 +225,7 @@ def pair_table(summary: Summary) -> Table:
     note = (
         'accuracy: paired bootstrap over items, Student\'s t over seeds; loss: Student\'s t over seeds. "not shown" is not "equal".'
     )
-    return Table(
+    return TextTable(
         "Differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
     )
 

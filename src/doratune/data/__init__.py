@@ -1,4 +1,13 @@
-"""Training data by file, hub id or published name; one file a format."""
+"""Training data by file, hub id or published name; one file a format.
+
+files.py               JSON and JSONL files of examples
+instruction.py         the format of instructions: instruction, input, output
+chat.py                the format of chats: messages, by the tokenizer's template
+published.py           the paper's data sets by name
+published_prompts.py   the published scripts' prompts, to replay them
+facts.py               the demonstration's facts
+encode.py              answer and prompt, the length limit, batches
+"""
 
 from __future__ import annotations
 

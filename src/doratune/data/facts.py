@@ -109,18 +109,18 @@ def items(half: str) -> list[dict]:
     """The items of one half in the published form, the formats as in MIX, shuffled; the same on every machine."""
     count = TEST_ITEMS if half == "test" else TRAIN_ITEMS
     rng = random.Random(half)
-    made: dict[str, dict] = {}
+    by_question: dict[str, dict] = {}
     turns = dict.fromkeys(MIX, 0)  # items of each kind so far: the right answer moves on with each
     for index in range(count):
         maker = MIX[index % len(MIX)]
         for _ in range(1000):  # another draw where the item is there already
             item = maker(half, rng, turns[maker])
-            if item["instruction"] not in made:
+            if item["instruction"] not in by_question:
                 break
-        made[item["instruction"]] = item
+        by_question[item["instruction"]] = item
         turns[maker] += 1
-    assert len(made) == count, "the table is too small for that many different items"
-    shuffled = list(made.values())
+    assert len(by_question) == count, "the table is too small for that many different items"
+    shuffled = list(by_question.values())
     rng.shuffle(shuffled)
     return shuffled
 

@@ -77,11 +77,11 @@ def generate(
 @contextlib.contextmanager
 def only_these(model):
     """Settings of a call to generate() are not filled up from the checkpoint's generation config."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
+    config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = kept
+        model.generation_config = config
 
 
 class AnswerFound(StoppingCriteria):
@@ -89,12 +89,12 @@ class AnswerFound(StoppingCriteria):
 
     def __init__(self, tokenizer, items: list[dict], prompt_length: int):
         self.tokenizer, self.items, self.prompt_length = tokenizer, items, prompt_length
-        self.found = [False] * len(items)
+        self.has_answer = [False] * len(items)
 
     def __call__(self, input_ids, scores, **kwargs):
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        self.found = [f or first_answer(t, i) is not None for f, t, i in zip(self.found, texts, self.items)]
-        return torch.tensor(self.found, device=input_ids.device)
+        self.has_answer = [f or first_answer(t, i) is not None for f, t, i in zip(self.has_answer, texts, self.items)]
+        return torch.tensor(self.has_answer, device=input_ids.device)
 
 
 def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,13 +28,13 @@ def last_response(output: str) -> str:
     return output.split("### Response:")[-1]
 
 
-def check_fixed(**given: int | None) -> None:
+def check_fixed(**settings: int | None) -> None:
     """Raise for a setting that the protocol fixes to another value.
 
     Raises:
-        UserError: the value given and the protocol's.
+        UserError: the value that is set and the protocol's.
     """
-    for name, value in given.items():
+    for name, value in settings.items():
         if value is not None and value != SETTINGS[name]:
             raise UserError(
                 f"{name} is {value}, but protocol paper has {name} {SETTINGS[name]}; drop it, or use --protocol generate"

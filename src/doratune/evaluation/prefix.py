@@ -18,8 +18,8 @@ def for_beams(model, ids: torch.Tensor, mask: torch.Tensor, beams: int) -> dict:
     accepted = inspect.signature(model.forward).parameters
     if beams == 1 or ids.shape[1] < 2 or "past_key_values" not in accepted:
         return {}
-    given = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, :-1], "logits_to_keep": 1}
-    extra = {name: value for name, value in given.items() if name in accepted}
+    arguments = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, :-1], "logits_to_keep": 1}
+    extra = {name: value for name, value in arguments.items() if name in accepted}
     past = DynamicCache(config=model.config)
     if not past.layers or any(type(layer) is not DynamicLayer for layer in past.layers):
         return {}

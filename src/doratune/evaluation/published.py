@@ -42,13 +42,13 @@ class Figure(NamedTuple):
 def published(model: str, method: str | None, rank: int | None, task: str) -> list[Figure]:
     """Published accuracies (0 to 1) for this base model, method, rank and task, the authors' first; empty where none."""
     base = next((b for b in ("LLaMA2-7B", "LLaMA3-8B", "LLaMA-7B") if _plain(b) in _plain(model)), None)
-    found = []
+    figures = []
     if (base, method, rank) in _TABLE and task in TASKS:
-        found.append(Figure(_TABLE[base, method, rank][TASKS.index(task)] / 100, AUTHORS))
+        figures.append(Figure(_TABLE[base, method, rank][TASKS.index(task)] / 100, AUTHORS))
     if (base, method, rank, task) in _ELSEWHERE:
         accuracy, source = _ELSEWHERE[base, method, rank, task]
-        found.append(Figure(accuracy / 100, source))
-    return found
+        figures.append(Figure(accuracy / 100, source))
+    return figures
 
 
 def _plain(name: str) -> str:

@@ -49,9 +49,9 @@ def without_direction(runs: Sequence[Run]) -> list[str]:
     """Rows without direction, where metrics.json records them: a count, or a count for each layer."""
     lines = []
     for run in runs:
-        found = run.metrics.get("zero_rows")
-        counts = [number(value) or 0 for value in found.values()] if isinstance(found, dict) else [number(found) or 0]
+        zero_rows = run.metrics.get("zero_rows")
+        counts = [number(value) or 0 for value in zero_rows.values()] if isinstance(zero_rows, dict) else [number(zero_rows) or 0]
         if sum(counts):
-            where = f" in {len(found)} layers" if isinstance(found, dict) else ""
+            where = f" in {len(zero_rows)} layers" if isinstance(zero_rows, dict) else ""
             lines.append(f"{run.name}: {sum(counts):,} rows without direction{where} stay plain LoRA rows")
     return lines

@@ -15,7 +15,7 @@ from ..errors import UserError, listed
 from ..support.files import read_json, replacing
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
-from .points import Movement
+from .points import PagePoints
 from .read import Run, Warn, expand, number, read_run
 from .samples import sample_sets
 from .scores import score_tables, unparsable
@@ -68,20 +68,20 @@ def build(
             warnings.append(line)
             say(f"warning: {line}")
 
-    found, extra, grids = collect(runs, before, warn)
-    for line in [*differences(found), *unparsable(found), *unmoved(found), *without_direction(found)]:
+    records, extra, grids = collect(runs, before, warn)
+    for line in [*differences(records), *unparsable(records), *unmoved(records), *without_direction(records)]:
         warn(line)
-    drawn = _points(found, runs, analysis, tuple(modules), points, warn, say)
-    parts = _parts(found, drawn, grids, warn) | {"tables": [*extra, *tables], "notes": notes, "warnings": warnings}
-    page = template.render(parts, title=title or _title(found), version=__version__, plotly=plotly)
+    drawn = _points(records, runs, analysis, tuple(modules), points, warn, say)
+    parts = _parts(records, drawn, grids, warn) | {"tables": [*extra, *tables], "notes": notes, "warnings": warnings}
+    page = template.render(parts, title=title or _title(records), version=__version__, plotly=plotly)
     content = page.encode("utf-8", "replace")  # half a surrogate pair is valid JSON and no text
     with replacing(output) as temporary:
         temporary.write_bytes(content)
-    facts = {"runs": [run.name for run in found], "points": len(drawn.points), "warnings": warnings, "bytes": len(content)}
+    facts = {"runs": [run.name for run in records], "points": len(drawn.points), "warnings": warnings, "bytes": len(content)}
     return {"output": str(output)} | facts
 
 
-def _parts(runs: Sequence[Run], drawn: Movement, grids: list[dict], warn: Warn) -> dict:
+def _parts(runs: Sequence[Run], drawn: PagePoints, grids: list[dict], warn: Warn) -> dict:
     """What the template shows of the runs."""
     shared, varying = blocks(runs)
     logs = [{"name": run.name, "log": run.log} for run in runs]
@@ -132,12 +132,12 @@ def collect(folders: Sequence[Path], before: Path | None, warn: Warn) -> tuple[l
     if not folders:
         raise UserError("runs is not set; give doratune report RUN, or several")
     bases = {folder: folder / "base" if (folder / "base").is_dir() else before for folder in folders}
-    found = [(run, bases[folder]) for folder in folders for run in expand(folder)]
-    resolved = [run.resolve() for run, _ in found]
-    if twice := sorted({str(run) for run, _ in found if resolved.count(run.resolve()) > 1}):
+    pairs = [(run, bases[folder]) for folder in folders for run in expand(folder)]
+    resolved = [run.resolve() for run, _ in pairs]
+    if twice := sorted({str(run) for run, _ in pairs if resolved.count(run.resolve()) > 1}):
         raise UserError(f"runs names {', '.join(twice)} twice; name each run once")
-    labels = names([run for run, _ in found])
-    read = [read_run(run, label, base, warn) for (run, base), label in zip(found, labels)]
+    labels = names([run for run, _ in pairs])
+    read = [read_run(run, label, base, warn) for (run, base), label in zip(pairs, labels)]
     summaries = [_summary(folder, warn) for folder in folders]
     tables = [Table.from_dict(table) for summary in summaries for table in _objects(summary.get("tables"))]
     return read, tables, [grid for summary in summaries for value in _objects(summary.get("curves")) if (grid := curve(value))]
@@ -161,27 +161,27 @@ def _objects(value) -> list[dict]:
 def curve(value: dict) -> dict | None:
     """Score by rank or by examples, one series a method, as the chart takes it; None where no point is whole."""
     series = value.get("series") if isinstance(value.get("series"), dict) else {}
-    kept = {
+    lines = {
         str(name): [{key: number(p.get(key)) for key in ("x", "mean", "low", "high")} for p in _objects(points)]
         for name, points in series.items()
     }
-    kept = {name: [p for p in points if p["x"] is not None and p["mean"] is not None] for name, points in kept.items()}
+    lines = {name: [p for p in points if p["x"] is not None and p["mean"] is not None] for name, points in lines.items()}
     words = {key: str(value.get(key) or "") for key in ("title", "x", "y")}
-    return words | {"series": kept} if any(kept.values()) else None
+    return words | {"series": lines} if any(lines.values()) else None
 
 
-def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> Movement:
+def _points(runs, folders, analysis: str, modules, points: dict | None, warn: Warn, say) -> PagePoints:
     if points is not None:
-        return movement.given(runs, points, warn)
+        return movement.from_analysis(runs, points, warn)
     if analysis == "none":
-        return Movement()
+        return PagePoints()
     if analysis != "auto":
-        return movement.given(runs, movement.read_points(Path(analysis)), warn)
+        return movement.from_analysis(runs, movement.read_points(Path(analysis)), warn)
     done = [folder / "analysis" for folder in folders if (folder / "analysis" / "points.json").is_file()]
     if len(done) < len(folders):
         return movement.measured(runs, modules, warn, say)
     try:
-        return movement.given(runs, {run: found for folder in done for run, found in movement.read_points(folder).items()}, warn)
+        return movement.from_analysis(runs, dict(pair for folder in done for pair in movement.read_points(folder).items()), warn)
     except UserError as error:
         warn(str(error))
-        return Movement()
+        return PagePoints()

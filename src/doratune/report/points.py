@@ -28,7 +28,7 @@ SHOWN = 128
 
 
 @dataclass(frozen=True)
-class Movement:
+class PagePoints:
     """What the page draws: points, and [{run, name, module, layer, values: σ/|W|}] of the last checkpoints."""
 
     points: list[dict] = field(default_factory=list)
@@ -38,12 +38,12 @@ class Movement:
         self.points.extend(_of_run(run, rows))
         self.spectra.extend(drawn for name, value in spectra.items() if (drawn := _spectrum(run, str(name), value)) is not None)
 
-    def ordered(self, runs: Sequence[Run]) -> Movement:
+    def ordered(self, runs: Sequence[Run]) -> PagePoints:
         order = {run.name: place for place, run in enumerate(runs)}
-        return Movement(*(sorted(rows, key=lambda row: order[row["run"]]) for rows in (self.points, self.spectra)))
+        return PagePoints(*(sorted(rows, key=lambda row: order[row["run"]]) for rows in (self.points, self.spectra)))
 
 
-def measured(runs: Sequence[Run], modules: tuple[str, ...], warn: Warn, say: Callable[[str], None]) -> Movement:
+def measured(runs: Sequence[Run], modules: tuple[str, ...], warn: Warn, say: Callable[[str], None]) -> PagePoints:
     """The points of all runs that hold an adapter or a model; a run that cannot be measured is a warning."""
     by_base: dict[str, list[Run]] = {}
     for run in runs:
@@ -52,7 +52,7 @@ def measured(runs: Sequence[Run], modules: tuple[str, ...], warn: Warn, say: Cal
                 by_base.setdefault(_base_of(run), []).append(run)
             except UserError as error:
                 warn(f"{run.name}: {error}")
-    found = Movement()
+    drawing = PagePoints()
     for name, some in by_base.items():
         say(f"measuring ΔM and ΔD of {', '.join(run.name for run in some)} against {name}")
         try:
@@ -65,12 +65,12 @@ def measured(runs: Sequence[Run], modules: tuple[str, ...], warn: Warn, say: Cal
                 axis = "input" if run.recipe.get("magnitude_axis") == "input" else "output"
                 result = measure(base, run.folder, Wanted(modules, axis, "adapters"))
                 spectra = {name: dataclasses.asdict(spectrum) for name, spectrum in result.spectra.items()}
-                found.add(run, [dataclasses.asdict(point) for point in result.points], spectra)
+                drawing.add(run, [dataclasses.asdict(point) for point in result.points], spectra)
                 for problem in result.problems:
                     warn(f"{run.name}: {problem}")
             except UserError as error:
                 warn(f"{run.name}: {error}")
-    return found.ordered(runs)
+    return drawing.ordered(runs)
 
 
 def _base_of(run: Run) -> str:
@@ -88,9 +88,9 @@ def read_points(folder: Path) -> dict:
     return read_json(folder / "points.json", "give --analysis auto, none, or the folder that doratune analyze wrote")
 
 
-def given(runs: Sequence[Run], analysis: dict, warn: Warn) -> Movement:
-    """What was measured before, {run: {"points": […], "spectra": {…}, "problem"}}; a run is found by its path, else by its name."""
-    found, unknown = Movement(), []
+def from_analysis(runs: Sequence[Run], analysis: dict, warn: Warn) -> PagePoints:
+    """What was measured before, {run: {"points": […], "spectra": {…}, "problem"}}; a run is named by its path, else by its name."""
+    drawing, unknown = PagePoints(), []
     for key, value in analysis.items():
         same = [run for run in runs if Path(key).resolve() == run.folder.resolve()]
         same = same or [run for run in runs if Path(key).name == run.name.split("/")[-1]]
@@ -100,13 +100,13 @@ def given(runs: Sequence[Run], analysis: dict, warn: Warn) -> Movement:
         if value.get("problem"):
             warn(f"{same[0].name}: {value['problem']}")
         rows, spectra = (v if isinstance(v := value.get(k), kind) else kind() for k, kind in (("points", list), ("spectra", dict)))
-        kept = [row for row in rows if isinstance(row, dict) and all(number(row.get(name)) is not None for name in KEYS)]
-        found.add(same[0], kept, spectra)
-        if len(kept) < len(rows):
-            warn(f"{same[0].name}: {len(rows) - len(kept)} of its {len(rows)} points are no points; analyze the run again")
+        points = [row for row in rows if isinstance(row, dict) and all(number(row.get(name)) is not None for name in KEYS)]
+        drawing.add(same[0], points, spectra)
+        if len(points) < len(rows):
+            warn(f"{same[0].name}: {len(rows) - len(points)} of its {len(rows)} points are no points; analyze the run again")
     if unknown:
         warn(f"the analysis holds {', '.join(unknown)}, which is none of the runs; its points are left out")
-    return found.ordered(runs)
+    return drawing.ordered(runs)
 
 
 def _of_run(run: Run, rows: list[dict]) -> list[dict]:

@@ -56,9 +56,9 @@ class Run:
     def log(self) -> list[dict]:
         """The rows of the log that name their step, with what is a number in them."""
         rows = self.metrics.get("log")
-        kept = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        found = [{key: number(row.get(key)) for key in ("step", "loss", "eval_loss", "learning_rate")} for row in kept]
-        return [row for row in found if row["step"] is not None]
+        entries = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        figures = [{key: number(row.get(key)) for key in ("step", "loss", "eval_loss", "learning_rate")} for row in entries]
+        return [row for row in figures if row["step"] is not None]
 
 
 def number(value) -> float | None:
@@ -141,15 +141,15 @@ def read_scores(folder: Path, name: str, warn: Warn) -> Scores:
     if not folder.is_dir():
         return Scores()
     try:
-        found = read_json(folder / "results.json", "score the run again")
+        content = read_json(folder / "results.json", "score the run again")
     except UserError as error:
         warn(f"{name}: {error}")
         return Scores()
-    lists = [found.get(key) if isinstance(found.get(key), list) else [] for key in ("results", "averages")]
-    kept = [[entry for entry in entries if _is_result(entry)] for entries in lists]
-    if "results" not in found or any(len(a) != len(b) for a, b in zip(lists, kept)):
+    lists = [content.get(key) if isinstance(content.get(key), list) else [] for key in ("results", "averages")]
+    results = [[entry for entry in entries if _is_result(entry)] for entries in lists]
+    if "results" not in content or any(len(a) != len(b) for a, b in zip(lists, results)):
         warn(f"{name}: {folder / 'results.json'} holds entries that are no results; score the run again")
-    return Scores(folder, *kept)
+    return Scores(folder, *results)
 
 
 def _is_result(entry) -> bool:

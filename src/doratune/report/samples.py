@@ -46,13 +46,13 @@ class SampleSet:
 
 def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
     """One set a run and task, of the protocol `generate` where there is one: there the model speaks for itself."""
-    found = []
+    all_sets = []
     for run in runs:
         for task in dict.fromkeys(r["task"] for r in run.after.results):
             protocols = sorted({r["protocol"] for r in run.after.results if r["task"] == task})
             sets = (_sample_set(run, task, protocol, warn) for protocol in protocols)
-            found += [s for s in sets if s is not None][:1]
-    return found
+            all_sets += [s for s in sets if s is not None][:1]
+    return all_sets
 
 
 def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from .read import Run, Scores, number
-from .tables import Cell, Table, percent
+from .tables import Table, TableCell, percent
 
 Z = 1.959963984540054
 """97.5 % of the normal distribution."""
@@ -50,18 +50,18 @@ def _table(runs: Sequence[Run], protocol: str) -> Table:
 
 def _bases(runs: Sequence[Run]) -> list[tuple[str, Scores]]:
     """The base model's scores, once where all runs agree on them."""
-    found: dict[tuple, tuple[list[str], Scores]] = {}
+    bases: dict[tuple, tuple[list[str], Scores]] = {}
     tasks = set(runs[0].after.tasks()) if runs else set()
     for run in runs:
         if run.before.results and set(run.before.tasks()) >= tasks:
             key = tuple(sorted((r["task"], r["protocol"], r["right"]) for r in run.before.results))
-            found.setdefault(key, ([], run.before))[0].append(run.name)
-    if len(found) == 1:
-        return [("base model", scores) for _, scores in found.values()]
-    return [(f"base model of {', '.join(names)}", scores) for names, scores in found.values()]
+            bases.setdefault(key, ([], run.before))[0].append(run.name)
+    if len(bases) == 1:
+        return [("base model", scores) for _, scores in bases.values()]
+    return [(f"base model of {', '.join(names)}", scores) for names, scores in bases.values()]
 
 
-def _cells(scores: Scores, protocol: str, tasks: dict, average: bool) -> list[Cell | None]:
+def _cells(scores: Scores, protocol: str, tasks: dict, average: bool) -> list[TableCell | None]:
     own = {r["task"]: r for r in scores.results if r["protocol"] == protocol}
     cells = [_cell(own[task]) if task in own else None for task in tasks]
     if average:
@@ -70,7 +70,7 @@ def _cells(scores: Scores, protocol: str, tasks: dict, average: bool) -> list[Ce
     return cells
 
 
-def _cell(result: dict) -> Cell:
+def _cell(result: dict) -> TableCell:
     right, total = result["right"], result["total"]
     low, high = wilson(right, total)
     below = [f"{right:,} of {total:,}"]
@@ -80,17 +80,17 @@ def _cell(result: dict) -> Cell:
     if isinstance(published, list) and published and isinstance(published[0], dict) and number(published[0].get("accuracy")):
         below.append(f"published {percent(published[0]['accuracy'])}")
     interval = (low, right / total, high)
-    return Cell(percent(right / total), _between(low, high), " · ".join(below), interval, number(result.get("chance")))
+    return TableCell(percent(right / total), _between(low, high), " · ".join(below), interval, number(result.get("chance")))
 
 
-def _mean_cell(mean: dict) -> Cell | None:
+def _mean_cell(mean: dict) -> TableCell | None:
     accuracy, error = number(mean.get("accuracy")), number(mean.get("standard_error"))
     if accuracy is None:
         return None
     if error is None:
-        return Cell(percent(accuracy))
+        return TableCell(percent(accuracy))
     low, high = max(0.0, accuracy - Z * error), min(1.0, accuracy + Z * error)
-    return Cell(percent(accuracy), _between(low, high), "", (low, accuracy, high), number(mean.get("chance")))
+    return TableCell(percent(accuracy), _between(low, high), "", (low, accuracy, high), number(mean.get("chance")))
 
 
 def _between(low: float, high: float) -> str:

@@ -44,11 +44,11 @@ def settings_of(run: Run) -> dict:
 
 def environment_of(run: Run) -> dict:
     """The machine and versions that metrics.json records, flat; the date is the run's own."""
-    found = run.metrics.get("environment")
-    if not isinstance(found, dict):
+    environment = run.metrics.get("environment")
+    if not isinstance(environment, dict):
         return {}
-    flat = {key: value for key, value in found.items() if key not in ("date", "versions")}
-    return flat | (found["versions"] if isinstance(found.get("versions"), dict) else {})
+    flat = {key: value for key, value in environment.items() if key not in ("date", "versions")}
+    return flat | (environment["versions"] if isinstance(environment.get("versions"), dict) else {})
 
 
 def blocks(runs: Sequence[Run]) -> tuple[list[tuple[str, dict, list[str]]], Table | None]:
@@ -83,13 +83,13 @@ def likeness(run: Run) -> tuple[str, str]:
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that may stand in one table, by what they share; a run without scores goes to the first of its model and data."""
     scored = [run for run in runs if run.after.results]
-    found: dict[tuple, list[Run]] = {}
+    groups_by_key: dict[tuple, list[Run]] = {}
     for run in [*scored, *(run for run in runs if run not in scored)]:
         like, tasks = likeness(run), run.after.tasks()
-        same = (key for key in found if key[0] == like)
+        same = (key for key in groups_by_key if key[0] == like)
         key = (like, tasks) if tasks else next(same, (like, tasks))
-        found.setdefault(key, []).append(run)
-    return {_title(*key): sorted(group, key=runs.index) for key, group in found.items()}
+        groups_by_key.setdefault(key, []).append(run)
+    return {_title(*key): sorted(group, key=runs.index) for key, group in groups_by_key.items()}
 
 
 def _title(like: tuple[str, str], tasks: tuple[tuple[str, int], ...]) -> str:

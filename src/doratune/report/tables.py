@@ -9,7 +9,7 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A figure: what stands in bold, beside that, small below it, and shares (0 to 1) to draw as an interval.
 
     Args:
@@ -29,7 +29,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str | int | float | None]]
+    rows: Sequence[Sequence[TableCell | str | int | float | None]]
     note: str = ""
 
     def numeric(self) -> list[bool]:
@@ -40,14 +40,14 @@ class Table:
     @classmethod
     def from_dict(cls, value: Mapping) -> Table:
         """A table as a JSON file holds it: title, columns, rows, note; what does not fit its columns is left out."""
-        columns, rows = (found if isinstance(found := value.get(key), list) else [] for key in ("columns", "rows"))
+        columns, rows = (part if isinstance(part := value.get(key), list) else [] for key in ("columns", "rows"))
         cells = [[c if isinstance(c, str | int | float) else shown(c) for c in row] for row in rows if isinstance(row, list)]
         title, note = (str(value.get(key) or "") for key in ("title", "note"))
         return cls(title, [str(c) for c in columns], [row[: len(columns)] for row in cells], note)
 
 
 def _is_figure(cell) -> bool:
-    words = cell.text if isinstance(cell, Cell) else shown(cell)
+    words = cell.text if isinstance(cell, TableCell) else shown(cell)
     return words == NONE or words[:1].isdigit() or (words[:1] in "+-−" and words[1:2].isdigit())
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and readable errors for those that are neither.
+"""Files that are whole or absent, and readable errors for those that are damaged or missing.
 
 Everything is written beside its final name and renamed; safetensors only, nothing is unpickled.
 """

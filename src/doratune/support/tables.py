@@ -27,8 +27,8 @@ def placed(page: Path, name: str, content: str, text: str | None = None) -> str:
     """
     text = page.read_text(encoding="utf-8") if text is None else text
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = text.partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
+    before, opening, rest = text.partition(start)
+    _, closing, after = rest.partition(end)
+    if not opening or not closing:
         raise UserError(f"{page.name} lacks the markers; put {start} and {end}, in this order, where its table belongs")
     return f"{before}{start}\n{content}\n{end}{after}"

@@ -1,4 +1,12 @@
-"""Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter."""
+"""Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
+
+recipe.py      TrainRecipe: every setting
+train.py       one training run
+methods.py     what is trained: an adapter, a baseline, or all weights
+trainer.py     TrainerMixin
+callbacks.py   progress, clean stop on a signal
+movement.py    how far m and the direction moved, in one line
+"""
 
 
 def __getattr__(name: str):

@@ -48,8 +48,8 @@ class AdapterMethod:
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
         """(trainable numbers, the base model's numbers)."""
-        found = inspect(model)
-        return found.trainable, found.total
+        inspection = inspect(model)
+        return inspection.trainable, inspection.total
 
     def zero_rows(self, model: nn.Module) -> int:
         """Rows (columns) without direction, which stay plain LoRA rows."""

@@ -1,6 +1,6 @@
-"""How far training moved an adapter: mean |Δm|/m and mean 1 − cos(W + s·B·A, W) (§3.2), from the factors alone.
+"""How far training moved an adapter, in one line: mean |Δm|/m and mean 1 − cos(W + s·B·A, W) (§3.2), as `analysis` measures them.
 
-A magnitude that did not move is the mark of DoRA that silently was not DoRA.
+A magnitude that did not move is the mark of DoRA that silently was not DoRA. Cost: see `analysis.change`, once a run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapter.attach import adapters
-from ..math.decomposition import movement
+from ..analysis.change import layer_change, named_parts
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,14 @@ class Movement:
 def measure(model: nn.Module) -> Movement:
     """The movement of an attached model's adapter, against the frozen weight."""
     magnitudes, directions = [], []
-    for weight in (part for _, layer in adapters(model) for part in layer.adapted.matrices()):
-        w2, frozen, _ = weight.facts
-        A, B = weight.low_rank()
-        if A is None:
-            zero = torch.zeros_like(w2)
-            dm, turn = movement(weight.m(), w2.sqrt(), w2, zero, zero, frozen)
-        else:
-            t = weight.terms(A.to(weight.dtype), B.to(weight.dtype))
-            m = weight.m() if weight.magnitude else w2.sqrt()
-            dm, turn = movement(m, t.n, w2, t.cross, t.ba2, frozen)
-            directions.append(turn)
+    for _, weight in named_parts(model):
+        change = layer_change(weight)
         if weight.magnitude:
-            magnitudes.append(dm)
+            magnitudes.append(change.relative_magnitudes)
+        if weight.rank:
+            directions.append(change.directions)
     return Movement(_mean(magnitudes), _mean(directions))
 
 
 def _mean(parts: list[torch.Tensor]) -> float | None:
-    return torch.cat([p.flatten().cpu() for p in parts]).double().mean().item() if parts else None
+    return torch.cat([p.cpu() for p in parts]).mean().item() if parts else None

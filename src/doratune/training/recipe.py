@@ -1,4 +1,7 @@
-"""TrainRecipe: every setting of a training run, flat, so that a YAML key and a `--flag` have one name."""
+"""TrainRecipe: every setting of a training run, flat, so that a YAML key and a `--flag` have one name.
+
+The adapter's settings are AdapterConfig's: what is declared there is a setting here, with its default and its documentation.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,18 @@ from typing import Literal
 
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
-from ..config import METHODS, AdapterConfig
+from ..config import METHODS, AdapterConfig, check_choice
 from ..errors import UserError
+from ..support.fields import with_settings_of
+
+
+def methods() -> list[str]:
+    """What a recipe can name: the adapter methods there are by now (the default first), full fine-tuning, the baselines."""
+    return [*sorted(METHODS, key=lambda name: name != AdapterConfig.method), "full", *BASELINES]
 
 
 @dataclass(kw_only=True)
+@with_settings_of(AdapterConfig, after="double_quantization")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -30,27 +40,9 @@ class TrainRecipe:
         eval_size: or: this many examples split off from data
         quantize: store the frozen base in 4 or 8 bits: none, nf4, fp4 or int8 (needs bitsandbytes); nf4 is QDoRA
         double_quantization: quantize the 4-bit scales too
-        method: dora, lora, vera, dvora, loha, dloha, lokr or dlokr; full (all weights, in float32 under autocast);
-            or a baseline of the paper: series, parallel or prefix
+        method: Or `full` (all weights, in float32 under autocast), or a baseline of the paper: `series`, `parallel` or `prefix`.
         baseline_size: of a baseline: width of its bottleneck, or number of virtual tokens; default 256, 256, 30
         baseline_targets: of a baseline: its linear layers; default down_proj (series), up_proj and down_proj (parallel)
-        rank: rows of A, columns of B
-        alpha: scaling is alpha / rank; default 2 * rank
-        rank_scaling: standard or rslora
-        dropout: on the input of the low-rank branch
-        targets: list of names, regex, all-linear or all-layers
-        exclude: modules to leave out
-        magnitude_only: further modules that train m alone
-        also_train: modules trained whole
-        rank_overrides: rank by module
-        alpha_overrides: alpha by module
-        magnitude_axis: output (per row) or input (per column)
-        embedding_magnitude: of adapted embeddings: per token or per dimension
-        norm_gradient: detached or full
-        start: of A and B: zero (B = 0), pissa, olora or loftq (with quantize)
-        magnitude_from: with quantize: m starts at the norm of the quantized (base) or the original weight
-        magnitude_form: direct, or relative (m = m0 * exp(delta))
-        norm_memory: bytes that VeRA may keep to spare the norm its product with W
         lr: learning rate of A and B
         magnitude_lr_ratio: learning rate of m as a multiple of lr
         output_factor_lr_ratio: LoRA+: learning rate of B over that of A
@@ -74,7 +66,7 @@ class TrainRecipe:
         tasks_protocol: generate, likelihood, both, paper or all
         tasks_limit: only the first so many items of each task
         tasks_batch_size: sequences at once; in float32 the score does not depend on it
-        seed: for data order, dropout and the start of A
+        seed: Of a run also the seed of data order and dropout.
         log_steps: log the loss every so many steps
         eval_steps: evaluate every so many steps; 0 for once an epoch
         save_steps: checkpoint every so many steps; 0 for once an epoch
@@ -99,28 +91,8 @@ class TrainRecipe:
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
 
-    method: Literal["dora", "lora", "vera", "dvora", "loha", "dloha", "lokr", "dlokr", "full", "series", "parallel", "prefix"] = (
-        "dora"
-    )
     baseline_size: int | None = None
     baseline_targets: str | list[str] | None = None
-    rank: int = 16
-    alpha: float | None = None
-    rank_scaling: Literal["standard", "rslora"] = "standard"
-    dropout: float = 0.0
-    targets: str | list[str] = "all-linear"
-    exclude: str | list[str] = field(default_factory=list)
-    magnitude_only: str | list[str] = field(default_factory=list)
-    also_train: list[str] = field(default_factory=list)
-    rank_overrides: dict[str, int] = field(default_factory=dict)
-    alpha_overrides: dict[str, float] = field(default_factory=dict)
-    magnitude_axis: Literal["output", "input"] = "output"
-    embedding_magnitude: Literal["token", "dimension"] = "token"
-    norm_gradient: Literal["detached", "full"] = "detached"
-    start: Literal["zero", "pissa", "olora", "loftq"] = "zero"
-    magnitude_from: Literal["base", "original"] = "base"
-    magnitude_form: Literal["direct", "relative"] = "direct"
-    norm_memory: int = 0
 
     lr: float = 1e-4
     magnitude_lr_ratio: float = 1.0
@@ -145,7 +117,6 @@ class TrainRecipe:
     tasks_protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     tasks_limit: int | None = None
     tasks_batch_size: int = 32
-    seed: int = 0
     log_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 0
@@ -174,6 +145,7 @@ class TrainRecipe:
         Raises:
             UserError: the value and what it should be.
         """
+        check_choice("method", self.method, methods())
         if self.method in METHODS:
             self.adapter()
         elif self.method in BASELINES:

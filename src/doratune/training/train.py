@@ -230,14 +230,14 @@ def already_trained(trainer, checkpoint: Path) -> bool:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint; its state file is written last, so one without it broke off."""
-    found = []
+    checkpoints = []
     for folder in output.glob("checkpoint-*"):
         try:
             json.loads((folder / "trainer_state.json").read_text())
-            found.append((int(folder.name.split("-")[1]), folder))
+            checkpoints.append((int(folder.name.split("-")[1]), folder))
         except (OSError, ValueError):
             continue
-    return max(found)[1] if found else None
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def clear_checkpoints(output: Path) -> None:
