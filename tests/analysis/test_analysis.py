@@ -50,12 +50,12 @@ def test_factors_equal_the_dense_definition(axis, method, size, dtype):
     own = grid.move(layer)
     a = layer.adapted
     with torch.no_grad():
-        A, B = a.factors_of(layer)
+        A, B = a.low_rank()
         scale = size * layer.weight.float().norm() / (a.scaling * B @ A).norm()
         for name in ("lora_B", "vera_b", "hada_w2_a"):
             if name in own:
                 own[name].mul_(scale)
-        A, B = (t.double() for t in a.factors_of(layer))
+        A, B = (t.double() for t in a.low_rank())
     W = layer.weight.double()
     change = adapter_changes(model)["layer"]
     magnitudes, directions = definition(W, W + a.scaling * B @ A, axis)

@@ -424,9 +424,9 @@ def test_the_line_of_a_run_is_the_analysis():
         if grid.outcome(kind, method, axis) is None:
             case, _ = grid.cell(kind, method, axis, torch.bfloat16)
             moved = measure(case.model)
-            assert moved.magnitude == (0.0 if case.layer.adaptation.magnitude else None), (kind, method, axis)
+            assert moved.magnitude == (0.0 if case.layer.adapted.magnitude else None), (kind, method, axis)
             grid.move(case.layer)
             moved, change = measure(case.model), adapter_changes(case.model)["layer"]
-            if case.layer.adaptation.magnitude:
+            if case.layer.adapted.magnitude:
                 assert moved.magnitude == change.relative > 0.01
             assert moved.direction == (None if method == "magnitude only" else change.direction)

@@ -21,7 +21,7 @@ from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted, adapted_class, become, own_parameters
 from ..layers.layouts import named_layers
-from ..layers.registry import Registry
+from ..layers.registry import Begin, End, Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
 from . import whole
@@ -123,7 +123,7 @@ def _watch(model: nn.Module, record: Attachment) -> None:
     module, registry = model, record.registry
     while True:
         if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
-            module.register_forward_pre_hook(Begin(registry))
+            module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
             module.register_forward_hook(End(registry), always_call=True)
         holding = [child for child in module.children() if any(isinstance(inner, Adapted) for inner in child.modules())]
         if len(holding) != 1:
@@ -137,21 +137,7 @@ def _unwatch(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, Begin | End)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-
-
-class Begin:
-    """The hook at the beginning of a model's forward."""
-
-    def __init__(self, registry: Registry):
-        self.registry = registry
-
-    def __call__(self, *_) -> None:
-        self.registry.enter()
-
-
-class End(Begin):
-    def __call__(self, *_) -> None:
-        self.registry.leave()
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 WRITERS = ("liger_kernel", "unsloth")

@@ -51,6 +51,8 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
         raise UserError("this model is merged already; call doratune.unmerge(model) first")
     whole.check(model)
     layers, merged = list(adapters(model)), {}
+    for _, module in layers:
+        module.adapted.changed()  # also after an edit that announced itself to nobody
     if quantized == "same":
         _check_storages(layers)
     common = _model_dtype(model, layers)

@@ -28,13 +28,11 @@ from .weight import compute_dtype
 class AttentionKind(LayerKind):
     name = "Attention"
     weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
     linear = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
-
-    def bias(self, layer) -> Tensor | None:
-        return layer.in_proj_bias
 
     def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
         return torch.cat([x.to(tile.dtype) @ tile.T for _, tile in weight.row_tiles(rows)], 1)

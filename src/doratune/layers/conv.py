@@ -43,8 +43,7 @@ class ConvKind(LayerKind):
         weight.calls += not torch.compiler.is_compiling()
         channels = x.dim() - layer.weight.dim() + 1
         if weight.magnitude and weight.axis == "input":
-            scaled = weight.scaled_input(x.movedim(channels, -1), compute_dtype(x)).movedim(-1, channels)
-            x = scaled.contiguous() if x.is_contiguous() else scaled  # the base's kernel depends on the layout
+            x = weight.scaled_input(x.movedim(channels, -1), compute_dtype(x)).movedim(-1, channels)
         out = base_forward(x)
         if weight.rank:
             out = out + low_rank(weight, layer, x, *weight.low_rank(), out.dtype)

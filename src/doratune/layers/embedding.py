@@ -66,9 +66,6 @@ class EmbeddingKind(LayerKind):
     def prepares(self, weight) -> bool:
         return weight.axis == "input"
 
-    def bias(self, layer) -> None:
-        return None
-
     def refusal(self, module: nn.Module) -> str | None:
         if module.max_norm is not None:
             return "max_norm rewrites its weight in every forward"

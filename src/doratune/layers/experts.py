@@ -69,10 +69,6 @@ class ExpertsKind(LayerKind):
     def weight(self, **choices) -> BatchWeight:
         return BatchWeight(**choices)
 
-    def bias(self, layer) -> None:
-        """Known to each call only."""
-        return None
-
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 

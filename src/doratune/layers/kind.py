@@ -19,6 +19,7 @@ RESERVED = ("adapted", "magnitude", "scaling")
 class LayerKind:
     name: str
     weight_name = "weight"
+    bias_name = "bias"
     may_be_quantized = False
     """Do quantizers make layers of this kind?"""
     linear = True
@@ -60,10 +61,6 @@ class LayerKind:
         if self.base(module) is None:
             return self._unknown_storage(module)
         return self.probe(module)
-
-    def bias(self, layer) -> Tensor | None:
-        """The layer's bias (O,), or None."""
-        return getattr(layer, "bias", None)
 
     def prepares(self, weight) -> bool:
         """Do calls need prepared factors?"""

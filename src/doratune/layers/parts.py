@@ -9,6 +9,7 @@ expert that is not used.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -50,9 +51,13 @@ class PartWeight(AdaptedWeight):
         batch = None if self.whole is None else self.whole.layer
         return None if batch is None else Expert(batch, self.index)
 
+    def standing_in(self, tensors, W: Tensor | None):
+        """Experts run the eager loop of their module: nothing stands in for them."""
+        return contextlib.nullcontext()
+
     def parameters(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        own = self.whole.layer._parameters
-        return tuple(own[name].detach()[self.index] for name in names)
+        own = self.whole.layer._parameters  # a bias is known to each call only
+        return tuple(own[name].detach()[self.index] if own.get(name) is not None else None for name in names)
 
 
 @dataclass(eq=False)
@@ -113,9 +118,9 @@ class BatchWeight(AdaptedWeight):
         some = torch.stack(directionless)
         return FrozenFacts(torch.stack(w2), some, some if not some.is_meta and bool(some.any()) else None)
 
-    def watched(self) -> tuple[Tensor, ...]:
+    def watched(self) -> list[Tensor]:
         """Its experts are watched one by one."""
-        return ()
+        return []
 
     def sample(self) -> None:
         return None

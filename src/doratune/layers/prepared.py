@@ -146,14 +146,13 @@ def gains(m_LO: Tensor, n_LO: Tensor, frozen_LO: Tensor | None, bias_LO: Tensor 
     if bias_LO is not None:
         vectors |= {"bias": bias_LO, "shift": (1 - g_LO) * bias_LO}
         if low != m_LO.dtype:
-            vectors["drowning"] = bias_LO.abs() * per_m.abs()
-            doubt[:, 3] = vectors["drowning"].amax(1) if m_LO.shape[1] else 0.0
+            doubt[:, 3] = bias_LO.any(1)
     return vectors, doubt
 
 
 def _with_care(weight, low: torch.dtype, cancels: float, small: float, wide: float, drowned: float) -> None:
-    """What is in doubt of one weight: its norm cancels, some |g| is too small to read dm off y, some g for g − 1 in `low`; the
-    largest |bias|/|m|."""
+    """What is in doubt of one weight: its norm cancels, some |g| is too small to read dm off y, some g for g − 1 in `low`, a bias
+    could drown outputs."""
     f = weight.factors
     if cancels:
         A, B = weight.low_rank()
@@ -169,7 +168,7 @@ def _with_care(weight, low: torch.dtype, cancels: float, small: float, wide: flo
     f.care = (f.g.abs() < TOO_SMALL).nonzero().squeeze(1) if small else None
     if wide:
         f.g_minus_1 = None
-    f.drowned = drowned if drowned == drowned else float("inf")
+    f.drowned = bool(drowned)
 
 
 def _direction_alone(weights: list, A_LRI: Tensor | None, B_LOR: Tensor | None, pairs: list, low: torch.dtype) -> None:

@@ -39,6 +39,10 @@ CHUNK_NUMBERS, OTHER_CHUNK = 2**18, 2**24
 """Numbers that are hashed at once on a CPU, and elsewhere."""
 
 LIGHT_NUMBERS = 64
+LIGHT_TOKENS = 64
+"""From so many tokens on, also calls without gradients look at every bit."""
+
+SAMPLED_TOKENS = 64
 NOT_YET, LIGHT, FULL = 0, 1, 2
 
 _steps = 0
@@ -84,34 +88,42 @@ class Registry:
         weights = (ref() for ref in self.refs)
         return [weight for weight in weights if weight is not None and weight.layer is not None]
 
-    def enter(self, *_) -> None:
-        """A forward of the model begins (a hook)."""
-        if not torch.compiler.is_compiling():
-            self.here.depth += 1
-            if self.here.depth == 1:
-                self.here.looked = NOT_YET
+    def enter(self, light: bool) -> None:
+        """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
+        here = self.here
+        here.depth += 1
+        if here.depth > 1:
+            return
+        here.looked = NOT_YET
+        self._look_to(None, light)
+        old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.key[0] != self.generation]
+        for low in {one.factors.key[1][0] for one in old}:
+            self._prepare([one for one in old if one.factors.key[1][0] == low], low)
 
-    def leave(self, *_) -> None:
-        """It ends, also by an exception (a hook)."""
-        if not torch.compiler.is_compiling():
-            self.here.depth = max(0, self.here.depth - 1)
+    def leave(self) -> None:
+        """It ends, also by an exception."""
+        self.here.depth = max(0, self.here.depth - 1)
 
     def current(self, weight, light: bool) -> int:
         """The generation that factors must be of, after a look where one is due."""
+        here = self.here
+        if here.depth:
+            if self.steps != _steps or here.looked < (LIGHT if light else FULL):
+                self._look_to(None, light)
+        elif (task := torch._C._current_graph_task_id()) < 0 or not self._known(None, light):
+            self._look_to(weight, light)
+        elif here.task != task:
+            here.task = task
+            self._look_to(None, light)
+        return self.generation
+
+    def _look_to(self, weight, light: bool) -> None:
         if self.steps != _steps:
             self.steps = _steps
             self.generation += 1
-        here, level = self.here, LIGHT if light else FULL
-        if here.depth:
-            if here.looked < level:
-                here.looked = level
-                self.look(None, light)
-        elif (task := torch._C._current_graph_task_id()) < 0 or not self._known(None, light):
-            self.look(weight, light)
-        elif here.task != task:
-            here.task = task
-            self.look(None, light)
-        return self.generation
+        self.look(weight, light)
+        if weight is None:
+            self.here.looked = LIGHT if light else FULL
 
     def look(self, weight, light: bool) -> None:
         """Fingerprint one weight, or all (None); a new generation if they are not as they were when their factors were prepared."""
@@ -126,21 +138,21 @@ class Registry:
             if any(wrapped(t) for t in parameters):
                 self.generation += 1
                 return
-            samples = [] if light else [t for one in weights if one.magnitude and (t := one.sample()) is not None]
-            prints = [(True, fingerprint(parameters, light=True), [])]
-            if not light:
-                prints.append((False, fingerprint(parameters), fingerprint(samples)))
-            _, now, W_now = prints[-1]
-            known = self._known(about, light)
-            _, before, W_before = self.prints.get((about, light), (None, [], []))
-            if known and not same(W_before, W_now):
-                for one in weights:
-                    one.changed()
-            unseen = any(one.factors is not None and one.factors.key[0] == self.generation for one in weights)
-            if not same(before, now) if known else unseen:
+            samples = [t for one in weights if (t := one.sample()) is not None]
+            of_W = fingerprint(samples)
+            prints = [(True, fingerprint(parameters, light=True))] + ([] if light else [(False, fingerprint(parameters))])
+            known, before = self._known(about, light), self.prints.get((about, light))
+            if known and not same(before[1] + before[2], prints[-1][1] + of_W):
+                if not same(before[2], of_W):
+                    for one in weights:
+                        one.changed()
                 self.generation += 1
-        for level, now, W_now in prints:
-            self.prints[about, level] = self.generation, now, W_now
+            elif not known and any(one.factors is not None and one.factors.key[0] == self.generation for one in weights):
+                for one in weights:  # nothing tells whether they are as they were
+                    one.changed()
+                self.generation += 1
+        for level, now in prints:
+            self.prints[about, level] = self.generation, now, of_W
 
     def _known(self, about, light: bool) -> bool:
         return self.prints.get((about, light), (None,))[0] == self.generation
@@ -148,52 +160,66 @@ class Registry:
     def prepare(self, weight, low: torch.dtype) -> Factors:
         """The factors of this weight in the compute dtype `low`; within a forward of the model, or its recomputation, also of the
         others that were asked since their last preparation and are old."""
-        with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(weight.device):
-            batch = [weight]
-            together = self.here.depth or torch._C._current_graph_task_id() >= 0
-            for other in self.weights() if together else ():
+        batch = [weight]
+        if self.here.depth or torch._C._current_graph_task_id() >= 0:
+            for other in self.weights():
                 f = other.factors
                 if other is not weight and other.asked and f is not None and f.key[0] != self.generation and f.key[1][0] == low:
                     batch.append(other)
-            prepared.prepare(batch, low)
-            for one in batch:
-                one.factors.key = self.generation, one.key(low)
-                # what was read is held, so that its address stays its own
-                one.factors.held = [t.detach() for t in one.watched()], one.base.held(one.layer)
-                one.preparations += 1
-                one.asked = one is weight
+        self._prepare(batch, low)
+        weight.asked = True
         return weight.factors
 
-    def size_of(self, x_TI: Tensor) -> Size:
-        """Root mean square of some rows of x, on its device."""
-        some = x_TI[:: max(1, len(x_TI) // 64)]
-        size = Size(some.square().mean(dtype=torch.float32).sqrt())
+    def _prepare(self, weights: list, low: torch.dtype) -> None:
+        with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(weights[0].device):
+            prepared.prepare(weights, low)
+            for one in weights:
+                one.factors.key = self.generation, one.key(low)
+                # what was read is held, so that its address stays its own
+                one.factors.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
+                one.preparations += 1
+                one.asked = False
+
+    def size_of(self, f: Factors, out: Tensor) -> Size:
+        """How far the bias stands above the rest of an output (T, O) or (N, O, S), row by row, on its device."""
+        size = Size(drowning(f.bias, out))
         self.sizes.add(size)
         return size
 
-    def care(self, f: Factors, size: Size, care: Tensor | None) -> Tensor | None:
-        """`care` and the rows that their bias drowns, with inputs of this size. The sizes of all calls since the last read are read
-        at once."""
-        if size.value is None:
-            device = size.tensor.device
-            pending = [size, *(other for other in list(self.sizes) if other is not size and other.tensor.device == device)]
-            for other, value in zip(pending, torch.stack([other.tensor for other in pending]).tolist(), strict=True):
-                other.value = value
+    def care(self, size: Size, care: Tensor | None) -> Tensor | None:
+        """`care` and the rows that their bias drowns in a call. The sizes of all calls since the last read are read at once."""
+        if size.largest is None:
+            device = size.ratio_O.device
+            pending = [size, *(other for other in list(self.sizes) if other is not size and other.ratio_O.device == device)]
+            largest = torch.stack([other.ratio_O.amax() for other in pending]).tolist()
+            for other, value in zip(pending, largest, strict=True):
+                other.largest = value
             self.sizes.clear()
-        if DROWNS * size.value >= f.drowned:
+        if size.largest <= DROWNS:
             return care
-        rows = (f.drowning > DROWNS * size.value).nonzero().squeeze(1)
-        rows = rows if care is None else torch.cat([rows, care]).unique()
-        return rows if len(rows) else None
+        rows = (size.ratio_O > DROWNS).nonzero().squeeze(1)
+        return rows if care is None else torch.cat([rows, care]).unique()
 
 
 class Size:
-    """How large the inputs of one call are: on the device, and as a number once somebody asked."""
+    """|bias| over the rest of one output, row by row; its largest value once somebody asked."""
 
-    __slots__ = ("__weakref__", "tensor", "value")
+    __slots__ = ("__weakref__", "largest", "ratio_O")
 
-    def __init__(self, tensor: Tensor):
-        self.tensor, self.value = tensor, None
+    def __init__(self, ratio_O: Tensor):
+        self.ratio_O, self.largest = ratio_O, None
+
+
+def drowning(bias_O: Tensor, out: Tensor) -> Tensor:
+    """|bias| / |out − bias| (O,), from some tokens of an output that holds the bias. Of the quieter tokens: a loud one may have no
+    gradient. So: how large the rest of a token is over all rows, a low quantile of that, times each row's share."""
+    out_TO = out if out.dim() == 2 else out.movedim(1, -1).reshape(-1, out.shape[1])
+    some_SO = out_TO[:: max(1, len(out_TO) // SAMPLED_TOKENS)].to(bias_O.dtype)
+    rest_SO = some_SO.sub(bias_O).square_()
+    token_S1 = rest_SO.mean(1, keepdim=True)
+    quiet = token_S1.masked_fill(token_S1 == 0, torch.inf).kthvalue(1 + len(token_S1) // 10, 0).values
+    share_O = (rest_SO / token_S1.clamp_min(1e-30)).mean(0)
+    return bias_O.abs() / (share_O * quiet).clamp_min_(1e-30).sqrt_()
 
 
 def unseen_by_selective_checkpoints():
@@ -204,11 +230,6 @@ def unseen_by_selective_checkpoints():
         if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()):
             return _disable_current_modes()
     return contextlib.nullcontext()
-
-
-def identity(t: Tensor) -> tuple:
-    """Where a tensor's numbers are, and their version where they have one."""
-    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def wrapped(t: Tensor) -> bool:
@@ -260,6 +281,32 @@ def _hash(flat: Tensor) -> Tensor:
     bits = bits ^ (bits >> 32)
     multipliers = _multipliers(max(2**15, 1 << len(bits).bit_length()), bits.device)[: len(bits)]
     return torch.dot(bits, multipliers) if bits.device.type == "cpu" else (bits * multipliers).sum()
+
+
+class Begin:
+    """The hook at the beginning of a model's forward."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+
+    def __call__(self, module, args, kwargs) -> None:
+        if not torch.compiler.is_compiling():
+            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())))
+
+
+class End(Begin):
+    """The hook at its end."""
+
+    def __call__(self, *_) -> None:
+        if not torch.compiler.is_compiling():
+            self.registry.leave()
+
+
+def few_tokens(inputs: tuple) -> bool:
+    """Are there fewer than 64 tokens in some input of a model? Of floating point, the last dimension has features."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    sizes = [t.numel() // max(1, t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else t.numel() for t in tensors]
+    return bool(sizes) and min(sizes) < LIGHT_TOKENS
 
 
 @lru_cache(maxsize=32)

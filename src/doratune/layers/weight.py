@@ -12,6 +12,7 @@ Cost: a call of an eager layer asks for its parameters' addresses and versions, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ..directions import Direction
 from ..math import compiled, decomposition, dora, norm
 from ..math.autograd import Call, Composed, flat, no_autocast
 from ..math.dora import Factors
-from .registry import Registry, identity
+from .registry import LIGHT_TOKENS, Registry
 
 MAGNITUDES = {False: ("magnitude",), True: ("magnitude_delta", "magnitude_start")}
 """Names of the parameters behind m, by `relative`."""
@@ -61,10 +62,17 @@ class AdaptedWeight:
     preparations: int = 0  # how often its factors were prepared
     factors: Factors | None = None
     asked: bool = False  # since the last preparation
+    names: tuple[str, ...] = ()  # of its parameters: the direction's, then those behind m
+    watched_names: tuple[str, ...] = ()  # of the layer's tensors that factors are made of, besides W
     _facts: tuple | None = None
     _product: tuple | None = None
     _likeness: tuple | None = None
     _layer: object = None
+
+    def __post_init__(self):
+        self.names = (*self.direction.names, *(MAGNITUDES[self.relative] if self.magnitude else ()))
+        if self.kind.prepares(self):
+            self.watched_names = (*self.names, *((self.kind.bias_name,) if self.magnitude else ()))
 
     # -- the layer ---------------------------------------------------------------------------------------------------------
 
@@ -83,11 +91,6 @@ class AdaptedWeight:
         derived = ("factors", "_facts", "_product", "_likeness", "_layer")
         return state | dict.fromkeys(derived) | {"asked": False, "preparations": 0}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its parameters: the direction's, then those behind m."""
-        return (*self.direction.names, *(MAGNITUDES[self.relative] if self.magnitude else ()))
-
     def tensors(self) -> tuple[Tensor, ...]:
         """Its parameters, in the order of `names`."""
         return self.parameters(self.names)
@@ -95,7 +98,18 @@ class AdaptedWeight:
     def parameters(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         layer = self.layer
         own = layer._parameters
-        return tuple(own[name] if name in own else getattr(layer, name) for name in names)
+        return tuple(own[name] if name in own else getattr(layer, name, None) for name in names)
+
+    def standing_in(self, tensors, W: Tensor | None):
+        """A context in which the layer holds what a call was given (`functional_call`): its parameters, or () for its own, and W."""
+        layer, own = self.layer, {}
+        for name, t in zip(self.names, tensors) if tensors else ():
+            if (mine := layer._parameters.get(name)) is not None and mine.data_ptr() != t.data_ptr():
+                own[layer, name] = t
+        home, name = self.kind.home(layer), self.kind.weight_name
+        if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
+            own[home, name] = W
+        return _stand_in(own) if own else contextlib.nullcontext()
 
     def matrices(self) -> list:
         """The weights with one matrix each that this is made of: itself, or its experts."""
@@ -157,7 +171,7 @@ class AdaptedWeight:
     def low_rank(self, tensors: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(A (K, I), B (O, K)) of ΔV = s·B·A, differentiable in what is trained."""
         own = self.parameters(self.direction.names) if tensors is None else tensors[: len(self.direction.names)]
-        return self.direction.factors(own, self.shape)
+        return own if self.direction.plain and self.rank else self.direction.factors(own, self.shape)
 
     def m(self, tensors: tuple[Tensor, ...] | None = None) -> Tensor | None:
         """m (O,) or (I,), differentiable; None without a magnitude."""
@@ -194,6 +208,8 @@ class AdaptedWeight:
         count = len(self.direction.names)
         if not any(needed[:count]) or (dA is None and dB is None):
             grads = (None,) * count
+        elif self.direction.plain:
+            grads = dA, dB
         else:
             grads = self.direction.pull_back(tensors[:count], self.shape, dA, dB, needed[:count])
         if not self.magnitude:
@@ -211,32 +227,34 @@ class AdaptedWeight:
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias (O,), which is never scaled."""
-        return self.kind.bias(self.layer)
+        return getattr(self.layer, self.kind.bias_name, None)
 
-    def watched(self) -> tuple[Tensor, ...]:
+    def watched(self) -> list[Tensor]:
         """Every tensor besides W that factors are made of."""
-        if not self.kind.prepares(self):
-            return ()
-        bias = self.bias
-        return self.tensors() if bias is None or not self.magnitude else (*self.tensors(), bias)
+        return [t for t in self.parameters(self.watched_names) if t is not None]
 
     def sample(self) -> Tensor | None:
         """A few numbers of W."""
-        return self.base.sample(self.layer)
+        return self.base.sample(self.layer) if self.magnitude and self.watched_names else None
 
     def key(self, low: torch.dtype) -> tuple:
         """What factors depend on besides the registry's generation: addresses and versions, and the compute dtype."""
-        return (low, self.base.version(self.layer) if self.magnitude else None, *map(identity, self.watched()))
+        parts = [low]
+        for t in self.watched():
+            parts += t.data_ptr(), 0 if t.is_inference() else t._version
+        if self.magnitude:
+            parts.append(self.base.version(self.layer))
+        return tuple(parts)
 
     def ready(self, low: torch.dtype, light: bool = False, again: bool = False) -> Factors:
         """The factors of calls in this compute dtype. light: few tokens without gradients, for which a light look is enough; again:
         for the backward of a call, which was looked after."""
-        generation = self.registry.generation if again else self.registry.current(self, light)
-        f = self.factors
+        registry, f = self.registry, self.factors
+        generation = registry.generation if again else registry.current(self, light)
         self.asked = True
-        if f is not None and f.key == (generation, self.key(low)):
+        if f is not None and f.key[0] == generation and f.key[1] == self.key(low):
             return f
-        return self.registry.prepare(self, low)
+        return registry.prepare(self, low)
 
     # -- a call --------------------------------------------------------------------------------------------------------------
 
@@ -277,8 +295,11 @@ class AdaptedWeight:
         return self._rescaled(out.reshape(lying), bias, x, out.dtype).view(out.shape)
 
     def scaled_input(self, x: Tensor, low: torch.dtype, live=None) -> Tensor:
-        """x̃ = g ⊙ x along the last dimension, for the input axis; low: the dtype in which the layer will compute."""
-        return self._rescaled(flat(x), None, None, low, live).view(x.shape)
+        """x̃ = g ⊙ x along the last dimension, for the input axis; low: the dtype in which the layer will compute.
+
+        It lies in memory as x does, since products depend on that in their last bits."""
+        y = self._rescaled(flat(x), None, None, low, live).view(x.shape)
+        return y if torch.compiler.is_compiling() or x.is_contiguous() else laid_out_as(y, x)
 
     def _rescaled(self, out: Tensor, bias: Tensor | None, x: Tensor | None, low: torch.dtype, live=None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -299,8 +320,24 @@ class AdaptedWeight:
         return flat(kept), 1.0 - self.dropout
 
 
-LIGHT_TOKENS = 64
-"""From so many tokens on, also calls without gradients look at every bit."""
+@contextlib.contextmanager
+def _stand_in(tensors: dict):
+    """tensors: (module, name) → what stands in its parameter's place meanwhile."""
+    replaced = {(module, name): module._parameters[name] for module, name in tensors}
+    try:
+        for (module, name), t in tensors.items():
+            module._parameters[name] = t.detach()
+        yield
+    finally:
+        for (module, name), p in replaced.items():
+            module._parameters[name] = p
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """y with the strides of x."""
+    once = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]  # dimensions that were expanded
+    small = torch.empty_strided(once, x.stride(), dtype=y.dtype, device=y.device)
+    return small.copy_(y[tuple(slice(0, size) for size in once)]).expand(x.shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ Kept for the backward: x, x·Aᵀ, and y if m is trained (the base's output inst
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -72,13 +73,14 @@ class Composed(Function):
         result = out if fresh else y
         result = result.data if result._is_view() else result
         ctx.probe = VersionProbe(result) if from_y else None
+        own_W = base if call.own else weight.base.weight(weight.layer) if weight.base.writable else None
         drowning = needs.m and f.drowned and x is not None
-        ctx.size = weight.registry.size_of(flat(x)) if drowning else None
+        ctx.size = weight.registry.size_of(f, y if from_y else out_TO) if drowning else None
         plain = from_y and f.care is None and not drowning and weight.direction.plain
         later = not plain or weight.relative or weight.full_gradient
         ctx.save_for_backward(
             x if needs.A or drowning else None,
-            base if call.own and needs.x else None,
+            own_W,
             z,
             # `data`: the same memory with a version counter of its own, because a change in place is not an error here
             y.data if from_y else out_TO if held else None,
@@ -95,15 +97,15 @@ class Composed(Function):
         x, W, z, out, *tensors = ctx.saved_tensors
         call, needs, f, from_y = ctx.call, ctx.needs, ctx.call.gain, ctx.from_y
         weight, which = call.weight, call.which
-        with no_autocast(dY.device):
+        with no_autocast(dY.device), weight.standing_in(tensors, W):
             dY = dY if call.rescaled else flat(dY)
             x_TI = x if x is None or call.rescaled else flat(x)
-            if from_y and ctx.probe.changed():
+            if from_y and ctx.probe.changed(out):
                 from_y, out = False, rest_of_base(weight, x_TI, f, which)
                 f = without_bias(f)
             care = f.care if from_y else None
             if ctx.size is not None:
-                care = weight.registry.care(f, ctx.size, care)
+                care = weight.registry.care(ctx.size, care)
             kept = Kept(x_TI, z, out, from_y, call.mask, call.keep, care)
 
             def low_B() -> Tensor:
@@ -177,17 +179,34 @@ def embedded(t: Tensor, rows: int, which: slice) -> Tensor:
 
 
 class VersionProbe:
-    """Sees whether a tensor was changed in place, without keeping its memory: a detached alias shares the version counter."""
+    """Sees whether a tensor was written to, without keeping its memory.
 
-    __slots__ = ("alias", "version")
+    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by a few bytes from all over
+    the tensor; elsewhere a look would make the host wait: there `overwritten` says that a model has kernels that write so."""
+
+    __slots__ = ("alias", "bytes", "version")
 
     def __init__(self, t: Tensor):
         self.alias = t.detach()
         self.alias.data = t.new_empty(0)
         self.version = 0 if t.is_inference() else self.alias._version
+        self.bytes = some_bytes(t)
 
-    def changed(self) -> bool:
-        return self.alias._version != self.version
+    def changed(self, t: Tensor) -> bool:
+        """t: the memory as it is now."""
+        return self.alias._version != self.version or some_bytes(t) != self.bytes
+
+
+PLACES, BYTES = 8, 16
+
+
+def some_bytes(t: Tensor) -> list[bytes] | None:
+    """Bytes from evenly spread places of a contiguous CPU tensor."""
+    size = t.nbytes
+    if t.device.type != "cpu" or size < PLACES * BYTES or not t.is_contiguous():
+        return None
+    start, step = t.data_ptr(), (size - BYTES) // (PLACES - 1)
+    return [ctypes.string_at(start + place * step, BYTES) for place in range(PLACES)]
 
 
 class BaseGradient(Function):

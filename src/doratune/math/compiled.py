@@ -15,7 +15,6 @@ one share their code; and a number that no other process has, so that an exporte
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import weakref
 
@@ -56,25 +55,6 @@ def weight_of(handle: Tensor):
     if weight is None or weight.layer is None:
         raise RuntimeError("the adapted layer of this compiled graph is not in this process; attach, then compile or export again")
     return weight
-
-
-@contextlib.contextmanager
-def standing_in(weight, tensors: list[Tensor], W: Tensor | None):
-    """The weight with what the call was given in its layer's place, for as long as the block takes."""
-    layer = weight.layer
-    stand = dict(zip(weight.names, tensors, strict=True)) | ({} if W is None else {weight.kind.weight_name: W})
-    home = {name: weight.kind.home(layer) if name == weight.kind.weight_name else layer for name in stand}
-    replaced = {}
-    for name, t in stand.items():
-        own = home[name]._parameters.get(name)
-        if own is not None and (own.data_ptr() != t.data_ptr() or own.device != t.device):
-            replaced[name] = own
-            home[name]._parameters[name] = t.detach()
-    try:
-        yield weight
-    finally:
-        for name, own in replaced.items():
-            home[name]._parameters[name] = own
 
 
 def compose(weight, x: Tensor, out: Tensor, bias: Tensor | None, mask: Tensor | None, keep: float) -> Tensor:
@@ -122,7 +102,7 @@ def _compose(
     """(y in out's shape, z = x·Aᵀ (T, width) or empty). x (…, I), out (…, O), or what `rescale` takes."""
     weight = weight_of(handle)
     weight.calls += 1
-    with standing_in(weight, tensors, W), no_autocast(out.device):
+    with weight.standing_in(tensors, W), no_autocast(out.device):
         call = _call(weight, bias, mask, keep, rescaled, low)
         y, z = forward(call.gain, None if rescaled else _rows(x), out if rescaled else _rows(out), mask, keep)
         y = y.view(out.shape).contiguous().data  # no view to autograd: a later operation may change it in place
@@ -143,14 +123,15 @@ def _compose_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dx, dout, dbias, *dtensors), in this order."""
     weight = weight_of(handle)
-    with standing_in(weight, tensors, W), no_autocast(dY.device):
+    with weight.standing_in(tensors, W), no_autocast(dY.device):
         call = _call(weight, bias, mask, keep, rescaled, low, again=True)
         wanted, f, given = call.wanted((needs[0], needs[1], needs[2], False, *needs[3:])), call.gain, tuple(tensors)
         shape, dY = dY.shape, dY if rescaled else _rows(dY)
         x_TI = None if x is None else x if rescaled else _rows(x)
         drowning = f.drowned and x is not None and wanted.m
-        care = weight.registry.care(f, weight.registry.size_of(_rows(x)), None) if drowning else None
-        kept = Kept(x_TI, z if z.shape[1] else None, out if rescaled or out is None else _rows(out), False, mask, keep, care)
+        out = out if rescaled or out is None else _rows(out)
+        care = weight.registry.care(weight.registry.size_of(f, out), None) if drowning else None
+        kept = Kept(x_TI, z if z.shape[1] else None, out, False, mask, keep, care)
 
         def low_B() -> Tensor:
             return weight.low_rank(given)[1].to(dY.dtype)
@@ -204,7 +185,7 @@ def frozen_rows(ids: Tensor, W: Tensor, handle: Tensor, dtype: torch.dtype) -> t
     """(w² in `dtype`, is the row without direction?) of the looked-up rows of an embedding, in the shape of ids."""
     weight = weight_of(handle)
     weight.calls += 1
-    with standing_in(weight, [p.detach() for p in weight.tensors()], W):
+    with weight.standing_in((), W):
         w2, directionless, _ = weight.facts
     return w2[ids].to(dtype), directionless[ids]
 

@@ -51,13 +51,13 @@ class Factors:
 
     A_IR (I, R) = Aᵀ and B_RO (R, O) = (s·g ⊙ B)ᵀ in the low dtype, None for magnitude only; sg = s·g (O, 1), or the number s:
     what turns P into dB. g = m/n, n, per_m = 1/m, per_n = 1/n (O,) in the wide dtype, None for LoRA; per_m and per_n are 0 on
-    rows without direction. shift = (1 − g) ⊙ bias or None. g_minus_1 (O,) in the low dtype where no row needs more. care: indices of
-    rows whose dm y cannot give, or None. drowning = |bias|/|m| and its largest value `drowned`; 0 where a bias cannot drown y.
-    gain: on the input axis, the factors of the scaled input; g, n, … are then there. key, held: what they were prepared from.
+    rows without direction. bias in the wide dtype, shift = (1 − g) ⊙ bias, or None; drowned: could it take an output's digits?
+    g_minus_1 (O,) in the low dtype where no row needs more. care: indices of rows whose dm y cannot give, or None. gain: on the
+    input axis, the factors of the scaled input, which has g and n. key, held: what they were prepared from.
     """
 
     __slots__ = (
-        "A_IR", "B_RO", "bias", "care", "drowned", "drowning", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
+        "A_IR", "B_RO", "bias", "care", "drowned", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
         "per_m", "per_n", "s", "sg", "shift", "wide",
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ class Factors:
     def rows(self, which: slice) -> Factors:
         """The factors of some output rows of a packed weight."""
         part = self.copy()
-        for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "drowning", "n"):
+        for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "n"):
             if (value := getattr(self, name)) is not None:
                 setattr(part, name, value[which])
         part.B_RO = None if self.B_RO is None else self.B_RO[:, which]
@@ -90,7 +90,7 @@ class Factors:
     def take_bias(self, bias_O: Tensor) -> None:
         self.bias = bias_O.detach().to(self.wide)
         self.shift = (1 - self.g) * self.bias
-        self.drowning, self.drowned = self.bias.abs() * self.per_m.abs(), float("inf")
+        self.drowned = self.A_IR is None or self.A_IR.dtype != self.wide
 
 
 class Kept(NamedTuple):
