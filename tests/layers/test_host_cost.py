@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import moved
 
 import doratune
 
@@ -74,7 +73,14 @@ def stack(layers=LAYERS, dtype=torch.float32, bias=False, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=bias) for _ in range(layers))).to(dtype)
     targets = [str(i) for i in range(layers)]
-    moved(doratune.attach(model, doratune.AdapterConfig(**{"rank": 8, "targets": targets} | settings)))
+    doratune.attach(model, doratune.AdapterConfig(**{"rank": 8, "targets": targets} | settings))
+    for name, p in model.named_parameters():
+        if p.requires_grad and "magnitude" not in name:
+            p.data.add_(0.01 * torch.randn(p.shape))
+        elif p.requires_grad:
+            p.data.mul_(1.03)
+        elif "bias" in name:
+            p.data.mul_(0.01)  # a bias that does not drown the rest
     return model
 
 

@@ -105,7 +105,8 @@ class Heads(NamedTuple):
 def projected(module, q: Tensor, k: Tensor, v: Tensor, same: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (·, N, E) after their projections; same: (is q the same as k?, k as v?), which are then projected at once."""
     E = q.shape[-1]
-    module.adapted.calls += not torch.compiler.is_compiling()
+    if not torch.compiler.is_compiling():
+        module.adapted.calls += 1
     if all(same):
         return _unpacked(project(module, q, slice(0, 3 * E)), 3)
     return _crossed(module, q, k, v, same[1])

@@ -40,7 +40,8 @@ class ConvKind(LayerKind):
 
     def forward(self, layer, base_forward, x: Tensor) -> Tensor:
         weight = layer.adapted
-        weight.calls += not torch.compiler.is_compiling()
+        if not torch.compiler.is_compiling():
+            weight.calls += 1
         channels = x.dim() - layer.weight.dim() + 1
         if weight.magnitude and weight.axis == "input":
             x = weight.scaled_input(x.movedim(channels, -1), compute_dtype(x)).movedim(-1, channels)

@@ -30,7 +30,8 @@ class EmbeddingKind(LayerKind):
 
     def forward(self, layer, base_forward, ids: Tensor) -> Tensor:
         weight, padding = layer.adapted, layer.padding_idx
-        weight.calls += not torch.compiler.is_compiling()
+        if not torch.compiler.is_compiling():
+            weight.calls += 1
         out = F.embedding(ids, layer.weight, padding)
         dropping = weight.dropout > 0 and layer.training
         delta = low_rank(weight, ids, out.dtype, padding, dropping) if weight.rank else None

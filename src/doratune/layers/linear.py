@@ -31,7 +31,8 @@ class LinearKind(LayerKind):
 
     def adapted(self, layer, base_forward, traced: bool, x: Tensor, *args, **kwargs) -> Tensor:
         weight = layer.adapted
-        weight.calls += not traced
+        if not traced:
+            weight.calls += 1
         if weight.axis == "input" and weight.magnitude:
             x = weight.scaled_input(x, compute_dtype(x))
         if not traced and not args and not kwargs and (W := self.own_weight(layer, x)) is not None:

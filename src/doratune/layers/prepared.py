@@ -32,8 +32,10 @@ LARGE = 2**18
 """Weights with more numbers in B cost so much themselves that stacking saves nothing; `norm.terms` takes less memory."""
 
 
-def prepare(weights: list, low: torch.dtype) -> None:
-    """Give each weight its factors for calls in the compute dtype `low`. No autograd, no autocast."""
+def prepare(weights: list, low: torch.dtype, suspicion: list[Tensor] = ()) -> bool:
+    """Give each weight its factors for calls in the compute dtype `low`. No autograd, no autocast.
+
+    suspicion: scalars that are read together with what is in doubt; returns whether one of them is true."""
     groups: dict[tuple, list] = {}
     for weight in weights:
         groups.setdefault(likeness(weight), []).append(weight)
@@ -43,11 +45,14 @@ def prepare(weights: list, low: torch.dtype) -> None:
             if (doubt := _together(part, low)) is not None:
                 doubts.append(doubt)
                 prepared += part
-    if doubts:
-        flags = torch.cat([doubt.to(doubts[0].device) for doubt in doubts]).tolist()
-        for weight, flag in zip(prepared, flags, strict=True):
-            if any(flag):
-                _with_care(weight, low, *flag)
+    if not doubts:
+        return bool(suspicion) and any(torch.stack(suspicion).tolist())
+    doubts += [scalar.to(doubts[0].dtype).expand(1, 4) for scalar in suspicion]
+    flags = torch.cat([doubt.to(doubts[0].device) for doubt in doubts]).tolist()
+    for weight, flag in zip(prepared, flags, strict=False):
+        if any(flag):
+            _with_care(weight, low, *flag)
+    return any(flag[0] for flag in flags[len(prepared) :])
 
 
 def likeness(weight) -> tuple:

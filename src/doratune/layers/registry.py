@@ -71,6 +71,7 @@ class Registry:
         self.generation = 0
         self.steps = _steps
         self.prints: dict[tuple, tuple] = {}
+        self.suspicion: list[Tensor] = []  # on the device: was a frozen weight edited, unseen?
         self.sizes = weakref.WeakSet()
         self.here = _Here()
 
@@ -138,21 +139,25 @@ class Registry:
             if any(wrapped(t) for t in parameters):
                 self.generation += 1
                 return
-            samples = [t for one in weights if (t := one.sample()) is not None]
-            of_W = fingerprint(samples)
+            of_W = fingerprint([t for one in weights if (t := one.sample()) is not None])
             prints = [(True, fingerprint(parameters, light=True))] + ([] if light else [(False, fingerprint(parameters))])
             known, before = self._known(about, light), self.prints.get((about, light))
-            if known and not same(before[1] + before[2], prints[-1][1] + of_W):
+            if known and not same(before[1], together(prints[-1][1], of_W)):
                 if not same(before[2], of_W):
-                    for one in weights:
-                        one.changed()
+                    self._changed(weights)
                 self.generation += 1
             elif not known and any(one.factors is not None and one.factors.key[0] == self.generation for one in weights):
-                for one in weights:  # nothing tells whether they are as they were
-                    one.changed()
+                self._changed(weights)  # nothing tells whether they are as they were
                 self.generation += 1
+            elif not known and before is not None and before[2].keys() == of_W.keys():
+                self.suspicion = [(before[2][device] != of_W[device]).any() for device in of_W]  # read with what is prepared next
         for level, now in prints:
-            self.prints[about, level] = self.generation, now, of_W
+            self.prints[about, level] = self.generation, together(now, of_W), of_W
+
+    @staticmethod
+    def _changed(weights: list) -> None:
+        for weight in weights:
+            weight.changed()
 
     def _known(self, about, light: bool) -> bool:
         return self.prints.get((about, light), (None,))[0] == self.generation
@@ -172,7 +177,10 @@ class Registry:
 
     def _prepare(self, weights: list, low: torch.dtype) -> None:
         with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(weights[0].device):
-            prepared.prepare(weights, low)
+            suspicion, self.suspicion = self.suspicion, []
+            if prepared.prepare(weights, low, suspicion):  # a frozen weight was edited
+                self._changed(self.weights())
+                prepared.prepare(weights, low)
             for one in weights:
                 one.factors.key = self.generation, one.key(low)
                 # what was read is held, so that its address stays its own
@@ -181,10 +189,12 @@ class Registry:
                 one.asked = False
 
     def size_of(self, f: Factors, out: Tensor) -> Size:
-        """How far the bias stands above the rest of an output (T, O) or (N, O, S), row by row, on its device."""
-        size = Size(drowning(f.bias, out))
-        self.sizes.add(size)
-        return size
+        """How far the bias stands above the rest of an output (T, O) or (N, O, S), row by row: of the first call with these factors,
+        so once per optimizer step."""
+        if f.size is None:
+            f.size = Size(drowning(f.bias, out))
+            self.sizes.add(f.size)
+        return f.size
 
     def care(self, size: Size, care: Tensor | None) -> Tensor | None:
         """`care` and the rows that their bias drowns in a call. The sizes of all calls since the last read are read at once."""
@@ -195,7 +205,7 @@ class Registry:
             for other, value in zip(pending, largest, strict=True):
                 other.largest = value
             self.sizes.clear()
-        if size.largest <= DROWNS:
+        if not size.largest > DROWNS:
             return care
         rows = (size.ratio_O > DROWNS).nonzero().squeeze(1)
         return rows if care is None else torch.cat([rows, care]).unique()
@@ -218,6 +228,7 @@ def drowning(bias_O: Tensor, out: Tensor) -> Tensor:
     rest_SO = some_SO.sub(bias_O).square_()
     token_S1 = rest_SO.mean(1, keepdim=True)
     quiet = token_S1.masked_fill(token_S1 == 0, torch.inf).kthvalue(1 + len(token_S1) // 10, 0).values
+    quiet = quiet.masked_fill_(quiet == torch.inf, 0.0)
     share_O = (rest_SO / token_S1.clamp_min(1e-30)).mean(0)
     return bias_O.abs() / (share_O * quiet).clamp_min_(1e-30).sqrt_()
 
@@ -237,8 +248,8 @@ def wrapped(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def fingerprint(tensors: list[Tensor], light: bool = False) -> list[Tensor]:
-    """Integers (K,) for each device, equal while every bit (light: of up to 64 numbers of each tensor) is."""
+def fingerprint(tensors: list[Tensor], light: bool = False) -> dict[torch.device, Tensor]:
+    """Integers (K,) on each device, equal while every bit (light: of up to 64 numbers of each tensor) is."""
     groups: dict[tuple, list[Tensor]] = {}
     for t in tensors:
         if light and t.numel() > LIGHT_NUMBERS and t.is_contiguous():
@@ -247,12 +258,17 @@ def fingerprint(tensors: list[Tensor], light: bool = False) -> list[Tensor]:
     hashes: dict[torch.device, list[Tensor]] = {}
     for (device, _), group in groups.items():
         hashes.setdefault(device, []).extend(_hash(flat) for flat in _chunks(group))
-    return [torch.stack(parts) for parts in hashes.values()]
+    return {device: torch.stack(parts) for device, parts in hashes.items()}
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
+def together(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> dict[torch.device, Tensor]:
+    """Two fingerprints as one."""
+    return {device: torch.cat([p[device] for p in (a, b) if device in p]) for device in a | b}
+
+
+def same(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> bool:
     """Are two fingerprints equal? Reads each device once."""
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[device], b[device]) for device in a)
 
 
 def _chunks(tensors: list[Tensor]):
@@ -304,7 +320,7 @@ class End(Begin):
 
 def few_tokens(inputs: tuple) -> bool:
     """Are there fewer than 64 tokens in some input of a model? Of floating point, the last dimension has features."""
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    tensors = [t for t in inputs if isinstance(t, Tensor) and not t.is_nested]
     sizes = [t.numel() // max(1, t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else t.numel() for t in tensors]
     return bool(sizes) and min(sizes) < LIGHT_TOKENS
 

@@ -320,6 +320,10 @@ class AdaptedWeight:
         return flat(kept), 1.0 - self.dropout
 
 
+CACHE_LINE = 64
+"""Bytes."""
+
+
 @contextlib.contextmanager
 def _stand_in(tensors: dict):
     """tensors: (module, name) → what stands in its parameter's place meanwhile."""
@@ -334,9 +338,12 @@ def _stand_in(tensors: dict):
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """y with the strides of x."""
+    """y with the strides of x, and as far from a cache line's beginning."""
     once = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]  # dimensions that were expanded
-    small = torch.empty_strided(once, x.stride(), dtype=y.dtype, device=y.device)
+    reach = sum((size - 1) * stride for size, stride in zip(once, x.stride(), strict=True) if size) + 1
+    flat_y = torch.empty(reach + CACHE_LINE // y.itemsize, dtype=y.dtype, device=y.device)
+    offset = (x.data_ptr() - flat_y.data_ptr()) % CACHE_LINE // y.itemsize
+    small = flat_y.as_strided(once, x.stride(), offset)
     return small.copy_(y[tuple(slice(0, size) for size in once)]).expand(x.shape)
 
 

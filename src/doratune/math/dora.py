@@ -9,7 +9,7 @@
                dZ = dY·(s·g ⊙ B);  dA = dZᵀ·x;  dx = dZ·A + (g ⊙ dY)·W
     LoRA       the same with g = 1 and no m; magnitude only: the same without A and B
     input axis    x̃ = g ⊙ x in front of the base and of a plain low-rank update; dm = Σ_T dx̃ ⊙ x / n
-    dropout    x ⊙ mask in place of x in the low-rank branch, whose scale is 1/keep times as large (the norm knows no dropout)
+    dropout    x ⊙ mask / keep in place of x in the low-rank branch (the norm knows no dropout)
 
 What does not depend on x is in `Factors`, prepared once per change of the parameters (`layers/prepared.py`). The scale goes into
 B's rows, which are tiny, so the low-rank output is never written and read back. g is fp32 (fp64) and meets a low precision inside
@@ -53,12 +53,13 @@ class Factors:
     what turns P into dB. g = m/n, n, per_m = 1/m, per_n = 1/n (O,) in the wide dtype, None for LoRA; per_m and per_n are 0 on
     rows without direction. bias in the wide dtype, shift = (1 − g) ⊙ bias, or None; drowned: could it take an output's digits?
     g_minus_1 (O,) in the low dtype where no row needs more. care: indices of rows whose dm y cannot give, or None. gain: on the
-    input axis, the factors of the scaled input, which has g and n. key, held: what they were prepared from.
+    input axis, the factors of the scaled input, which has g and n. size: how far the bias stands above outputs, once somebody looked.
+    key, held: what they were prepared from.
     """
 
     __slots__ = (
         "A_IR", "B_RO", "bias", "care", "drowned", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
-        "per_m", "per_n", "s", "sg", "shift", "wide",
+        "per_m", "per_n", "s", "sg", "shift", "size", "wide",
     )  # fmt: skip
 
     def __init__(self, **values):
@@ -71,6 +72,7 @@ class Factors:
     def rows(self, which: slice) -> Factors:
         """The factors of some output rows of a packed weight."""
         part = self.copy()
+        part.size = None
         for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "n"):
             if (value := getattr(self, name)) is not None:
                 setattr(part, name, value[which])
@@ -123,12 +125,12 @@ def forward(f: Factors, x_TI: Tensor | None, out: Tensor, mask: Tensor | None = 
     fresh: `out` is the caller's own and may be overwritten. No autograd, no autocast."""
     if x_TI is None or f.A_IR is None:
         return (out if f.g is None else scale(f, out, fresh)), None
-    z_TR = torch.mm(dropped(x_TI if x_TI.dtype == out.dtype else x_TI.to(out.dtype), mask), f.A_IR)
+    z_TR = torch.mm(dropped(x_TI if x_TI.dtype == out.dtype else x_TI.to(out.dtype), mask, keep), f.A_IR)
     if f.g is None:
-        return (out.addmm_ if fresh else out.addmm)(z_TR, f.B_RO, alpha=1.0 / keep), z_TR
+        return (out.addmm_ if fresh else out.addmm)(z_TR, f.B_RO), z_TR
     if f.passes is not None:
-        return f.passes.compose(out, f.g, f.shift, z_TR if keep == 1.0 else z_TR / keep, f.B_RO.T), z_TR
-    return scale(f, out, fresh).addmm_(z_TR, f.B_RO, alpha=1.0 / keep), z_TR
+        return f.passes.compose(out, f.g, f.shift, z_TR, f.B_RO.T), z_TR
+    return scale(f, out, fresh).addmm_(z_TR, f.B_RO), z_TR
 
 
 def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> tuple[Tensor | None, ...]:
@@ -145,30 +147,28 @@ def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> t
         if from_y:
             dm = dm * f.per_m
         else:
-            dm = (dm if P_OR is None else dm + along_P(f, low_B(), P_OR, keep)) * f.per_n
+            dm = (dm if P_OR is None else dm + along_P(f, low_B(), P_OR)) * f.per_n
         if care is not None:
             exact = column_dot(dY_TO.index_select(1, care), W.output_columns(x_TI, care), None)
-            exact = exact if P_OR is None else exact + along_P(f, low_B(), P_OR, keep)[care]
+            exact = exact if P_OR is None else exact + along_P(f, low_B(), P_OR)[care]
             dm[care] = exact * f.per_n[care]
     elif needs.out:
         dout = dY_TO if f.g is None else scale(_without_bias(f), dY_TO)
     if z_TR is not None:
         if needs.x or needs.A:
             dZ_TR = torch.mm(dY_TO, f.B_RO.T)
-            dZ_TR = dZ_TR if keep == 1.0 else dZ_TR / keep
         if needs.A:
-            dA = torch.mm(dZ_TR.T, dropped(x_TI if x_TI.dtype == dY_TO.dtype else x_TI.to(dY_TO.dtype), mask)).to(f.wide)
+            dA = torch.mm(dZ_TR.T, dropped(x_TI if x_TI.dtype == dY_TO.dtype else x_TI.to(dY_TO.dtype), mask, keep)).to(f.wide)
         if needs.x:
-            dx = dropped(torch.mm(dZ_TR, f.A_IR.T), mask)
+            dx = dropped(torch.mm(dZ_TR, f.A_IR.T), mask, keep)
         if needs.B:
             dB = P_OR * f.sg if isinstance(f.sg, Tensor) else P_OR.to(f.wide).mul_(f.sg)
-            dB = dB if keep == 1.0 else dB.div_(keep)
     return dx, dout, dA, dB, dm
 
 
-def along_P(f: Factors, B_OR: Tensor, P_OR: Tensor, keep: float) -> Tensor:
+def along_P(f: Factors, B_OR: Tensor, P_OR: Tensor) -> Tensor:
     """s·rowsum(B ⊙ P) (O,): the low-rank half of Σ_T dY ⊙ (y − bias)/g."""
-    return (B_OR.to(f.wide) * P_OR).sum(1).mul_(f.s / keep)
+    return (B_OR.to(f.wide) * P_OR).sum(1).mul_(f.s)
 
 
 def scale(f: Factors, out: Tensor, fresh: bool = False) -> Tensor:
@@ -232,8 +232,9 @@ def column_dot(a_TO: Tensor, b_TO: Tensor, bias_O: Tensor | None) -> Tensor:
     return total
 
 
-def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """x ⊙ mask / keep, in one operation."""
+    return x if mask is None else torch.ops.aten.native_dropout_backward.default(x, mask, 1.0 / keep)
 
 
 def channels(t_TO: Tensor) -> Tensor:
