@@ -71,10 +71,6 @@ class Base:
         """What keeps W's memory its own while something derived from W is kept."""
         raise NotImplementedError
 
-    def sample(self, module: nn.Module) -> Tensor | None:
-        """A few numbers from all over W, to notice a change that announces itself to nobody; None: there is no cheap way."""
-        return None
-
     def trained(self, module: nn.Module) -> bool:
         """Is W itself being trained?"""
         return False

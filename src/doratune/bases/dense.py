@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from . import TILE_NUMBERS, Base, accumulation_dtype
 
-SAMPLE = 16
-"""Numbers of W that are looked at."""
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,12 +49,6 @@ class DenseBase(Base):
 
     def held(self, module: nn.Module) -> Tensor:
         return self.weight(module).detach()
-
-    def sample(self, module: nn.Module) -> Tensor | None:
-        W = self.weight(module).detach()
-        if W.is_contiguous() and W.numel() >= SAMPLE:
-            return W.as_strided((SAMPLE,), (W.numel() // SAMPLE,))
-        return W[tuple(slice(0, None, max(1, size // 4)) for size in W.shape)].reshape(-1)
 
     def trained(self, module: nn.Module) -> bool:
         return self.weight(module).requires_grad

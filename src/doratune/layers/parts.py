@@ -55,6 +55,14 @@ class PartWeight(AdaptedWeight):
         """Experts run the eager loop of their module: nothing stands in for them."""
         return contextlib.nullcontext()
 
+    def slots(self) -> list[tuple]:
+        own = self.whole.layer._parameters  # of all experts: their slices have no place of their own
+        return [(own, name) for name in self.names]
+
+    def frozen_slot(self) -> tuple | None:
+        batch = self.whole.layer
+        return (self.whole.kind.home(batch)._parameters, batch.part) if self.magnitude else None
+
     def parameters(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         own = self.whole.layer._parameters  # a bias is known to each call only
         return tuple(own[name].detach()[self.index] if own.get(name) is not None else None for name in names)
@@ -121,9 +129,6 @@ class BatchWeight(AdaptedWeight):
     def watched(self) -> list[Tensor]:
         """Its experts are watched one by one."""
         return []
-
-    def sample(self) -> None:
-        return None
 
     def changed(self) -> None:
         super().changed()

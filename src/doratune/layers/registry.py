@@ -1,20 +1,15 @@
 """The adapted weights of one attachment, and when their factors are old.
 
     generation   bumped by a step of any torch optimizer (plain, foreach, fused, compiled), and by the net
-    the net      a fingerprint of all parameters, taken once per forward of the model, at its first adapted layer. A layer that is
-                 called outside of the model's forward looks at its own parameters; a recomputation in a backward pass looks once
-                 per pass. It is read by the host once, and in no other layer
-    key          addresses and versions of A, B, m, bias and W, the compute dtype (`AdaptedWeight.key`)
+    the net      a fingerprint of all parameters (`fingerprint.py`), taken once per forward of the model, where its root is called;
+                 what is old is then prepared for all weights together. A layer that is called outside of the model's forward looks
+                 at its own parameters; a recomputation in a backward pass looks once per pass. The host reads once each time, and
+                 in no other layer
+    key          addresses and versions of A, B, m, bias and W, the compute dtype (`AdaptedWeight.stamps`)
     changed()    loads, moves, dtype changes, merges, `doratune.refresh`
-
-Version counters alone are unsound: fused AdamW, `.data` writes (an EMA swap) and custom ops change a parameter and bump nothing. The
-fingerprint is an integer hash of every bit: a dot product with fixed odd multipliers modulo 2**64, so position counts. In calls of
-few tokens without gradients it is of evenly spread numbers only, since a swap changes nearly all of them.
 
 What only `doratune.refresh(model)` covers: a `.data` edit of a part of a frozen weight, and, before a call of fewer than 64 tokens
 without gradients, of single numbers of A, B or m.
-
-Cost: one read of the parameters in chunks that stay in the cache, 0.2 ms for 3·10⁵ numbers on one CPU core; `light`: 64 of each.
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,14 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..math.autograd import no_autocast
 from ..math.dora import Factors
 from . import prepared
+from .fingerprint import Watched, same, together
 
 DROWNS = 4.0
 """From this ratio of a bias to the rest of an output on, y has lost the rest's digits."""
 
-CHUNK_NUMBERS, OTHER_CHUNK = 2**18, 2**24
-"""Numbers that are hashed at once on a CPU, and elsewhere."""
-
-LIGHT_NUMBERS = 64
 LIGHT_TOKENS = 64
 """From so many tokens on, also calls without gradients look at every bit."""
 
@@ -68,9 +59,10 @@ class Registry:
 
     def __init__(self):
         self.refs: list[weakref.ref] = []
-        self.generation = 0
+        self.generation = self.prepared = 0  # prepared: the one of the last forward of the model
         self.steps = _steps
         self.prints: dict[tuple, tuple] = {}
+        self.watched: dict[int | None, Watched] = {}
         self.suspicion: list[Tensor] = []  # on the device: was a frozen weight edited, unseen?
         self.sizes = weakref.WeakSet()
         self.here = _Here()
@@ -83,6 +75,7 @@ class Registry:
 
     def add(self, weight) -> None:
         self.refs = [weakref.ref(other) for other in self.weights() if other is not weight] + [weakref.ref(weight)]
+        self.watched.clear()
 
     def weights(self) -> list:
         """Those whose layers are there."""
@@ -97,9 +90,12 @@ class Registry:
             return
         here.looked = NOT_YET
         self._look_to(None, light)
+        if self.prepared == self.generation:
+            return
+        self.prepared = self.generation
         old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.key[0] != self.generation]
-        for low in {one.factors.key[1][0] for one in old}:
-            self._prepare([one for one in old if one.factors.key[1][0] == low], low)
+        for low in {one.factors.key[1] for one in old}:
+            self._prepare([one for one in old if one.factors.key[1] == low], low)
 
     def leave(self) -> None:
         """It ends, also by an exception."""
@@ -131,28 +127,37 @@ class Registry:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         about = None if weight is None else id(weight)
-        if weight is not None and not self._known(about, light) and self._known(None, light):
-            self.look(None, light)  # its own print is not known yet: that of all tells whether it is as it was
-        weights = self.weights() if weight is None else [weight]
+        if not self._known(about, light):  # what is known of more, or of more closely, tells whether it is as it was
+            if light and self._known(about, False):
+                self.look(weight, False)
+            elif weight is not None and (self._known(None, light) or self._known(None, False)):
+                self.look(None, light)
+        if about not in self.watched:
+            self.watched[about] = Watched(self.weights() if weight is None else [weight])
         with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad():
-            parameters = [t.detach() for one in weights for t in one.watched()]
-            if any(wrapped(t) for t in parameters):
+            watched = self.watched[about]
+            if not watched.look():
                 self.generation += 1
                 return
-            of_W = fingerprint([t for one in weights if (t := one.sample()) is not None])
-            prints = [(True, fingerprint(parameters, light=True))] + ([] if light else [(False, fingerprint(parameters))])
-            known, before = self._known(about, light), self.prints.get((about, light))
-            if known and not same(before[1], together(prints[-1][1], of_W)):
-                if not same(before[2], of_W):
+            now, of_W = watched.print(light), watched.print_of_W()
+            self._compare(weight, light, together(now, of_W), of_W)
+        self.prints[about, light] = self.generation, together(now, of_W), of_W
+
+    def _compare(self, weight, light: bool, now, of_W) -> None:
+        about = None if weight is None else id(weight)
+        weights = self.weights() if weight is None else [weight]
+        _, before, W_before = self.prints.get((about, light), (None, None, None))
+        if self._known(about, light):
+            if not same(before, now):
+                if not same(W_before, of_W):
                     self._changed(weights)
                 self.generation += 1
-            elif not known and any(one.factors is not None and one.factors.key[0] == self.generation for one in weights):
+        elif any(one.factors is not None and one.factors.key[0] == self.generation for one in weights):
+            if not (self._known(about, False) or self._known(None, light) or self._known(None, False)):
                 self._changed(weights)  # nothing tells whether they are as they were
                 self.generation += 1
-            elif not known and before is not None and before[2].keys() == of_W.keys():
-                self.suspicion = [(before[2][device] != of_W[device]).any() for device in of_W]  # read with what is prepared next
-        for level, now in prints:
-            self.prints[about, level] = self.generation, together(now, of_W), of_W
+        elif W_before is not None and W_before.keys() == of_W.keys():
+            self.suspicion += [(W_before[device] != of_W[device]).any() for device in of_W]  # read with what is prepared next
 
     @staticmethod
     def _changed(weights: list) -> None:
@@ -169,7 +174,7 @@ class Registry:
         if self.here.depth or torch._C._current_graph_task_id() >= 0:
             for other in self.weights():
                 f = other.factors
-                if other is not weight and other.asked and f is not None and f.key[0] != self.generation and f.key[1][0] == low:
+                if other is not weight and other.asked and f is not None and f.key[0] != self.generation and f.key[1] == low:
                     batch.append(other)
         self._prepare(batch, low)
         weight.asked = True
@@ -182,7 +187,7 @@ class Registry:
                 self._changed(self.weights())
                 prepared.prepare(weights, low)
             for one in weights:
-                one.factors.key = self.generation, one.key(low)
+                one.factors.key, one.factors.stamps = (self.generation, low), one.stamps()
                 # what was read is held, so that its address stays its own
                 one.factors.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
                 one.preparations += 1
@@ -243,62 +248,6 @@ def unseen_by_selective_checkpoints():
     return contextlib.nullcontext()
 
 
-def wrapped(t: Tensor) -> bool:
-    """Is it a tensor of a function transform (vmap, grad), whose numbers cannot be looked at?"""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
-
-
-def fingerprint(tensors: list[Tensor], light: bool = False) -> dict[torch.device, Tensor]:
-    """Integers (K,) on each device, equal while every bit (light: of up to 64 numbers of each tensor) is."""
-    groups: dict[tuple, list[Tensor]] = {}
-    for t in tensors:
-        if light and t.numel() > LIGHT_NUMBERS and t.is_contiguous():
-            t = t.as_strided((LIGHT_NUMBERS,), (t.numel() // LIGHT_NUMBERS,), t.storage_offset())
-        groups.setdefault((t.device, t.dtype), []).append(t)
-    hashes: dict[torch.device, list[Tensor]] = {}
-    for (device, _), group in groups.items():
-        hashes.setdefault(device, []).extend(_hash(flat) for flat in _chunks(group))
-    return {device: torch.stack(parts) for device, parts in hashes.items()}
-
-
-def together(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> dict[torch.device, Tensor]:
-    """Two fingerprints as one."""
-    return {device: torch.cat([p[device] for p in (a, b) if device in p]) for device in a | b}
-
-
-def same(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> bool:
-    """Are two fingerprints equal? Reads each device once."""
-    return a.keys() == b.keys() and all(torch.equal(a[device], b[device]) for device in a)
-
-
-def _chunks(tensors: list[Tensor]):
-    """Flat tensors of about one chunk each."""
-    limit = CHUNK_NUMBERS if tensors[0].device.type == "cpu" else OTHER_CHUNK
-    part, size = [], 0
-    for t in tensors:
-        part.append(t)
-        size += t.numel()
-        if size >= limit:
-            yield from torch._C._nn.flatten_dense_tensors(part).split(2 * limit)
-            part, size = [], 0
-    if part:
-        yield from torch._C._nn.flatten_dense_tensors(part).split(2 * limit)
-
-
-def _hash(flat: Tensor) -> Tensor:
-    """The top bit alone would vanish where an even number of signs flip, so the upper half is mixed into the lower one first."""
-    if flat.element_size() < 4:
-        flat = flat.float()
-    if flat.numel() * flat.element_size() % 8:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    elif flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()
-    bits = flat.view(torch.int64)
-    bits = bits ^ (bits >> 32)
-    multipliers = _multipliers(max(2**15, 1 << len(bits).bit_length()), bits.device)[: len(bits)]
-    return torch.dot(bits, multipliers) if bits.device.type == "cpu" else (bits * multipliers).sum()
-
-
 class Begin:
     """The hook at the beginning of a model's forward."""
 
@@ -323,11 +272,3 @@ def few_tokens(inputs: tuple) -> bool:
     tensors = [t for t in inputs if isinstance(t, Tensor) and not t.is_nested]
     sizes = [t.numel() // max(1, t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else t.numel() for t in tensors]
     return bool(sizes) and min(sizes) < LIGHT_TOKENS
-
-
-@lru_cache(maxsize=32)
-def _multipliers(size: int, device: torch.device) -> Tensor:
-    """Fixed random odd integers, only ever read."""
-    with torch.inference_mode(False):
-        info, generator = torch.iinfo(torch.int64), torch.Generator().manual_seed(1)
-        return (torch.randint(info.min, info.max, (size,), dtype=torch.int64, generator=generator) | 1).to(device)

@@ -233,18 +233,26 @@ class AdaptedWeight:
         """Every tensor besides W that factors are made of."""
         return [t for t in self.parameters(self.watched_names) if t is not None]
 
-    def sample(self) -> Tensor | None:
-        """A few numbers of W."""
-        return self.base.sample(self.layer) if self.magnitude and self.watched_names else None
+    def slots(self) -> list[tuple]:
+        """Where those are: (the dict or the module that holds one, its name)."""
+        layer = self.layer
+        own = layer._parameters
+        return [(own if name in own else layer, name) for name in self.watched_names]
 
-    def key(self, low: torch.dtype) -> tuple:
-        """What factors depend on besides the registry's generation: addresses and versions, and the compute dtype."""
-        parts = [low]
+    def frozen_slot(self) -> tuple | None:
+        """Where W is, if it is one plain tensor that factors are made of."""
+        if not self.base.writable or not self.magnitude or not self.watched_names:
+            return None
+        return self.kind.home(self.layer)._parameters, self.kind.weight_name
+
+    def stamps(self) -> tuple:
+        """Addresses and versions of everything that factors are made of."""
+        stamps = []
         for t in self.watched():
-            parts += t.data_ptr(), 0 if t.is_inference() else t._version
+            stamps += t.data_ptr(), 0 if t.is_inference() else t._version
         if self.magnitude:
-            parts.append(self.base.version(self.layer))
-        return tuple(parts)
+            stamps.append(self.base.version(self.layer))
+        return tuple(stamps)
 
     def ready(self, low: torch.dtype, light: bool = False, again: bool = False) -> Factors:
         """The factors of calls in this compute dtype. light: few tokens without gradients, for which a light look is enough; again:
@@ -252,7 +260,7 @@ class AdaptedWeight:
         registry, f = self.registry, self.factors
         generation = registry.generation if again else registry.current(self, light)
         self.asked = True
-        if f is not None and f.key[0] == generation and f.key[1] == self.key(low):
+        if f is not None and f.key == (generation, low) and f.stamps == self.stamps():
             return f
         return registry.prepare(self, low)
 

@@ -54,12 +54,12 @@ class Factors:
     rows without direction. bias in the wide dtype, shift = (1 − g) ⊙ bias, or None; drowned: could it take an output's digits?
     g_minus_1 (O,) in the low dtype where no row needs more. care: indices of rows whose dm y cannot give, or None. gain: on the
     input axis, the factors of the scaled input, which has g and n. size: how far the bias stands above outputs, once somebody looked.
-    key, held: what they were prepared from.
+    key, stamps, held: what they were prepared from.
     """
 
     __slots__ = (
         "A_IR", "B_RO", "bias", "care", "drowned", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
-        "per_m", "per_n", "s", "sg", "shift", "size", "wide",
+        "per_m", "per_n", "s", "sg", "shift", "size", "stamps", "wide",
     )  # fmt: skip
 
     def __init__(self, **values):
