@@ -34,7 +34,7 @@ def inputs(T, O, R, dtype, bias=True, seed=0):
 def factors(g, bias, low, B=None, A=None):
     """As `layers/prepared.py` makes them."""
     wide = g.dtype
-    f = Factors(g=g, wide=wide, bias=None if bias is None else bias.to(wide))
+    f = Factors.of(g=g, wide=wide, bias=None if bias is None else bias.to(wide))
     f.shift = None if bias is None else (1 - g) * f.bias
     f.g_minus_1 = (g - 1).to(low) if low != wide and g.abs().amin() >= 0.25 else None
     f.A_IR, f.B_RO = A, None if B is None else B.T

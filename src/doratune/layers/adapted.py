@@ -26,10 +26,14 @@ class Adapted:
     """The class that the module had before; set on each subclass."""
 
     def forward(self, *args, **kwargs):
-        name = next((key for key in ("input", "x") if key in kwargs), None)
-        if not args and name:
-            args = (kwargs.pop(name),)
-        return self.adapted.kind.forward(self, super().forward, *args, **kwargs)
+        if not args:
+            name = next((key for key in ("input", "x") if key in kwargs), None)
+            args = (kwargs.pop(name),) if name else ()
+        return self.adapted.kind.forward(self, *args, **kwargs)
+
+    def base_forward(self, *args, **kwargs):
+        """The plain layer's own forward."""
+        return super().forward(*args, **kwargs)
 
     @property
     def scaling(self) -> float:

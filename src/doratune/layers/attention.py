@@ -52,7 +52,6 @@ class AttentionKind(LayerKind):
     def forward(
         self,
         module,
-        base_forward,
         query: Tensor,
         key: Tensor,
         value: Tensor,

@@ -38,14 +38,14 @@ class ConvKind(LayerKind):
     def rows(self, weight: Tensor, which, flatten: bool = True) -> Tensor:
         return weight[which].flatten(1) if flatten else weight[which]
 
-    def forward(self, layer, base_forward, x: Tensor) -> Tensor:
+    def forward(self, layer, x: Tensor) -> Tensor:
         weight = layer.adapted
         if not torch.compiler.is_compiling():
             weight.calls += 1
         channels = x.dim() - layer.weight.dim() + 1
         if weight.magnitude and weight.axis == "input":
             x = weight.scaled_input(x.movedim(channels, -1), compute_dtype(x)).movedim(-1, channels)
-        out = base_forward(x)
+        out = layer.base_forward(x)
         if weight.rank:
             out = out + low_rank(weight, layer, x, *weight.low_rank(), out.dtype)
         if weight.magnitude and weight.axis == "output":

@@ -18,8 +18,8 @@ class Conv1DKind(LinearKind):
         conv1d = _conv1d()
         return conv1d is not None and isinstance(module, conv1d)
 
-    def own_weight(self, layer, x: Tensor) -> None:
-        return None
+    def own_product(self, weight, cls: type) -> bool:
+        return False
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T

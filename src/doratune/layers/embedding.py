@@ -28,7 +28,7 @@ class EmbeddingKind(LayerKind):
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding)
 
-    def forward(self, layer, base_forward, ids: Tensor) -> Tensor:
+    def forward(self, layer, ids: Tensor) -> Tensor:
         weight, padding = layer.adapted, layer.padding_idx
         if not torch.compiler.is_compiling():
             weight.calls += 1

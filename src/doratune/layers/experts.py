@@ -72,7 +72,7 @@ class ExpertsKind(LayerKind):
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    def forward(self, module, base_forward) -> Bank:
+    def forward(self, module) -> Bank:
         module.adapted.calls += 1
         return Bank(module)
 

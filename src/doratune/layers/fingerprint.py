@@ -39,8 +39,8 @@ class Watched:
 
     def look(self) -> bool:
         """Find the tensors; False: they are of a function transform, and their numbers cannot be looked at."""
-        tensors = [t for t in map(_tensor_in, self.slots) if t is not None]
-        frozen = [t for t in map(_tensor_in, self.frozen) if t is not None]
+        tensors = [t for t in map(tensor_in, self.slots) if t is not None]
+        frozen = [t for t in map(tensor_in, self.frozen) if t is not None]
         addresses = [t.data_ptr() for t in (*tensors, *frozen)]
         if addresses != self.addresses or 0 in addresses:
             if any(wrapped(t) for t in tensors):
@@ -58,7 +58,7 @@ class Watched:
         return _hashed(self.of_W)
 
 
-def _tensor_in(slot) -> Tensor | None:
+def tensor_in(slot) -> Tensor | None:
     """slot: (the dict or the module that holds it, its name)."""
     holder, name = slot
     return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
@@ -72,6 +72,11 @@ def together(a: Print, b: Print) -> Print:
 def same(a: Print, b: Print) -> bool:
     """Are two fingerprints equal? Reads each device once."""
     return a.keys() == b.keys() and all(torch.equal(a[device], b[device]) for device in a)
+
+
+def identity(t: Tensor | None) -> tuple:
+    """Where a tensor's numbers are, and their version where they have one."""
+    return (0, 0) if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version)
 
 
 def wrapped(t: Tensor) -> bool:

@@ -44,8 +44,8 @@ class LayerKind:
         """Rows `which` of W (K, I); not flattened: as they lie in the weight, to be written to."""
         return weight[which]
 
-    def forward(self, module: nn.Module, base_forward, *args, **kwargs):
-        """The adapted layer's output; `base_forward` is the module's own forward."""
+    def forward(self, layer, *args, **kwargs):
+        """The adapted layer's output; `layer.base_forward` is the plain layer's own forward."""
         raise NotImplementedError
 
     def base(self, module: nn.Module) -> Base | None:
@@ -65,6 +65,10 @@ class LayerKind:
     def prepares(self, weight) -> bool:
         """Do calls need prepared factors?"""
         return True
+
+    def own_product(self, weight, cls: type) -> bool:
+        """May the op compute the product of layers of this plain class?"""
+        return False
 
     def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
         """What the backward takes again from W where a bias drowns the output: the product without bias, columns `rows`, in the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import is_opaque
-from ..math.autograd import BaseGradient
+from ..math.autograd import BaseGradient, any_autocast
 from .kind import LayerKind, differs, outside_compile
 from .weight import compute_dtype
 
@@ -22,37 +22,41 @@ class LinearKind(LayerKind):
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or is_opaque(module)
 
-    def forward(self, layer, base_forward, x: Tensor, *args, **kwargs) -> Tensor:
-        weight = layer.adapted
-        traced = torch.compiler.is_compiling()
-        if traced and not weight.base.has_gradient:
-            return _unseen(self, layer, base_forward, x, *args, **kwargs)  # autograd would lose x where the compiler looks
-        return self.adapted(layer, base_forward, traced, x, *args, **kwargs)
-
-    def adapted(self, layer, base_forward, traced: bool, x: Tensor, *args, **kwargs) -> Tensor:
-        weight = layer.adapted
-        if not traced:
-            weight.calls += 1
+    def forward(self, layer, x: Tensor, *args, **kwargs) -> Tensor:
+        weight, W = layer.adapted, layer._parameters.get("weight")
+        if torch.compiler.is_compiling():
+            return self.traced(layer, x, *args, **kwargs)
+        weight.calls += 1
         if weight.axis == "input" and weight.magnitude:
             x = weight.scaled_input(x, compute_dtype(x))
-        if not traced and not args and not kwargs and (W := self.own_weight(layer, x)) is not None:
-            return weight.compose(x, W, layer.bias, own=True)
-        own_gradient = not traced and x.requires_grad and torch.is_grad_enabled()
-        out = base_forward(x.detach() if own_gradient and not weight.base.has_gradient else x, *args, **kwargs)
+        # where this call is just a product with W in x's dtype, the op may compute it
+        if weight.own_product and not (args or kwargs) and W.dtype == x.dtype and not W.requires_grad:
+            if not any_autocast() or not torch.is_autocast_enabled(x.device.type):
+                return weight.composed(x, W, layer._parameters["bias"], own=True)
+        return self.around(layer, x, *args, **kwargs)
+
+    def traced(self, layer, x: Tensor, *args, **kwargs) -> Tensor:
+        """A call in code that torch.compile traces."""
+        weight = layer.adapted
+        if not weight.base.has_gradient:
+            return _unseen(self, layer, x, *args, **kwargs)  # autograd would lose x where the compiler looks
+        if weight.axis == "input" and weight.magnitude:
+            x = weight.scaled_input(x, compute_dtype(x))
+        out = layer.base_forward(x, *args, **kwargs)
+        return out if not weight.rank and weight.axis == "input" else weight.compose(x, out, getattr(layer, "bias", None))
+
+    def around(self, layer, x: Tensor, *args, **kwargs) -> Tensor:
+        """A call around the layer's own forward."""
+        weight = layer.adapted
+        own_gradient = x.requires_grad and torch.is_grad_enabled()
+        out = layer.base_forward(x.detach() if own_gradient and not weight.base.has_gradient else x, *args, **kwargs)
         if own_gradient and not (weight.base.has_gradient and out.requires_grad):
             out = BaseGradient.apply(x, out, weight)
-        if not weight.rank and weight.axis == "input":
-            return out
-        return weight.compose(x, out, getattr(layer, "bias", None))
+        return out if not weight.rank and weight.axis == "input" else weight.compose(x, out, getattr(layer, "bias", None))
 
-    def own_weight(self, layer, x: Tensor) -> Tensor | None:
-        """W (O, I), where this call of the layer is just a product with it in x's dtype, so that the op may compute it."""
-        weight = layer.adapted
-        if type(layer).plain_class.forward is not nn.Linear.forward or not weight.base.writable or not weight.rank:
-            return None
-        W = layer.weight
-        plain = W.dtype == x.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type)
-        return W if plain else None
+    def own_product(self, weight, cls: type) -> bool:
+        """Is the forward of this plain class just x·Wᵀ + bias with a plain W?"""
+        return cls.forward is nn.Linear.forward and weight.base.writable and weight.rank > 0
 
     def output_columns(self, weight, x: Tensor, rows: Tensor) -> Tensor:
         return torch.cat([x.to(tile.dtype) @ tile.T for _, tile in weight.row_tiles(rows)], 1)
@@ -73,5 +77,5 @@ class LinearKind(LayerKind):
 
 
 @outside_compile
-def _unseen(kind, layer, base_forward, x, *args, **kwargs):
-    return kind.adapted(layer, base_forward, False, x, *args, **kwargs)
+def _unseen(kind, layer, x, *args, **kwargs):
+    return kind.forward(layer, x, *args, **kwargs)

@@ -130,11 +130,11 @@ class Plain:
     """The same in PyTorch."""
 
     def compose(self, out_TO, g_O, shift_O, z_TR, B_OR) -> Tensor:
-        y_TO = dora.scale(Factors(g=g_O, shift=shift_O, wide=g_O.dtype), out_TO)
+        y_TO = dora.scale(Factors.of(g=g_O, shift=shift_O, wide=g_O.dtype), out_TO)
         return y_TO if z_TR is None else y_TO.addmm_(z_TR, B_OR.T)
 
     def compose_backward(self, dY_TO, kept_TO, g_O, bias_O) -> tuple[Tensor, Tensor]:
-        return dora.scale_backward(Factors(g=g_O, bias=bias_O, wide=g_O.dtype), dY_TO, kept_TO)
+        return dora.scale_backward(Factors.of(g=g_O, bias=bias_O, wide=g_O.dtype), dY_TO, kept_TO)
 
 
 class Fastest:

@@ -28,6 +28,9 @@ SMALL_GAIN = 0.25
 BATCH_NUMBERS = 2**21
 """Numbers of A, B and U that are stacked at once on a CPU; ten times as many elsewhere."""
 
+SMALL = 2**13
+"""Numbers of a weight that is copied for a product."""
+
 LARGE = 2**18
 """Weights with more numbers in B cost so much themselves that stacking saves nothing; `norm.terms` takes less memory."""
 
@@ -80,26 +83,23 @@ def _together(weights: list, low: torch.dtype) -> Tensor | None:
     if not first.magnitude or first.axis == "input":
         _direction_alone(weights, A_LRI, B_LOR, pairs, low)
         return None
-    n_LO, cancels_L = _norms(weights, A_LRI, B_LOR)
+    facts = [weight.facts for weight in weights]
+    n_LO, cancels_L = _norms(weights, torch.stack([fact.w2 for fact in facts]), A_LRI, B_LOR)
     m_LO = torch.stack([weight.m() for weight in weights])
-    frozen = [weight.facts.frozen for weight in weights]
-    frozen_LO = None if not any(mask is not None for mask in frozen) else torch.stack([w.facts.directionless for w in weights])
+    frozen_LO = torch.stack([fact.directionless for fact in facts]) if any(fact.frozen is not None for fact in facts) else None
     bias_LO = None if first.bias is None else stacked([weight.bias for weight in weights], m_LO.dtype)
     vectors, doubt_L4 = gains(m_LO, n_LO, frozen_LO, bias_LO, low)
     if cancels_L is not None:
         doubt_L4[:, 0] = cancels_L
     sg_LO1 = (vectors["g"] * first.scaling).unsqueeze(-1)
-    given = dict.fromkeys(("A_IR", "B_RO", "sg"), [None] * len(weights))
     if first.rank:
-        given = {
-            "A_IR": A_LRI.mT.unbind(0),
-            "B_RO": (sg_LO1 * B_LOR).to(low).mT.unbind(0),
-            "sg": sg_LO1.unbind(0),
-        }
-    given |= {name: vector.unbind(0) for name, vector in vectors.items() if vector is not None}
-    common = {"s": first.scaling, "wide": m_LO.dtype, "passes": passes.kernels_for(first.device, low)}
-    for i, weight in enumerate(weights):
-        weight.factors = Factors(**common, **{name: column[i] for name, column in given.items()})
+        vectors |= {"A_RI": A_LRI, "B_OR": (sg_LO1 * B_LOR).to(low), "sg": sg_LO1}
+        vectors |= {"A_IR": A_LRI.mT, "B_RO": vectors["B_OR"].mT}
+    common = vars(Factors.of(g=n_LO[0], A_RI=None if A_LRI is None else A_LRI[0], B_OR=None if A_LRI is None else B_LOR[0]))
+    common |= {"s": first.scaling, "wide": m_LO.dtype, "passes": passes.kernels_for(first.device, low)}
+    names = tuple(vectors)
+    for weight, *values in zip(weights, *(vector.unbind(0) for vector in vectors.values()), strict=True):
+        weight.factors = Factors(**common | dict(zip(names, values, strict=True)))
     return doubt_L4
 
 
@@ -112,18 +112,29 @@ def stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _norms(weights: list, A_LRI: Tensor | None, B_LOR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(n (L, O), which weights' norm needs `norm.terms` (L,) or None), from A and B as the forward rounds them."""
-    w2_LO, first = torch.stack([weight.facts.w2 for weight in weights]), weights[0]
+    first = weights[0]
     if A_LRI is None:
         return w2_LO.sqrt_(), None
     if B_LOR[0].numel() > LARGE:
         return torch.stack([_one_norm(w, A, B) for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
-    kept = [weight.kept_product(A_RI) for weight, A_RI in zip(weights, A_LRI, strict=True)]
-    U = [norm.times_A(w, A) if U is None else U for w, A, U in zip(weights, A_LRI, kept, strict=True)]
-    U_LOR = torch.stack(U).to(w2_LO.dtype)
+    U_LOR = _products(weights, A_LRI).to(w2_LO.dtype)
     A_LRI, B_LOR = A_LRI.to(w2_LO.dtype), B_LOR.to(w2_LO.dtype)
     return norm.stacked(U_LOR, A_LRI, B_LOR, first.scaling, w2_LO, *norm.limits(first))
+
+
+def _products(weights: list, A_LRI: Tensor) -> Tensor:
+    """U = W·Aᵀ (L, O, R). Small plain weights are stacked, too: a product of each costs more to start than to compute."""
+    first = weights[0]
+    if first.base.writable and first.shape[0] * first.shape[1] <= SMALL and A_LRI.dtype == first.dtype:
+        W_LOI = torch.stack([weight.base.matrix(weight.layer) for weight in weights])
+        return torch.bmm(W_LOI, A_LRI.mT)
+    products = []
+    for weight, A_RI in zip(weights, A_LRI, strict=True):
+        U_OR = weight.kept_product(A_RI)
+        products.append(norm.times_A(weight, A_RI) if U_OR is None else U_OR)
+    return torch.stack(products)
 
 
 def _one_norm(weight, A_RI: Tensor, B_OR: Tensor) -> Tensor:
@@ -168,7 +179,8 @@ def _with_care(weight, low: torch.dtype, cancels: float, small: float, wide: flo
         for name, vector in vectors.items():
             setattr(f, name, vector[0])
         f.sg = (f.g * weight.scaling).unsqueeze(-1)
-        f.B_RO = (f.sg * B.to(low)).to(low).T
+        f.B_OR = (f.sg * B.to(low)).to(low)
+        f.B_RO = f.B_OR.T
         _, small, wide, drowned = doubt[0].tolist()
     f.care = (f.g.abs() < TOO_SMALL).nonzero().squeeze(1) if small else None
     if wide:
@@ -178,15 +190,14 @@ def _with_care(weight, low: torch.dtype, cancels: float, small: float, wide: flo
 
 def _direction_alone(weights: list, A_LRI: Tensor | None, B_LOR: Tensor | None, pairs: list, low: torch.dtype) -> None:
     """Factors without a gain on the output: LoRA's, and on the input axis, whose gain is on the input."""
-    first = weights[0]
+    first, wide = weights[0], accumulation_dtype(weights[0].dtype)
     sB_LOR = None if B_LOR is None else B_LOR * first.scaling
     for i, weight in enumerate(weights):
-        f = weight.factors = Factors(s=first.scaling, sg=first.scaling, wide=accumulation_dtype(weight.dtype))
-        if A_LRI is not None:
-            f.A_IR, f.B_RO = A_LRI[i].T, sB_LOR[i].T
+        low_rank = {} if A_LRI is None else {"A_RI": A_LRI[i], "B_OR": sB_LOR[i]}
+        f = weight.factors = Factors.of(s=first.scaling, sg=first.scaling, wide=wide, **low_rank)
         if weight.magnitude:
             n = weight.facts.w2.sqrt() if A_LRI is None else weight.terms(A_LRI[i], pairs[i][1]).n
             frozen = weight.facts.frozen
             vectors, _ = gains(weight.m()[None], n[None], None if frozen is None else frozen[None], None, low)
             del vectors["g_minus_1" if "g_minus_1" in vectors else "per_m"]
-            f.gain = Factors(s=first.scaling, wide=f.wide, **{name: vector[0] for name, vector in vectors.items()})
+            f.gain = Factors.of(s=first.scaling, wide=f.wide, **{name: vector[0] for name, vector in vectors.items()})

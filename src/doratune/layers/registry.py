@@ -93,9 +93,9 @@ class Registry:
         if self.prepared == self.generation:
             return
         self.prepared = self.generation
-        old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.key[0] != self.generation]
-        for low in {one.factors.key[1] for one in old}:
-            self._prepare([one for one in old if one.factors.key[1] == low], low)
+        old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.generation != self.generation]
+        for low in {one.factors.low for one in old}:
+            self._prepare([one for one in old if one.factors.low == low], low)
 
     def leave(self) -> None:
         """It ends, also by an exception."""
@@ -104,9 +104,10 @@ class Registry:
     def current(self, weight, light: bool) -> int:
         """The generation that factors must be of, after a look where one is due."""
         here = self.here
+        if here.depth and self.steps == _steps and here.looked >= (LIGHT if light else FULL):
+            return self.generation
         if here.depth:
-            if self.steps != _steps or here.looked < (LIGHT if light else FULL):
-                self._look_to(None, light)
+            self._look_to(None, light)
         elif (task := torch._C._current_graph_task_id()) < 0 or not self._known(None, light):
             self._look_to(weight, light)
         elif here.task != task:
@@ -139,20 +140,22 @@ class Registry:
             if not watched.look():
                 self.generation += 1
                 return
-            now, of_W = watched.print(light), watched.print_of_W()
-            self._compare(weight, light, together(now, of_W), of_W)
-        self.prints[about, light] = self.generation, together(now, of_W), of_W
+            of_W = watched.print_of_W()
+            now = together(watched.print(light), of_W)
+            self._compare(weight, light, now, of_W)
+        self.prints[about, light] = self.generation, now, of_W
 
     def _compare(self, weight, light: bool, now, of_W) -> None:
         about = None if weight is None else id(weight)
-        weights = self.weights() if weight is None else [weight]
         _, before, W_before = self.prints.get((about, light), (None, None, None))
+        if self._known(about, light) and same(before, now):
+            return
+        weights = self.weights() if weight is None else [weight]
         if self._known(about, light):
-            if not same(before, now):
-                if not same(W_before, of_W):
-                    self._changed(weights)
-                self.generation += 1
-        elif any(one.factors is not None and one.factors.key[0] == self.generation for one in weights):
+            if not same(W_before, of_W):
+                self._changed(weights)
+            self.generation += 1
+        elif any(one.factors is not None and one.factors.generation == self.generation for one in weights):
             if not (self._known(about, False) or self._known(None, light) or self._known(None, False)):
                 self._changed(weights)  # nothing tells whether they are as they were
                 self.generation += 1
@@ -174,7 +177,7 @@ class Registry:
         if self.here.depth or torch._C._current_graph_task_id() >= 0:
             for other in self.weights():
                 f = other.factors
-                if other is not weight and other.asked and f is not None and f.key[0] != self.generation and f.key[1] == low:
+                if other is not weight and other.asked and f is not None and f.generation != self.generation and f.low == low:
                     batch.append(other)
         self._prepare(batch, low)
         weight.asked = True
@@ -187,9 +190,10 @@ class Registry:
                 self._changed(self.weights())
                 prepared.prepare(weights, low)
             for one in weights:
-                one.factors.key, one.factors.stamps = (self.generation, low), one.stamps()
+                f = one.factors
+                f.generation, f.low, f.stamps, f.storage = self.generation, low, one.stamps(), one.storage()
                 # what was read is held, so that its address stays its own
-                one.factors.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
+                f.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
                 one.preparations += 1
                 one.asked = False
 

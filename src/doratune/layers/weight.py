@@ -20,12 +20,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..bases import Base, accumulation_dtype
 from ..directions import Direction
 from ..math import compiled, decomposition, dora, norm
-from ..math.autograd import Call, Composed, flat, no_autocast
+from ..math.autograd import Call, Composed, flat, grad_enabled, modes, no_autocast
 from ..math.dora import Factors
+from .fingerprint import identity, tensor_in
 from .registry import LIGHT_TOKENS, Registry
 
 MAGNITUDES = {False: ("magnitude",), True: ("magnitude_delta", "magnitude_start")}
@@ -62,6 +64,8 @@ class AdaptedWeight:
     preparations: int = 0  # how often its factors were prepared
     factors: Factors | None = None
     asked: bool = False  # since the last preparation
+    own_product: bool = False  # the op may compute the base's product
+    plain: bool = False  # A, B and m are the parameters themselves, and the norm is a constant to the backward
     names: tuple[str, ...] = ()  # of its parameters: the direction's, then those behind m
     watched_names: tuple[str, ...] = ()  # of the layer's tensors that factors are made of, besides W
     _facts: tuple | None = None
@@ -70,6 +74,7 @@ class AdaptedWeight:
     _layer: object = None
 
     def __post_init__(self):
+        self.plain = self.direction.plain and not self.relative and not self.full_gradient
         self.names = (*self.direction.names, *(MAGNITUDES[self.relative] if self.magnitude else ()))
         if self.kind.prepares(self):
             self.watched_names = (*self.names, *((self.kind.bias_name,) if self.magnitude else ()))
@@ -83,6 +88,7 @@ class AdaptedWeight:
     def belongs_to(self, layer) -> None:
         """Make the layer known to the ops and to the others of its attachment."""
         self._layer = weakref.ref(layer)
+        self.own_product = self.kind.own_product(self, getattr(type(layer), "plain_class", type(layer)))
         self.handle.bind(self)
         self.registry.add(self)
 
@@ -245,14 +251,25 @@ class AdaptedWeight:
             return None
         return self.kind.home(self.layer)._parameters, self.kind.weight_name
 
-    def stamps(self) -> tuple:
-        """Addresses and versions of everything that factors are made of."""
-        stamps = []
-        for t in self.watched():
-            stamps += t.data_ptr(), 0 if t.is_inference() else t._version
-        if self.magnitude:
-            stamps.append(self.base.version(self.layer))
-        return tuple(stamps)
+    def stamps(self) -> list[tuple]:
+        """(holder, name, address, version) of everything that factors are made of."""
+        slots = [*self.slots(), *([slot] if (slot := self.frozen_slot()) else [])]
+        return [(*slot, *identity(tensor_in(slot))) for slot in slots]
+
+    def storage(self) -> tuple | None:
+        """What else tells that W is as it was, where it is no plain tensor."""
+        return self.base.version(self.layer) if self.magnitude and not self.base.writable else None
+
+    def is_as(self, f: Factors) -> bool:
+        """Is everything where it was when these factors were prepared, in the same version?"""
+        for holder, name, address, version in f.stamps:
+            t = holder[name] if type(holder) is dict else getattr(holder, name, None)
+            if t is None or t.is_inference():
+                if identity(t) != (address, version):
+                    return False
+            elif t.data_ptr() != address or t._version != version:
+                return False
+        return f.storage is None or f.storage == self.storage()
 
     def ready(self, low: torch.dtype, light: bool = False, again: bool = False) -> Factors:
         """The factors of calls in this compute dtype. light: few tokens without gradients, for which a light look is enough; again:
@@ -260,7 +277,7 @@ class AdaptedWeight:
         registry, f = self.registry, self.factors
         generation = registry.generation if again else registry.current(self, light)
         self.asked = True
-        if f is not None and f.key == (generation, low) and f.stamps == self.stamps():
+        if f is not None and f.generation == generation and f.low is low and self.is_as(f):
             return f
         return registry.prepare(self, low)
 
@@ -271,24 +288,36 @@ class AdaptedWeight:
 
         base: W (O, I) if `own`, whose product is then made here, else the base's output. which: only these rows of a packed weight,
         of which W and bias are slices. live: the parameters as autograd sees them, where they are not the layer's own."""
-        mask, keep = self._mask(x)
         if torch.compiler.is_compiling():
-            return compiled.compose(self, x, base, bias, mask, keep)
-        gradients = torch.is_grad_enabled() or mask is not None or torch.autograd.forward_ad._current_level >= 0
+            return compiled.compose(self, x, base, bias, *(self._mask(x) if self.dropout else (None, 1.0)))
+        return self.composed(x, base, bias, own, which, live)
+
+    def composed(self, x: Tensor, base: Tensor, bias: Tensor | None, own: bool = False, which=None, live=None) -> Tensor:
+        """`compose` in eager mode."""
+        mask, keep = self._mask(x) if self.dropout else (None, 1.0)
+        gradients = grad_enabled() or mask is not None or forward_ad._current_level >= 0
         f = self.ready(base.dtype, not gradients and x.numel() < LIGHT_TOKENS * x.shape[-1])
         if which is not None:
             f = f.rows(which)
         if bias is not None and f.bias is None and f.g is not None:
             f = f.with_bias(bias)
-        if gradients:
-            call = Call(self, f, own, mask, keep, which)
-            y = Composed.apply(x, base, bias, call, *(self.tensors() if live is None else live))
-        else:
-            fresh = own and f.passes is None and not torch._C._len_torch_dispatch_stack()
-            out = nn.functional.linear(x, base, bias) if own else base
-            with no_autocast(out.device):
-                y, _ = dora.forward(f, flat(x), flat(out), fresh=fresh and out.is_contiguous())
+        if not gradients:
+            return self._infer(f, x, base, bias, own)
+        call = f.call if own and mask is None and f.call is not None else Call(self, f, own, mask, keep, which)
+        f.call = call if own and mask is None else None
+        y = Composed.apply(x, base, bias, call, *(self.tensors() if live is None else live))
         return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def _infer(f: Factors, x: Tensor, base: Tensor, bias: Tensor | None, own: bool) -> Tensor:
+        """`compose` without anything kept."""
+        if not own:
+            with no_autocast(base.device):
+                return dora.forward(f, flat(x), flat(base))[0].view(base.shape)
+        out = nn.functional.linear(x, base, bias)
+        fresh = f.passes is None and not modes() and out.is_contiguous()
+        y, _ = dora.forward(f, flat(x), flat(out), fresh=fresh)
+        return out if fresh else y.view(out.shape)
 
     def rescale(self, out: Tensor, bias: Tensor | None = None, dim: int = -1, x: Tensor | None = None) -> Tensor:
         """out + (g − 1) ⊙ (out − bias), g along dimension `dim` of an output that holds the low-rank part already.
@@ -312,7 +341,7 @@ class AdaptedWeight:
     def _rescaled(self, out: Tensor, bias: Tensor | None, x: Tensor | None, low: torch.dtype, live=None) -> Tensor:
         if torch.compiler.is_compiling():
             return compiled.rescale(self, x, out, bias, low)
-        gradients = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+        gradients = torch.is_grad_enabled() or forward_ad._current_level >= 0
         f = self.ready(low, not gradients and out.numel() < LIGHT_TOKENS * out.shape[-1])
         if gradients:
             x = None if x is None else x.detach()

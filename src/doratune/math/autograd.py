@@ -1,7 +1,7 @@
 """The functions of `dora.py` as one autograd function, for eager mode: what is kept, and what a later operation may do to y.
 
 y itself is kept (its memory is often kept by a later operation anyway), but as an alias with a version counter of its own: a
-change in place is no error here, it is noticed by `VersionProbe`, and the base's output is then made again from x. A weight whose
+change in place is no error here, it is noticed (`mark`), and the base's output is then made again from x. A weight whose
 outputs are overwritten by kernels that autograd does not see has `overwritten` set: the base's output is kept then. There is no
 second derivative, no batched and no forward-mode gradient: each raises one line.
 
@@ -23,33 +23,29 @@ from . import norm
 from .dora import Factors, Kept, Needs, backward, forward
 
 
-class Call(NamedTuple):
-    """What a call is besides its tensors; `weight` is a `layers.weight.AdaptedWeight`."""
+class Call:
+    """What a call is besides its tensors.
 
-    weight: object
-    factors: Factors
-    own: bool = False
-    """Is the base's product made here?"""
-    mask: Tensor | None = None
-    keep: float = 1.0
-    which: slice | None = None
-    """Rows of a packed weight that the call is about."""
-    rescaled: bool = False
-    """The base's output holds the low-rank part already, or is the layer's input (on the input axis)."""
+    weight: a `layers.weight.AdaptedWeight`; factors: its prepared ones; own: is the base's product made here? mask, keep: which
+    inputs of the low-rank branch are kept, and their share; which: rows of a packed weight that the call is about; rescaled: the
+    base's output holds the low-rank part already, or is the layer's input (on the input axis)."""
 
-    @property
-    def gain(self) -> Factors:
-        """The factors that scale this output."""
-        return (self.factors.gain or self.factors) if self.rescaled else self.factors
+    __slots__ = ("factors", "keep", "known", "mask", "own", "rescaled", "weight", "which")
+
+    def __init__(self, weight, factors: Factors, own=False, mask: Tensor | None = None, keep=1.0, which=None, rescaled=False):
+        self.weight, self.own, self.mask, self.keep, self.which, self.rescaled = weight, own, mask, keep, which, rescaled
+        self.factors = (factors.gain or factors) if rescaled else factors
+        self.known: dict[tuple, Needs] = {}
 
     def wanted(self, needs_input_grad: tuple[bool, ...]) -> Needs:
-        weight, rank = self.weight, len(self.weight.direction.names)
-        need_x, need_out, _, _, *own = needs_input_grad
-        A, B = weight.direction.needs(tuple(own[:rank]))
-        m = self.gain.g is not None and (any(own[rank:]) or (weight.full_gradient and (A or B)))
-        if self.rescaled:
-            return Needs(False, need_out, A, B, m)
-        return Needs(need_x, need_x if self.own else need_out, A, B, m)
+        if needs_input_grad not in self.known:
+            weight, rank = self.weight, len(self.weight.direction.names)
+            need_x, need_out, _, _, *own = needs_input_grad
+            A, B = weight.direction.needs(tuple(own[:rank]))
+            m = self.factors.g is not None and (any(own[rank:]) or (weight.full_gradient and (A or B)))
+            x, out = (False, need_out) if self.rescaled else (need_x, need_x if self.own else need_out)
+            self.known[needs_input_grad] = Needs(x, out, A, B, m)
+        return self.known[needs_input_grad]
 
 
 class Composed(Function):
@@ -59,73 +55,84 @@ class Composed(Function):
     @staticmethod
     def forward(ctx, x, base, bias, call: Call, *tensors) -> Tensor:
         """x (…, I); base: W (O, I), frozen and in x's dtype, if `call.own`, else the base's output; tensors: the weight's own."""
-        weight, f, needs = call.weight, call.gain, call.wanted(ctx.needs_input_grad)
+        weight, f, needs = call.weight, call.factors, call.wanted(ctx.needs_input_grad)
         with no_autocast(base.device):
             out = torch.nn.functional.linear(x, base, bias) if call.own else base
             x_TI, out_TO = (None, out) if call.rescaled else (flat(x), flat(out))
             from_y = needs.m and needs.A and x_TI is not None and not weight.overwritten
             held = needs.m and not from_y
             # a mode may hold what a product returned, for a selective checkpoint
-            fresh = call.own and not held and f.passes is None and not torch._C._len_torch_dispatch_stack() and out.is_contiguous()
+            fresh = call.own and not held and f.passes is None and not modes() and out.is_contiguous()
             y, z = forward(f, x_TI, out_TO, call.mask, call.keep, fresh)
-        ctx.call, ctx.needs, ctx.from_y = call, needs, from_y
-        ctx.x_is, ctx.out_shape = None if x is None else (x.dtype, x.shape), None if call.own else base.shape
         result = out if fresh else y
         result = result.data if result._is_view() else result
-        ctx.probe = VersionProbe(result) if from_y else None
-        own_W = base if call.own else weight.base.weight(weight.layer) if weight.base.writable else None
         drowning = needs.m and f.drowned and x is not None
-        ctx.size = weight.registry.size_of(f, y if from_y else out_TO) if drowning else None
-        plain = from_y and f.care is None and not drowning and weight.direction.plain
-        later = not plain or weight.relative or weight.full_gradient
-        ctx.save_for_backward(
-            x if needs.A or drowning else None,
-            own_W,
-            z,
-            # `data`: the same memory with a version counter of its own, because a change in place is not an error here
-            y.data if from_y else out_TO if held else None,
-            *(tensors if later else ()),
-        )
+        size = weight.registry.size_of(f, y if from_y else out_TO) if drowning else None
+        plain = call.own and not held and f.care is None and size is None and weight.plain and call.which is None
+        shapes = None if x is None else x.dtype, None if x is None else x.shape, base.shape, ctx.needs_input_grad[2]
+        ctx.state = call, needs, from_y, plain, mark(result, f) if from_y else None, size, shapes
+        W = base if call.own else weight.base.weight(weight.layer) if weight.base.writable else None
+        # `data`: the same memory with a version counter of its own, because a change in place is not an error here
+        kept = result.data if from_y else out_TO if held else None
+        ctx.save_for_backward(x if needs.A or drowning else None, W, z, kept, *(() if plain else tensors))
         return result
 
     @staticmethod
     def backward(ctx, dY):
-        if torch.is_grad_enabled():
+        if grad_enabled():
             raise RuntimeError("adapted layers have no second derivative; call backward without create_graph=True")
-        if any(wrapped(dY) for wrapped in _WRAPPED):
+        if _is_wrapped(dY) or _is_batched(dY):
             raise RuntimeError("adapted layers take one output gradient at a time; do without is_grads_batched or vmap")
-        x, W, z, out, *tensors = ctx.saved_tensors
-        call, needs, f, from_y = ctx.call, ctx.needs, ctx.call.gain, ctx.from_y
-        weight, which = call.weight, call.which
-        with no_autocast(dY.device), weight.standing_in(tensors, W):
-            dY = dY if call.rescaled else flat(dY)
-            x_TI = x if x is None or call.rescaled else flat(x)
-            if from_y and ctx.probe.changed(out):
-                from_y, out = False, rest_of_base(weight, x_TI, f, which)
-                f = without_bias(f)
-            care = f.care if from_y else None
-            if ctx.size is not None:
-                care = weight.registry.care(ctx.size, care)
-            kept = Kept(x_TI, z, out, from_y, call.mask, call.keep, care)
+        call, needs, from_y, plain, probe, _, shapes = ctx.state
+        x, W, z, y, *tensors = ctx.saved_tensors
+        if not plain or (from_y and not unchanged(probe, y)) or any_autocast():
+            return general_backward(ctx, dY, x, W, z, y, tensors or call.weight.tensors())
+        if dY.dim() != 2:
+            dY, y = flat(dY), None if y is None else flat(y)
+        if x is not None and x.dim() != 2:
+            x = flat(x)
+        dx, dout, dA, dB, dm = backward(call.factors, needs, dY, Kept(x, z, y, from_y, call.mask, call.keep), None, None)
+        if dx is not None:
+            dx = dx.addmm_(dout, W)
+            dx = dx if len(shapes[1]) == 2 else dx.view(shapes[1])
+        dbias = dY.sum(0) if shapes[3] else None
+        if call.weight.magnitude:
+            return dx, None, dbias, None, dA, dB, dm
+        return dx, None, dbias, None, dA, dB
 
-            def low_B() -> Tensor:
-                B = weight.low_rank(tuple(tensors or weight.tensors()))[1].to(dY.dtype)
-                return B if which is None else B[which]
 
-            dx, dout, dA, dB, dm = backward(f, needs, dY, kept, PartOf(weight, which), low_B)
-            if call.own and needs.x:
-                dx = torch.mm(dout, W) if dx is None else dx.addmm_(dout, W)
-            c = f.g * dm * f.per_n if weight.full_gradient and dm is not None and (needs.A or needs.B) else None
-            if dx is not None:
-                dtype, x_shape = ctx.x_is
-                dx = (dx if dx.dtype == dtype else dx.to(dtype)).view(x_shape)
-            dbias = bias_gradient(call, f, dY) if ctx.needs_input_grad[2] else None
-            if which is not None:
-                dB, dm, c = (None if t is None else embedded(t, weight.shape[0], which) for t in (dB, dm, c))
-            if c is not None:
-                dA, dB = with_norm(weight, tensors, dY.dtype, c, dA, dB)
-            grads = weight.pull_back(tuple(tensors), dA, dB, dm, ctx.needs_input_grad[4:])
-        return dx, dout.view(ctx.out_shape) if ctx.needs_input_grad[1] and not call.own else None, dbias, None, *grads
+def general_backward(ctx, dY: Tensor, x, W, z, out, tensors) -> tuple:
+    """The gradients where something is out of the ordinary: rows that need care, y that was written to, a base's output that was
+    given, directions that make their factors, a norm that is differentiated, rows of a packed weight."""
+    call, needs, from_y, _, probe, size, (x_dtype, x_shape, out_shape, need_bias) = ctx.state
+    weight, which, f, tensors = call.weight, call.which, call.factors, tuple(tensors)
+    with no_autocast(dY.device), weight.standing_in(tensors, W):
+        dY = dY if call.rescaled else flat(dY)
+        x_TI = x if x is None or call.rescaled else flat(x)
+        out = out if out is None or call.rescaled else flat(out)
+        if from_y and not unchanged(probe, out):
+            from_y, out = False, rest_of_base(weight, x_TI, which)
+            f = without_bias(f)
+        care = f.care if from_y else None
+        care = care if size is None else weight.registry.care(size, care)
+
+        def low_B() -> Tensor:
+            B = weight.low_rank(tensors)[1].to(dY.dtype)
+            return B if which is None else B[which]
+
+        kept = Kept(x_TI, z, out, from_y, call.mask, call.keep, care)
+        dx, dout, dA, dB, dm = backward(f, needs, dY, kept, PartOf(weight, which), low_B)
+        if call.own and needs.x:
+            dx = torch.mm(dout, W) if dx is None else dx.addmm_(dout, W)
+        dx = None if dx is None else dx.to(x_dtype).view(x_shape)
+        dbias = bias_gradient(call, dY) if need_bias else None
+        c = f.g * dm * f.per_n if weight.full_gradient and dm is not None and (needs.A or needs.B) else None
+        if which is not None:
+            dB, dm, c = (None if t is None else embedded(t, weight.shape[0], which) for t in (dB, dm, c))
+        if c is not None:
+            dA, dB = with_norm(weight, tensors, dY.dtype, c, dA, dB)
+        grads = weight.pull_back(tensors, dA, dB, dm, ctx.needs_input_grad[4:])
+    return dx, dout.view(out_shape) if ctx.needs_input_grad[1] and not call.own else None, dbias, None, *grads
 
 
 class PartOf(NamedTuple):
@@ -138,7 +145,7 @@ class PartOf(NamedTuple):
         return self.weight.output_columns(x, rows if self.which is None else rows + self.which.start)
 
 
-def rest_of_base(weight, x_TI: Tensor, f: Factors, which: slice | None) -> Tensor:
+def rest_of_base(weight, x_TI: Tensor, which: slice | None) -> Tensor:
     """The base's output without bias (T, O), made again from x."""
     out = weight.forward_rows(x_TI)
     return out if which is None else out[:, which]
@@ -150,9 +157,9 @@ def without_bias(f: Factors) -> Factors:
     return part
 
 
-def bias_gradient(call: Call, f: Factors, dY: Tensor) -> Tensor:
+def bias_gradient(call: Call, dY: Tensor) -> Tensor:
     """Through `out` the bias gets g ⊙ dY, but it is never scaled: the rest, or all of it where the product was made here."""
-    across = (0, 2)[: dY.dim() - 1]
+    f, across = call.factors, (0, 2)[: dY.dim() - 1]
     if call.own:
         return dY.sum(across)
     total = dY.sum(across, dtype=f.wide)
@@ -178,35 +185,35 @@ def embedded(t: Tensor, rows: int, which: slice) -> Tensor:
     return whole
 
 
-class VersionProbe:
-    """Sees whether a tensor was written to, without keeping its memory.
+def mark(y: Tensor, f: Factors) -> tuple:
+    """What tells later whether y was written to, without keeping its memory: see `unchanged`.
 
-    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by a few bytes from all over
-    the tensor; elsewhere a look would make the host wait: there `overwritten` says that a model has kernels that write so."""
-
-    __slots__ = ("alias", "bytes", "version")
-
-    def __init__(self, t: Tensor):
-        self.alias = t.detach()
-        self.alias.data = t.new_empty(0)
-        self.version = 0 if t.is_inference() else self.alias._version
-        self.bytes = some_bytes(t)
-
-    def changed(self, t: Tensor) -> bool:
-        """t: the memory as it is now."""
-        return self.alias._version != self.version or some_bytes(t) != self.bytes
+    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by bytes from inside y, from
+    two places of a large one; elsewhere a look would make the host wait: there `overwritten` says that a model has such kernels."""
+    alias = y.detach()
+    alias.data = f.nothing
+    size = y.nbytes
+    seen = size >= 3 * BYTES and y.is_cpu and y.is_contiguous()
+    first = size // 3 if seen else None
+    second = 2 * first if seen and size >= LARGE_BYTES else None
+    before = (_bytes(y, first), None if second is None else _bytes(y, second)) if seen else None
+    return alias, 0 if y.is_inference() else alias._version, first, second, before
 
 
-PLACES, BYTES = 8, 16
+def unchanged(mark: tuple, y: Tensor) -> bool:
+    """y: the memory as it is now."""
+    alias, version, first, second, before = mark
+    if alias._version != version:
+        return False
+    return first is None or (_bytes(y, first) == before[0] and (second is None or _bytes(y, second) == before[1]))
 
 
-def some_bytes(t: Tensor) -> list[bytes] | None:
-    """Bytes from evenly spread places of a contiguous CPU tensor."""
-    size = t.nbytes
-    if t.device.type != "cpu" or size < PLACES * BYTES or not t.is_contiguous():
-        return None
-    start, step = t.data_ptr(), (size - BYTES) // (PLACES - 1)
-    return [ctypes.string_at(start + place * step, BYTES) for place in range(PLACES)]
+def _bytes(y: Tensor, offset: int) -> bytes:
+    return _string_at(y.data_ptr() + offset, BYTES)
+
+
+BYTES, LARGE_BYTES = 128, 2**14
+_string_at = ctypes.string_at
 
 
 class BaseGradient(Function):
@@ -223,7 +230,9 @@ class BaseGradient(Function):
         return dX.to(ctx.x_dtype).view(*dY.shape[:-1], dX.shape[-1]), dY, None
 
 
-_WRAPPED = (torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor)
+modes = torch._C._len_torch_dispatch_stack
+grad_enabled, any_autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def flat(x: Tensor) -> Tensor:
@@ -233,7 +242,7 @@ def flat(x: Tensor) -> Tensor:
 
 def no_autocast(device: torch.device):
     """Explicit dtypes rule in here, whatever the caller's autocast says."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    if any_autocast() and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
 

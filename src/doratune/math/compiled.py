@@ -104,7 +104,7 @@ def _compose(
     weight.calls += 1
     with weight.standing_in(tensors, W), no_autocast(out.device):
         call = _call(weight, bias, mask, keep, rescaled, low)
-        y, z = forward(call.gain, None if rescaled else _rows(x), out if rescaled else _rows(out), mask, keep)
+        y, z = forward(call.factors, None if rescaled else _rows(x), out if rescaled else _rows(out), mask, keep)
         y = y.view(out.shape).contiguous().data  # no view to autograd: a later operation may change it in place
     return y, out.new_empty(0, 0) if z is None else z
 
@@ -125,7 +125,7 @@ def _compose_backward(
     weight = weight_of(handle)
     with weight.standing_in(tensors, W), no_autocast(dY.device):
         call = _call(weight, bias, mask, keep, rescaled, low, again=True)
-        wanted, f, given = call.wanted((needs[0], needs[1], needs[2], False, *needs[3:])), call.gain, tuple(tensors)
+        wanted, f, given = call.wanted((needs[0], needs[1], needs[2], False, *needs[3:])), call.factors, tuple(tensors)
         shape, dY = dY.shape, dY if rescaled else _rows(dY)
         x_TI = None if x is None else x if rescaled else _rows(x)
         drowning = f.drowned and x is not None and wanted.m
@@ -141,7 +141,7 @@ def _compose_backward(
             dA, dB = with_norm(weight, given, low, f.g * dm * f.per_n, dA, dB)
         dx = None if dx is None else dx.to(x_dtype).view(*shape[:-1], in_features)
         dout = None if dout is None else dout.view(shape)
-        dbias = bias_gradient(call, f, dY).to(bias.dtype) if needs[2] else None
+        dbias = bias_gradient(call, dY).to(bias.dtype) if needs[2] else None
         grads = dx, dout, dbias, *weight.pull_back(given, dA, dB, dm, tuple(needs[3:]))
     places = None, None, bias, *tensors
     some = [torch.zeros_like(p) if g is None else g for g, p, need in zip(grads, places, needs, strict=True) if need]

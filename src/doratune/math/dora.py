@@ -49,34 +49,44 @@ def dora(W_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None, m: Tensor | Non
 class Factors:
     """What calls of one weight need of A, B, m and the bias, ready to use, in one compute dtype ("low").
 
-    A_IR (I, R) = Aᵀ and B_RO (R, O) = (s·g ⊙ B)ᵀ in the low dtype, None for magnitude only; sg = s·g (O, 1), or the number s:
+    A_IR (I, R) = Aᵀ and B_RO (R, O) = (s·g ⊙ B)ᵀ in the low dtype (and their transposes), None for magnitude only; sg = s·g (O, 1), or the number s:
     what turns P into dB. g = m/n, n, per_m = 1/m, per_n = 1/n (O,) in the wide dtype, None for LoRA; per_m and per_n are 0 on
     rows without direction. bias in the wide dtype, shift = (1 − g) ⊙ bias, or None; drowned: could it take an output's digits?
     g_minus_1 (O,) in the low dtype where no row needs more. care: indices of rows whose dm y cannot give, or None. gain: on the
     input axis, the factors of the scaled input, which has g and n. size: how far the bias stands above outputs, once somebody looked.
-    key, stamps, held: what they were prepared from.
+    generation, low, stamps, storage, held: what they were prepared from. call: the last `autograd.Call` with them, to be used again.
     """
 
-    __slots__ = (
-        "A_IR", "B_RO", "bias", "care", "drowned", "g", "g_minus_1", "gain", "held", "key", "n", "passes",
-        "per_m", "per_n", "s", "sg", "shift", "size", "stamps", "wide",
-    )  # fmt: skip
+    A_IR = A_RI = B_RO = B_OR = g = g_minus_1 = n = per_m = per_n = shift = bias = sg = s = wide = None
+    zero = one = nothing = care = gain = size = call = passes = None
+    generation = low = stamps = storage = held = None
+    drowned = False
 
     def __init__(self, **values):
-        for name in self.__slots__:
-            setattr(self, name, values.get(name))
+        self.__dict__.update(values)
+
+    @classmethod
+    def of(cls, A_RI: Tensor | None = None, B_OR: Tensor | None = None, **values) -> Factors:
+        """With the views and constants that calls need besides."""
+        f = cls(A_RI=A_RI, B_OR=B_OR, **values)
+        if f.g is not None:
+            f.zero, f.one = (constant(len(f.g), value, f.g.dtype, f.g.device) for value in (0.0, 1.0))
+        if A_RI is not None:
+            f.A_IR, f.B_RO, f.nothing = A_RI.T, B_OR.T, constant(0, 0.0, A_RI.dtype, A_RI.device)
+        return f
 
     def copy(self) -> Factors:
-        return Factors(**{name: getattr(self, name) for name in self.__slots__})
+        return Factors(**self.__dict__)
 
     def rows(self, which: slice) -> Factors:
         """The factors of some output rows of a packed weight."""
         part = self.copy()
-        part.size = None
-        for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "n"):
+        part.size = part.call = None
+        for name in ("g", "per_m", "per_n", "g_minus_1", "shift", "bias", "n", "zero", "one"):
             if (value := getattr(self, name)) is not None:
                 setattr(part, name, value[which])
-        part.B_RO = None if self.B_RO is None else self.B_RO[:, which]
+        if self.B_RO is not None:
+            part.B_RO, part.B_OR = self.B_RO[:, which], self.B_OR[which]
         part.sg = self.sg[which] if isinstance(self.sg, Tensor) else self.sg
         if self.care is not None:
             part.care = self.care[(self.care >= which.start) & (self.care < which.stop)] - which.start
@@ -86,6 +96,7 @@ class Factors:
     def with_bias(self, bias_O: Tensor) -> Factors:
         """The factors for a bias that is known to the call only."""
         part = self.copy()
+        part.call = None
         part.take_bias(bias_O)
         return part
 
@@ -125,11 +136,12 @@ def forward(f: Factors, x_TI: Tensor | None, out: Tensor, mask: Tensor | None = 
     fresh: `out` is the caller's own and may be overwritten. No autograd, no autocast."""
     if x_TI is None or f.A_IR is None:
         return (out if f.g is None else scale(f, out, fresh)), None
-    z_TR = torch.mm(dropped(x_TI if x_TI.dtype == out.dtype else x_TI.to(out.dtype), mask, keep), f.A_IR)
+    x_TI = x_TI if x_TI.dtype == out.dtype else x_TI.to(out.dtype)
+    z_TR = torch.mm(x_TI if mask is None else dropped(x_TI, mask, keep), f.A_IR)
     if f.g is None:
         return (out.addmm_ if fresh else out.addmm)(z_TR, f.B_RO), z_TR
     if f.passes is not None:
-        return f.passes.compose(out, f.g, f.shift, z_TR, f.B_RO.T), z_TR
+        return f.passes.compose(out, f.g, f.shift, z_TR, f.B_OR), z_TR
     return scale(f, out, fresh).addmm_(z_TR, f.B_RO), z_TR
 
 
@@ -139,10 +151,11 @@ def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> t
     W: `W.output_columns(x, rows)` is x·W[rows]ᵀ in the wide dtype, for rows in `kept.care`; low_B: () -> B (O, R) as the norm
     used it. No autograd, no autocast."""
     x_TI, z_TR, out_TO, from_y, mask, keep, care = kept
+    need_x, need_out, need_A, need_B, need_m = needs
     dx = dout = dA = dB = dm = P_OR = None
-    if z_TR is not None and (needs.B or (needs.m and not (from_y and care is None))):
+    if z_TR is not None and (need_B or (need_m and not (from_y and care is None))):
         P_OR = torch.mm(dY_TO.T, z_TR)
-    if needs.m:
+    if need_m:
         dout, dm = scale_backward(f, dY_TO, out_TO)
         if from_y:
             dm = dm * f.per_m
@@ -152,17 +165,20 @@ def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> t
             exact = column_dot(dY_TO.index_select(1, care), W.output_columns(x_TI, care), None)
             exact = exact if P_OR is None else exact + along_P(f, low_B(), P_OR)[care]
             dm[care] = exact * f.per_n[care]
-    elif needs.out:
+    elif need_out:
         dout = dY_TO if f.g is None else scale(_without_bias(f), dY_TO)
-    if z_TR is not None:
-        if needs.x or needs.A:
-            dZ_TR = torch.mm(dY_TO, f.B_RO.T)
-        if needs.A:
-            dA = torch.mm(dZ_TR.T, dropped(x_TI if x_TI.dtype == dY_TO.dtype else x_TI.to(dY_TO.dtype), mask, keep)).to(f.wide)
-        if needs.x:
-            dx = dropped(torch.mm(dZ_TR, f.A_IR.T), mask, keep)
-        if needs.B:
-            dB = P_OR * f.sg if isinstance(f.sg, Tensor) else P_OR.to(f.wide).mul_(f.sg)
+    if z_TR is None:
+        return dx, dout, dA, dB, dm
+    if need_x or need_A:
+        dZ_TR = torch.mm(dY_TO, f.B_OR)
+    if need_A:
+        x_TI = x_TI if x_TI.dtype == dY_TO.dtype else x_TI.to(dY_TO.dtype)
+        dA = torch.mm(dZ_TR.T, x_TI if mask is None else dropped(x_TI, mask, keep)).to(f.wide)
+    if need_x:
+        dx = torch.mm(dZ_TR, f.A_RI)
+        dx = dx if mask is None else dropped(dx, mask, keep)
+    if need_B:
+        dB = (P_OR if P_OR.dtype == f.wide else P_OR.to(f.wide)).mul_(f.sg)
     return dx, dout, dA, dB, dm
 
 
@@ -175,15 +191,15 @@ def scale(f: Factors, out: Tensor, fresh: bool = False) -> Tensor:
     """g ⊙ (out − bias) + bias in out's dtype, exactly `out` where g = 1: one operation. out (T, O) or (N, O, S).
 
     On CPU a low precision goes through the batch-norm kernel in evaluation form, which is this with g in fp32 and one rounding."""
-    flat, cpu = out.dim() == 2, out.device.type == "cpu"
-    if f.g_minus_1 is not None and f.shift is None and flat and cpu and len(out) < FEW_TOKENS:
+    flat = out.dim() == 2
+    if f.g_minus_1 is not None and f.shift is None and flat and out.is_cpu and len(out) < FEW_TOKENS:
         return out.addcmul_(out, f.g_minus_1) if fresh else torch.addcmul(out, out, f.g_minus_1)
-    if cpu and f.g.dtype != out.dtype:
+    if out.is_cpu and f.g.dtype != out.dtype:
         return _batch_norm(f, out, fresh and out.is_contiguous())
     g, shift = (f.g, f.shift) if flat else (f.g[:, None], None if f.shift is None else f.shift[:, None])
     if g.dtype == out.dtype and shift is None:
         return out.mul_(g) if fresh else out * g
-    shift = constant(1, 0.0, g.dtype, g.device) if shift is None else shift
+    shift = f.zero[:1] if shift is None else shift
     return torch.addcmul(shift, out, g, out=out if fresh else torch.empty_like(out))
 
 
@@ -191,33 +207,33 @@ def scale_backward(f: Factors, dY: Tensor, kept: Tensor) -> tuple[Tensor, Tensor
     """(g ⊙ dY in dY's dtype, Σ_T dY ⊙ (kept − bias) (O,) in the wide dtype)."""
     if f.passes is not None and dY.dim() == 2:
         return f.passes.compose_backward(dY, kept, f.g, f.bias)
-    low, cpu = dY.dtype != f.wide, dY.device.type == "cpu"
+    dtype = dY.dtype
     # in fp32 the kernel's sums run down the rows one by one
-    if not cpu or dY.dtype != kept.dtype or (not low and not FEW_TOKENS <= len(dY) <= MANY_TOKENS):
+    if not dY.is_cpu or dtype != kept.dtype or (dtype == f.wide and not FEW_TOKENS <= len(dY) <= MANY_TOKENS):
         return scale(_without_bias(f), dY), column_dot(dY, kept, f.bias)
-    mean, one = constant(len(f.g), 0.0, f.wide, dY.device) if f.bias is None else f.bias, constant(len(f.g), 1.0, f.wide, dY.device)
-    arguments = f.g, mean, one, None, None, False, 0.0, (True, True, False)
-    scaled, dot_O, _ = _norm_backward(channels(dY), channels(kept), *arguments)
+    mean = f.zero if f.bias is None else f.bias
+    scaled, dot_O, _ = _norm_backward(channels(dY), channels(kept), f.g, mean, f.one, None, None, False, 0.0, _BOTH)
     return rows(scaled), dot_O
 
 
-_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_norm_backward, _BOTH = torch.ops.aten.native_batch_norm_backward.default, (True, True, False)
 
 
 def _batch_norm(f: Factors, out: Tensor, fresh: bool) -> Tensor:
     """Output rows are channels, mean 0, variance 1, weight g, bias `shift`: 1024 × 1536 in bf16 take 0.16 ms on two cores."""
-    zero, one = (constant(len(f.g), value, f.g.dtype, f.g.device) for value in (0.0, 1.0))
-    shift = zero if f.shift is None else f.shift
+    shift = f.zero if f.shift is None else f.shift
     if not fresh:
-        return rows(torch.native_batch_norm(channels(out), f.g, shift, zero, one, False, 0.0, 0.0)[0])
-    view, none = channels(out), constant(0, 0.0, f.g.dtype, f.g.device)
-    torch.ops.aten.native_batch_norm.out(view, f.g, shift, zero, one, False, 0.0, 0.0, out=view, save_mean=none, save_invstd=none)
+        return rows(torch.native_batch_norm(channels(out), f.g, shift, f.zero, f.one, False, 0.0, 0.0)[0])
+    view, none = channels(out), f.zero[:0]
+    torch.ops.aten.native_batch_norm.out(
+        view, f.g, shift, f.zero, f.one, False, 0.0, 0.0, out=view, save_mean=none, save_invstd=none
+    )
     return out
 
 
 def _without_bias(f: Factors) -> Factors:
     """The same gain without a bias to leave alone: gradients have none."""
-    return f if f.shift is None else Factors(g=f.g, g_minus_1=f.g_minus_1)
+    return f if f.shift is None else Factors(g=f.g, g_minus_1=f.g_minus_1, wide=f.wide, zero=f.zero, one=f.one)
 
 
 def column_dot(a_TO: Tensor, b_TO: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -232,21 +248,25 @@ def column_dot(a_TO: Tensor, b_TO: Tensor, bias_O: Tensor | None) -> Tensor:
     return total
 
 
-def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+def dropped(x: Tensor, mask: Tensor, keep: float) -> Tensor:
     """x ⊙ mask / keep, in one operation."""
-    return x if mask is None else torch.ops.aten.native_dropout_backward.default(x, mask, 1.0 / keep)
+    return torch.ops.aten.native_dropout_backward.default(x, mask, 1.0 / keep)
 
 
 def channels(t_TO: Tensor) -> Tensor:
     """(1, O, T, 1) in channels-last order over the same memory: rows of t are positions, columns channels; (N, O, S) as it is."""
     if t_TO.dim() == 3:
         return t_TO.contiguous()
-    return t_TO.contiguous().T[None, :, :, None]
+    T, O = t_TO.shape
+    return (t_TO if t_TO.is_contiguous() else t_TO.contiguous()).as_strided((1, O, T, 1), (T * O, 1, O, O))
 
 
 def rows(t_1OT1: Tensor) -> Tensor:
-    """`channels` undone. Not a view to autograd: a later operation may change it in place."""
-    return t_1OT1 if t_1OT1.dim() == 3 else t_1OT1.view(t_1OT1.shape[1:3]).T.data
+    """`channels` undone."""
+    if t_1OT1.dim() == 3:
+        return t_1OT1
+    _, O, T, _ = t_1OT1.shape
+    return t_1OT1.as_strided((T, O), (O, 1))
 
 
 @lru_cache(maxsize=64)
