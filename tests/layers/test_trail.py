@@ -1,6 +1,7 @@
 """How much code one needs to read to follow a call: what a plain layer's forward and backward enter, files and lines counted.
 
-One DoRA layer of nn.Linear in a small model, eager, with the preparation that an optimizer step makes necessary.
+One DoRA layer of nn.Linear in a small model, eager: the layer's call; and a model's forward and backward after an optimizer step,
+with the look at its parameters and the preparation of their factors.
 """
 
 import ast
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from twins import moved
 
 import doratune
 
 PACKAGE = Path(doratune.__file__).resolve().parent
 FILES, LINES = 8, 300
+WHOLE_FILES, WHOLE_LINES = 13, 650
 
 
 @cache
@@ -70,21 +71,35 @@ class Trail:
         return "\n".join([total, *(f"{n:4d} {file}: {name}" for (file, name, _), n in sorted(functions.items()))])
 
 
-def walked(bias, dtype=torch.float32, method="dora"):
-    """The trail of one forward and backward after an optimizer step."""
+def walked(bias, dtype=torch.float32, method="dora", whole=True):
+    """The trail of one forward and backward; whole: of the model, after an optimizer step, else of its layers alone."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24, bias=bias), nn.GELU(), nn.Linear(24, 24, bias=bias), nn.GELU(), nn.Linear(24, 24)).to(
         dtype
     )
-    moved(doratune.attach(model, doratune.AdapterConfig(rank=4, targets=["0", "2"], method=method)))
+    doratune.attach(model, doratune.AdapterConfig(rank=4, targets=["0", "2"], method=method))
+    with torch.no_grad():
+        for _, layer in doratune.adapters(model):
+            layer.lora_B.normal_(0, 0.01)  # nothing out of the ordinary
+            if bias:
+                layer.bias.mul_(0.1)
     optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-3))
     x = torch.randn(16, 24).to(dtype)
     for _ in range(2):
         model(x).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    with Trail() as trail:
+    trail = Trail()
+    if whole:
+        with trail:
+            y = model(x)
+    else:
+        model(x)
+        for _, layer in doratune.adapters(model):
+            layer.register_forward_pre_hook(lambda *_: trail.__enter__() and None)
+            layer.register_forward_hook(lambda *_: trail.__exit__())
         y = model(x)
+    with trail:
         y.backward(torch.ones_like(y))
     assert trail.code
     return trail
@@ -94,9 +109,12 @@ def walked(bias, dtype=torch.float32, method="dora"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_a_short_trail(method, bias, dtype):
-    trail = walked(bias, dtype, method)
+    trail = walked(bias, dtype, method, whole=False)
     assert len(trail.files) <= FILES, str(trail)
     assert sum(trail.functions.values()) <= LINES, str(trail)
+    trail = walked(bias, dtype, method)
+    assert len(trail.files) <= WHOLE_FILES, str(trail)
+    assert sum(trail.functions.values()) <= WHOLE_LINES, str(trail)
 
 
 def test_the_count_itself():

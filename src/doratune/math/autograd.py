@@ -39,9 +39,9 @@ class Call:
 
     def wanted(self, needs_input_grad: tuple[bool, ...]) -> Needs:
         if needs_input_grad not in self.known:
-            weight, rank = self.weight, len(self.weight.direction.names)
+            weight, rank = self.weight, len(self.weight.direction.tensors)
             need_x, need_out, _, _, *own = needs_input_grad
-            A, B = weight.direction.needs(tuple(own[:rank]))
+            A, B = own[:rank] if weight.direction.plain and rank else weight.direction.needs(tuple(own[:rank]))
             m = self.factors.g is not None and (any(own[rank:]) or (weight.full_gradient and (A or B)))
             x, out = (False, need_out) if self.rescaled else (need_x, need_x if self.own else need_out)
             self.known[needs_input_grad] = Needs(x, out, A, B, m)
