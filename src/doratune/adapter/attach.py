@@ -114,13 +114,13 @@ def attach_selection(
         raise
     whole.cover_readers(model)
     fastpath.close(model)
-    _watch(model, record)
+    watch(model)
     return model
 
 
-def _watch(model: nn.Module, record: Attachment) -> None:
+def watch(model: nn.Module) -> None:
     """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
-    module, registry = model, record.registry
+    module, registry = model, record_of(model).registry
     while True:
         if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
             module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
@@ -131,7 +131,8 @@ def _watch(model: nn.Module, record: Attachment) -> None:
         module = holding[0]
 
 
-def _unwatch(model: nn.Module) -> None:
+def unwatch(model: nn.Module) -> None:
+    """Undo `watch`: while merged or detached, forwards cost nothing."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Begin | End)]:
@@ -261,7 +262,7 @@ def detach(model: nn.Module) -> nn.Module:
     for _, module in list(adapters(model)):
         take_off(module)
     fastpath.reopen(model)
-    _unwatch(model)
+    unwatch(model)
     whole.give_back(model, record.replaced)
     for path, buffer in record.buffers.items():
         model.get_buffer(path).copy_(buffer)

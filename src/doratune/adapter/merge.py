@@ -20,7 +20,7 @@ from ..layers.weight import AdaptedWeight
 from ..math.autograd import no_autocast
 from ..math.dora import dora
 from . import whole
-from .attach import adapters, put_on, record_of, take_off
+from .attach import adapters, put_on, record_of, take_off, unwatch, watch
 from .stored import Stored
 
 KEEP = ("cpu", "device", "none")
@@ -68,6 +68,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                     _restore(layer_at(model, name), stored)
             raise
     record.merged, record.wide = merged, whole.narrow(model)
+    unwatch(model)
     fastpath.reopen(model)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
@@ -89,6 +90,7 @@ def unmerge(model: nn.Module) -> None:
         _restore(layer_at(model, name), stored)
     whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
+    watch(model)
     fastpath.close(model)
 
 
