@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.attach import Common, adapt, take_off
+from ..adapter.layer import Common, adapt, take_off
 from ..adapter.merge import checked_norm, merged_tiles
 from ..adapter.targets import Selection
 from ..config import AdapterConfig

@@ -9,6 +9,7 @@ methods there are. Files in this folder are found by themselves; a direction of 
     vera.py       VeRA: frozen shared factors, two trained vectors
     products.py   LoHa and LoKr
     starts.py     PiSSA, OLoRA, LoftQ: values of other starts than B = 0
+    checks.py     what is wrong with a declaration
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, listed
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -172,13 +173,6 @@ def too_large(shape: tuple[int, int], rank: int) -> str | None:
     return f"rank {rank} is larger than its smaller side, {min(shape)}" if 0 < min(shape) < rank else None
 
 
-RESERVED = ("weight", "bias", "magnitude", "magnitude_delta", "magnitude_start", "adapted", "scaling", "embedding_A", "embedding_B")
-"""Names that an adapted layer or an adapter file gives to something else."""
-
-OF_FILES = ("lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
-"""The same in a file."""
-
-
 def register(direction: Direction) -> Direction:
     """Make a direction known under its method names; one of the same name, if it was registered too, is replaced.
 
@@ -186,9 +180,11 @@ def register(direction: Direction) -> Direction:
         UserError: a declaration that is impossible; the direction and the tensor or method are named.
     """
     if not isinstance(direction, Direction) or not isinstance(getattr(direction, "name", None), str):
-        raise UserError(f"{direction!r} is no direction: register an instance of a subclass of doratune.directions.Direction with a name")
+        raise UserError(f"{direction!r} is no direction: expected an instance of a doratune.directions.Direction with a name")
     where = f"direction {direction.name!r}"
-    if problem := _not_defined(direction) or _tensor_problem(direction) or _method_problem(direction):
+    from .checks import not_defined, tensor_problem
+
+    if problem := not_defined(direction) or tensor_problem(direction) or _method_problem(direction):
         raise UserError(f"{where}: {problem}")
     unregister(direction.name)
     _directions().update(dict.fromkeys(direction.methods, direction))
@@ -199,30 +195,6 @@ def unregister(name: str) -> None:
     """Forget a direction that was registered; those of this folder stay."""
     for method in [method for method, other in _directions().items() if other.name == name and not _is_built_in(other)]:
         del _known[method]
-
-
-def _not_defined(direction: Direction) -> str | None:
-    missing = [name for name in ("first", "factors") if getattr(getattr(direction, name), "__isabstractmethod__", False)]
-    if missing == ["first"] and type(direction).create is not Direction.create:
-        return None
-    return f"it does not define {listed(missing)}; see doratune.directions.Direction" if missing else None
-
-
-def _tensor_problem(direction: Direction) -> str | None:
-    from torch import nn
-
-    names, files = list(direction.names), list(file_names(direction).values())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        return f"two tensors are called {listed(twice)}; give each a name of its own"
-    bare = [declared.name for declared in direction.tensors if declared.shape is None]
-    if bare and type(direction).shapes is Direction.shapes:
-        return f"{listed(bare)} has no shape; declare shape=lambda O, I, R: (...)"
-    if clash := [name for name in names if name in RESERVED or "." in name or hasattr(nn.Module(), name)]:
-        return f"a tensor cannot be called {listed(clash)}; the layer uses that name itself"
-    taken = [file for file in files if file.removesuffix(".weight") in OF_FILES]
-    if wrong := sorted({file for file in files if files.count(file) > 1} | set(taken)):
-        return f"in a file, {listed(wrong)} would be two things; give each tensor an in_file of its own"
-    return None
 
 
 def _method_problem(direction: Direction) -> str | None:
