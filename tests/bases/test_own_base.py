@@ -15,21 +15,11 @@ from doratune import AdapterConfig, UserError, bases
 from doratune.bases.quantized import QuantizedBase
 
 
-class Int8(nn.Module):
-    def __init__(self, linear):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.store(linear)
-
+class Packed:
     def store(self, linear):
-        self.bias, (codes, scale) = linear.bias, self.packed(linear.weight.detach())
+        self.bias, (codes, scale) = linear.bias, packed(linear.weight.detach())
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-
-    @staticmethod
-    def packed(weight):
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        return (weight / scale).round().to(torch.int8), scale
 
     def rows(self, which=slice(None)):
         return self.codes[which] * self.scale[which]
@@ -38,15 +28,23 @@ class Int8(nn.Module):
         return nn.functional.linear(x, self.rows(), self.bias)
 
 
-class Int8Linear(nn.Linear):
-    """The same as a subclass of nn.Linear, which keeps no `weight`."""
-
-    packed, store, rows, forward = staticmethod(Int8.packed), Int8.store, Int8.rows, Int8.forward
-
+class Int8(Packed, nn.Module):
     def __init__(self, linear):
-        super().__init__(*linear.weight.shape[::-1], device="meta")
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.store(linear)
+
+
+class Int8Linear(Packed, nn.Linear):
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         del self.weight
         self.store(linear)
+
+
+def packed(weight):
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
 
 
 class Int8Base(QuantizedBase):
@@ -55,9 +53,6 @@ class Int8Base(QuantizedBase):
 
     def dtype(self, module):
         return module.scale.dtype
-
-    def device(self, module):
-        return module.codes.device
 
     def held(self, module):
         return module.codes, module.scale
@@ -72,7 +67,7 @@ class Int8Base(QuantizedBase):
         return None
 
     def requantized(self, module, weight_OI):
-        module.codes, module.scale = Int8.packed(weight_OI)
+        module.codes, module.scale = packed(weight_OI)
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +110,7 @@ def test_it_starts_exact_trains_and_computes_dora(cls, axis):
 @pytest.mark.parametrize("cls", [Int8, Int8Linear])
 def test_saved_loaded_merged_copied(cls, tmp_path):
     model, layer, x = attached(cls)
-    for one in (layer, model[2]):
-        grid.move(one)
+    grid.move(layer), grid.move(model[2])
     y = model(x)
     assert torch.equal(copy.deepcopy(model)(x), y)
     torch.save(model, file := io.BytesIO())
@@ -151,6 +145,5 @@ def test_layers_inside_a_model_are_found_and_lost_with_the_storage():
     ({"name": None}, "has no name of its own"),
 ])  # fmt: skip
 def test_incomplete_storages_are_one_line(attributes, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message + "[^\n]*$"):
         bases.add(type("Broken", (Int8Base,), {"name": "broken"} | attributes))
-    assert "\n" not in str(caught.value)

@@ -71,10 +71,9 @@ def trained(method="ddiag", steps=20):
 @pytest.mark.parametrize("method", ["diag", "ddiag"])
 def test_it_trains_and_computes_its_formula(method):
     model, layer, x, losses, before = trained(method)
-    assert losses[-1] < losses[0]
     moved = {name for name, p in layer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"diag_b", "diag_B"} | ({"magnitude"} if method == "ddiag" else set())
-    assert (before["diag_b"] == 0.25).all()
+    assert losses[-1] < losses[0] and (before["diag_b"] == 0.25).all()
     V = layer.weight + layer.scaling * layer.diag_B @ torch.diag(layer.diag_b) @ layer.diag_A
     W = V if method == "diag" else V * (layer.magnitude / V.norm(dim=1))[:, None]
     torch.testing.assert_close(model(x), nn.functional.linear(x, W, layer.bias), rtol=1e-5, atol=1e-5)
@@ -97,7 +96,8 @@ def test_groups_inspect_and_verify():
 
 def test_saved_loaded_merged_copied(tmp_path):
     model, layer, x, *_ = trained()
-    assert torch.equal(copy.deepcopy(model)(x), y := model(x))
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
     torch.save(model, file := io.BytesIO())
     assert torch.equal(torch.load(io.BytesIO(file.getvalue()), weights_only=False)(x), y)
     doratune.save(model, tmp_path)
@@ -144,6 +144,6 @@ def declared(**attributes):
 ])  # fmt: skip
 def test_impossible_declarations_are_one_line(attributes, message):
     known = list(directions.METHODS)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message + "[^\n]*$"):
         directions.register(declared(**attributes))
-    assert "\n" not in str(caught.value) and list(directions.METHODS) == known
+    assert list(directions.METHODS) == known

@@ -37,6 +37,9 @@ class QuantizedBase(Base):
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
 
+    def device(self, module: nn.Module) -> torch.device:
+        return self.held(module)[0].device
+
     def version(self, module: nn.Module) -> tuple:
         return identity(self.held(module))
 
