@@ -80,8 +80,7 @@ def attached(cls=Int8, **settings):
     """(a model of two such layers, its first layer, an input)."""
     torch.manual_seed(0)
     model = nn.Sequential(cls(nn.Linear(10, 13)), nn.Tanh(), cls(nn.Linear(13, 6)))
-    doratune.attach(model, AdapterConfig(**{"rank": 3, "alpha": 5.0} | settings))
-    return model, model[0], torch.randn(80, 10)
+    return doratune.attach(model, AdapterConfig(rank=3, alpha=5.0, **settings)), model[0], torch.randn(80, 10)
 
 
 @pytest.mark.parametrize("cls", [Int8, Int8Linear])
@@ -129,12 +128,13 @@ def test_saved_loaded_merged_copied(cls, tmp_path):
 
 
 def test_layers_inside_a_model_are_found_and_lost_with_the_storage():
-    model = tiny_llama(layers=1)
+    model, config = tiny_llama(layers=1), AdapterConfig(rank=2, targets=["down_proj"])
     model.model.layers[0].mlp.down_proj = Int8(model.model.layers[0].mlp.down_proj)
-    doratune.detach(doratune.attach(model, AdapterConfig(rank=2, targets=["down_proj"])))
+    newer = bases.add(type("Newer", (Int8Base,), {"name": "int8 rows"}))  # takes the other's place
+    assert [type(layer.adapted.base) for _, layer in doratune.adapters(doratune.attach(model, config))] == [newer]
     bases.remove("int8 rows")
     with pytest.raises(UserError, match="is a Int8, which has no adapter"):
-        doratune.attach(model, AdapterConfig(rank=2, targets=["down_proj"]))
+        doratune.attach(doratune.detach(model), config)
 
 
 @pytest.mark.parametrize(("attributes", "message"), [
