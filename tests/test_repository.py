@@ -180,16 +180,13 @@ def shelf(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name != "__pycache__"]
 
 
-WITHOUT_INDEX = {"layers", "math", "directions", "bases", "adapter", "bench"}
-"""Folders whose `__init__.py` does not list its files."""
-
-
-@pytest.mark.parametrize("folder", sorted({room(p) for p in FILES if p.parent != SOURCE} - WITHOUT_INDEX))
+@pytest.mark.parametrize("folder", sorted({room(p) for p in FILES if p.parent != SOURCE}))
 def test_every_folder_says_what_is_inside(folder):
-    """The docstring of `__init__.py` has a line for each file, and for no other."""
+    """The docstring of `__init__.py` has a line for each file and folder, and for no other."""
     docstring = ast.get_docstring(ast.parse((SOURCE / folder / "__init__.py").read_text(encoding="utf-8")))
-    named = re.findall(r"^ *(\w+\.\w+) {3,}\S", docstring, re.MULTILINE)
-    assert sorted(named) == sorted(set(shelf(SOURCE / folder)) - {"__init__.py"})
+    named = re.findall(r"^ *(\w+(?:\.\w+|/)) {3,}\S", docstring, re.MULTILINE)
+    inside = {name + "/" * (SOURCE / folder / name).is_dir() for name in shelf(SOURCE / folder)}
+    assert sorted(named) == sorted(inside - {"__init__.py"})
 
 
 def test_recipes_are_valid_and_say_what_to_expect():

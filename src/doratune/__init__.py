@@ -23,7 +23,7 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_PACKAGES = ("analysis", "baselines", "bases")
+_PACKAGES = ("analysis", "baselines", "bases", "directions")
 __all__ = sorted([*_HOME, *_PACKAGES])
 
 

@@ -69,7 +69,7 @@ class AdapterConfig:
     """Keep the base's output for m's gradient, not the layer's own (which costs no memory where a later operation keeps it): for
     models whose kernels write over a layer's output unseen by autograd. None: found at attach (Liger, Unsloth)."""
     direction_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings that a direction of your own declares."""
+    """Settings that the method's direction declares, by name; what is not given has the declared default (`setting`)."""
     seed: int = 0
     """Seed of A. Each module draws from its own generator, so that order and global state do not change the start."""
 
@@ -111,8 +111,9 @@ class AdapterConfig:
             for name, idle in (("magnitude_only", ()), ("magnitude_from", "base"), ("magnitude_form", "direct")):
                 if getattr(self, name) != idle:
                     raise UserError(f"{name} needs a method with a magnitude; set method: {with_magnitude} or drop {name}")
-        if self.start != "zero" and self.direction != "lora":
-            raise UserError(f"start is {self.start!r}, which is for method lora or dora; drop it or change method {self.method!r}")
+        if self.start not in direction_of(self.method).starts:
+            able = " or ".join(name for name in METHODS if self.start in direction_of(name).starts)
+            raise UserError(f"start is {self.start!r}, which is for method {able}; drop it or change method {self.method!r}")
         if not direction_of(self.method).overrides and (self.rank_overrides or self.alpha_overrides):
             raise UserError(f"method {self.method} shares its factors, all of one rank; drop rank_overrides and alpha_overrides")
         known = direction_of(self.method).settings
@@ -126,6 +127,10 @@ class AdapterConfig:
             raise UserError(f"keep_base_output is {self.keep_base_output!r}; expected true, false, or nothing")
         if not _is_number(self.norm_memory, int) or self.norm_memory < 0:
             raise UserError(f"norm_memory is {self.norm_memory!r}; expected a number of bytes, 0 for none")
+
+    def setting(self, name: str) -> Any:
+        """The value of one of the settings that the method's direction declares."""
+        return {**direction_of(self.method).settings, **self.direction_settings}[name]
 
     @property
     def has_magnitude(self) -> bool:

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from doratune import AdapterConfig
+from doratune import AdapterConfig, directions
 from doratune.cli.arguments import parse
 from doratune.cli.inspect import InspectSettings
-from doratune.config import METHODS
 from doratune.errors import UserError
 from doratune.support.fields import documentation, with_settings_of
 from doratune.training.recipe import TrainRecipe
@@ -69,7 +68,7 @@ def test_every_adapter_setting_is_documented_where_it_is_offered():
             assert f"    {f.name}: {texts[f.name]}" in cls.__doc__
             declared = f.default_factory() if f.default is dataclasses.MISSING else f.default
             assert getattr(cls(), f.name) == (list(declared) if isinstance(declared, tuple) else declared)
-            assert "tuple" not in offered[f.name].type and "Mapping" not in offered[f.name].type
+            assert "tuple" not in str(offered[f.name].type) and "Mapping" not in str(offered[f.name].type)
 
 
 def test_own_settings_stay_and_follow():
@@ -95,11 +94,19 @@ def test_own_settings_stay_and_follow():
     assert Settings().rank_overrides is not Settings().rank_overrides
 
 
-def test_methods_registered_at_run_time_are_methods_of_a_recipe(monkeypatch):
+@pytest.fixture
+def mine():
+    class Mine(type(directions.direction_of("lora"))):
+        name = "mine"
+        methods = {"mine": False, "dmine": True}
+
+    yield directions.register(Mine())
+    directions.unregister("mine")
+
+
+def test_methods_registered_at_run_time_are_methods_of_a_recipe(mine):
     from doratune.comparison.recipe import CompareRecipe
 
-    monkeypatch.setitem(METHODS, "dmine", ("mine", True))
-    monkeypatch.setitem(METHODS, "mine", ("mine", False))
     recipe, _ = parse(TrainRecipe, ["--method", "dmine", "--data", "x"], "train", "")
     recipe.check()
     assert recipe.adapter().direction == "mine" and recipe.adapter().has_magnitude

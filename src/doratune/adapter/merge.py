@@ -20,7 +20,8 @@ from ..layers.weight import AdaptedWeight
 from ..math.autograd import no_autocast
 from ..math.dora import dora
 from . import whole
-from .attach import adapters, put_on, record_of, take_off
+from .attach import adapters, record_of, unwatch, watch
+from .layer import put_on, take_off
 from .stored import Stored
 
 KEEP = ("cpu", "device", "none")
@@ -68,6 +69,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                     _restore(layer_at(model, name), stored)
             raise
     record.merged, record.wide = merged, whole.narrow(model)
+    unwatch(model)
     fastpath.reopen(model)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
@@ -89,6 +91,7 @@ def unmerge(model: nn.Module) -> None:
         _restore(layer_at(model, name), stored)
     whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
+    watch(model)
     fastpath.close(model)
 
 
@@ -185,7 +188,7 @@ def _dtype(module: Adapted, common: torch.dtype | None, quantized: str) -> torch
 
 @torch.no_grad()
 def merged_tiles(weight: AdaptedWeight, n: Tensor | None):
-    """(rows, W' rows in fp32) tile by tile: `math.dora.dora` on A and B rounded as the unmerged forward in W's dtype rounds them."""
+    """(rows, W' rows in fp32) tile by tile: `math.dora.dora` on A and B as the unmerged forward in W's dtype rounds them."""
     low, m, frozen = weight.dtype, weight.m(), weight.facts.frozen
     wide = torch.float64 if low == torch.float64 else torch.float32
     A, B = (None if t is None else t.to(low).to(wide) for t in weight.low_rank())

@@ -50,8 +50,8 @@ def magnitude_and_start(weight: AdaptedWeight, config, seed: int, name: str, ori
         W = original_weight(original, name, weight.shape, config)
         w2 = decomposition.squared_norms(_tiles(W, w2.dtype), len(w2), weight.axis, w2.dtype, w2.device)
     elif weight.rank and config.start == "loftq":
-        A, B = (t.to(weight.dtype) for t in (weight.layer.lora_A, weight.layer.lora_B))
-        return weight.terms(A, B).n
+        A, B = weight.low_rank()
+        return weight.terms(A.to(weight.dtype), B.to(weight.dtype)).n
     return w2.sqrt()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .attach import become
+from ..layers.adapted import become
 
 _CURRENT = ("training", "forward", "_old_forward")
 """Attributes that are taken from the layer as it is when it is put back."""

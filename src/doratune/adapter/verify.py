@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError, listed
 from ..layers.adapted import become, own_parameters
-from .attach import adapters, never_trained, record_of
+from .attach import adapters, record_of
+from .layer import never_trained
 
 
 @dataclass

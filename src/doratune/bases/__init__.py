@@ -1,8 +1,8 @@
 """Where a frozen weight lives, one file a storage: what the maths and merging ask of it is `Base`.
 
 A base sees every layer kind as one matrix W (O, I). Nothing else in the package reads a weight, and nobody asks for a storage's
-name: what it can do is declared. Files in this folder are found by themselves; a storage of your own is made known with `add`,
-a module of which only the forward is known with `register`.
+name: what it can do is declared. Files in this folder are found by themselves; a storage of your own is made known with `add`
+(`tests/bases/test_own_base.py` has one, docs/layers.md explains it), a module of which only the forward is known with `register`.
 
     dense.py          plain tensors
     quantized.py      what quantized storages share: row tiles, a trial of the forward
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,12 @@ TILE_NUMBERS = 2**20
 
 
 class Base:
-    """What a frozen weight offers. `module` is the adapted layer. Subclasses declare and override."""
+    """What a frozen weight offers. `module` is the adapted layer. Subclasses declare and override; what is abstract they must."""
 
     name: str
+    modules: tuple[type[nn.Module], ...] = ()
+    """Classes of linear layers whose weight it holds, nn.Linear's or not: with `in_features`, `out_features` and a forward
+    x·Wᵀ + bias. Or `matches` is overridden."""
     rank = 50
     """Storages are asked in this order; the first that matches holds the weight."""
     writable = False
@@ -48,25 +53,35 @@ class Base:
         """The storage of this module's weight, or None."""
         return cls(kind) if cls.matches(kind, module) else None
 
-    @staticmethod
-    def matches(kind, module: nn.Module) -> bool:
-        raise NotImplementedError
+    @classmethod
+    def matches(cls, kind, module: nn.Module) -> bool:
+        return kind.may_be_quantized and isinstance(module, cls.modules)
 
+    @classmethod
+    def makes_linear(cls, module: nn.Module) -> bool:
+        """Is this a linear layer, also where it is no nn.Linear?"""
+        return isinstance(module, cls.modules)
+
+    @abstractmethod
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(O, I) as the maths sees it."""
         raise NotImplementedError
 
+    @abstractmethod
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype in which products with W are computed."""
         raise NotImplementedError
 
+    @abstractmethod
     def device(self, module: nn.Module) -> torch.device:
         raise NotImplementedError
 
+    @abstractmethod
     def version(self, module: nn.Module) -> tuple:
         """A value that changes when W does: what was derived from W is kept under it."""
         raise NotImplementedError
 
+    @abstractmethod
     def held(self, module: nn.Module) -> object:
         """What keeps W's memory its own while something derived from W is kept."""
         raise NotImplementedError
@@ -75,14 +90,17 @@ class Base:
         """Is W itself being trained?"""
         return False
 
+    @abstractmethod
     def forward_rows(self, module: nn.Module, rows_KI: Tensor) -> Tensor:
         """rows · Wᵀ (K, O): the layer's own forward, bias off, autocast off, in W's dtype."""
         raise NotImplementedError
 
+    @abstractmethod
     def backward_rows(self, module: nn.Module, rows_KO: Tensor) -> Tensor:
         """rows · W (K, I): the layer's own input gradient for K rows."""
         raise NotImplementedError
 
+    @abstractmethod
     def row_tiles(self, module: nn.Module, rows: Tensor | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
         """(which rows, those rows of W in fp32 or fp64), tile by tile; all rows, or those in the index `rows`."""
         raise NotImplementedError
@@ -113,31 +131,45 @@ class Base:
 _added: list[type[Base]] = []
 """Storages of a user's own: which kinds there are, not what a model uses."""
 
-_NEEDED = ("shape", "dtype", "device", "version", "held", "forward_rows", "backward_rows", "row_tiles")
-
 
 def add(storage: type[Base]) -> type[Base]:
-    """Make a storage known; it is asked before all others. Also a decorator.
+    """Make a storage known; it is asked before all others. Also a decorator. One that was added under the same name is replaced.
 
     Raises:
         UserError: something that every storage needs is not defined; it is named.
     """
+    if not isinstance(storage, type) or not issubclass(storage, Base):
+        raise UserError(f"{storage!r} is no storage: expected a subclass of doratune.bases.Base")
     where = f"storage {getattr(storage, 'name', storage.__name__)!r}"
-    if not getattr(storage, "name", None):
-        raise UserError(f"{where} has no name; set the class attribute name")
-    if missing := [name for name in ("matches", *_NEEDED) if getattr(storage, name) is getattr(Base, name)]:
+    if not isinstance(vars(storage).get("name"), str):
+        raise UserError(f"{where} has no name of its own; set the class attribute name")
+    missing = [name for name in dir(storage) if getattr(getattr(storage, name), "__isabstractmethod__", False)]
+    if not storage.modules and all(_function(storage, name) is _function(Base, name) for name in ("matches", "of")):
+        missing.insert(0, "modules")
+    if missing:
         raise UserError(f"{where} does not define {', '.join(missing)}; see doratune.bases.Base")
-    if any(known.name == storage.name and known is not storage for known in (*_added, *_built_in())):
+    if any(known.name == storage.name for known in _built_in()):
         raise UserError(f"{where}: there is a storage of that name; choose another")
-    if storage not in _added:
-        _added.append(storage)
+    remove(storage.name)
+    _added.append(storage)
     return storage
 
 
-def _built_in() -> list[type[Base]]:
+def _function(storage: type[Base], name: str):
+    method = getattr(storage, name)
+    return getattr(method, "__func__", method)
+
+
+def remove(name: str) -> None:
+    """Forget a storage that was added; layers that have it keep it."""
+    _added[:] = [storage for storage in _added if storage.name != name]
+
+
+@cache
+def _built_in() -> tuple[type[Base], ...]:
     """The storages of this folder, in the order in which they are asked."""
     modules = [importlib.import_module(f".{info.name}", __name__) for info in pkgutil.iter_modules(__path__)]
-    return sorted((s for module in modules for s in getattr(module, "STORAGES", ())), key=lambda storage: storage.rank)
+    return tuple(sorted((s for module in modules for s in getattr(module, "STORAGES", ())), key=lambda storage: storage.rank))
 
 
 def base_of(kind, module: nn.Module) -> Base | None:
@@ -146,10 +178,13 @@ def base_of(kind, module: nn.Module) -> Base | None:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Is this a linear layer of which only the forward is known to PyTorch?"""
-    from . import hqq, opaque
+    """Is this a linear layer, although it is no nn.Linear: one that some storage says is?"""
+    return any(storage.makes_linear(module) for storage in (*_added, *_built_in()))
 
-    return hqq.is_hqq(module) or opaque.storage_of(module) is not None
+
+def identity(tensors) -> tuple:
+    """Changes when one of the tensors is another one or was written to."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in tensors)
 
 
 def register(matches, *, rows=None, exact_forward: bool = True, name: str = "registered") -> None:

@@ -26,11 +26,6 @@ def _weight_class(module: nn.Module) -> str:
     return type(weight).__name__ if type(weight).__module__.startswith("bitsandbytes.") else ""
 
 
-def _identity(*tensors: Tensor) -> tuple:
-    """Changes when one of the tensors is another one or was written to."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in tensors)
-
-
 class Bnb4bit(QuantizedBase):
     name = "bitsandbytes 4 bit"
 
@@ -59,7 +54,7 @@ class Bnb4bit(QuantizedBase):
         return module.weight.device
 
     def version(self, module: nn.Module) -> tuple:
-        return _identity(*self.held(module)), self.dtype(module)
+        return super().version(module), self.dtype(module)
 
     def held(self, module: nn.Module) -> tuple[Tensor, ...]:
         state = self.state(module)
@@ -145,9 +140,6 @@ class Bnb8bit(QuantizedBase):
 
     def device(self, module: nn.Module) -> torch.device:
         return module.weight.device
-
-    def version(self, module: nn.Module) -> tuple:
-        return _identity(*self.held(module))
 
     def held(self, module: nn.Module) -> tuple[Tensor, ...]:
         return module.weight.data, self.scales(module)

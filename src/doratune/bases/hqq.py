@@ -53,6 +53,10 @@ class HQQBase(OpaqueBase):
     def of(cls, kind, module: nn.Module) -> HQQBase | None:
         return cls(kind) if kind.may_be_quantized and is_hqq(module) else None
 
+    @classmethod
+    def makes_linear(cls, module: nn.Module) -> bool:
+        return is_hqq(module)
+
     def ready(self, module: nn.Module) -> str | None:
         return None if getattr(module, "meta", None) is not None else "its weight is not quantized yet; call its initialize() first"
 

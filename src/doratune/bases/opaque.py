@@ -105,6 +105,10 @@ class OpaqueBase(QuantizedBase):
         storage = storage_of(module) if kind.may_be_quantized else None
         return None if storage is None else cls(kind, storage)
 
+    @classmethod
+    def makes_linear(cls, module: nn.Module) -> bool:
+        return storage_of(module) is not None
+
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """What holds W: the module's parameters and buffers, without its bias."""
         found = {**module._parameters, **module._buffers}
@@ -122,10 +126,6 @@ class OpaqueBase(QuantizedBase):
 
     def device(self, module: nn.Module) -> torch.device:
         return next((t.device for t in self.tensors(module).values()), torch.device("cpu"))
-
-    def version(self, module: nn.Module) -> tuple:
-        held = self.held(module)
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in held)
 
     def held(self, module: nn.Module) -> tuple[Tensor, ...]:
         return tuple(t.detach() for t in self.tensors(module).values())

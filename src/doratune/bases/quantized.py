@@ -12,12 +12,13 @@ Cost: the trial is one forward of 4 rows and one tile; a product from tiles dequ
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from . import TILE_NUMBERS, Base, accumulation_dtype
+from . import TILE_NUMBERS, Base, accumulation_dtype, identity
 
 INEXACT = 1e-2
 """Relative error of the forward against the row tiles from which on it is not used for U."""
@@ -36,6 +37,18 @@ class QuantizedBase(Base):
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
 
+    def device(self, module: nn.Module) -> torch.device:
+        return self.held(module)[0].device
+
+    def version(self, module: nn.Module) -> tuple:
+        return identity(self.held(module))
+
+    @abstractmethod
+    def held(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """The tensors that hold W."""
+        raise NotImplementedError
+
+    @abstractmethod
     def rows(self, module: nn.Module, which: Tensor | slice) -> Tensor:
         """Those rows of W (K, I), in any floating dtype."""
         raise NotImplementedError

@@ -38,7 +38,7 @@ class TorchaoBase(QuantizedBase):
         return module.weight.device
 
     def version(self, module: nn.Module) -> tuple:
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.held(module)), self.device(module)
+        return super().version(module), self.device(module)
 
     def held(self, module: nn.Module) -> tuple[Tensor, ...]:
         return tuple(inner_tensors(module.weight))

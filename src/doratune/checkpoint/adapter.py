@@ -59,7 +59,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     whole = model.state_dict(keep_vars=True) | record.wide
     for name in record.also_train:
         tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
-    write_tensors(folder / TENSORS, {file_key(key): t for key, t in tensors.items()})
+    write_tensors(folder / TENSORS, {file_key(key, direction_of(config.method)): t for key, t in tensors.items()})
     write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
@@ -150,7 +150,7 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
-    tensors = {parse_key(key): t for key, t in read_tensors(folder / TENSORS).items()}
+    tensors = {parse_key(key, direction_of(config.method)): t for key, t in read_tensors(folder / TENSORS).items()}
     return config, raw, tensors
 
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..adapter.attach import adapters, record_of
 from ..adapter.targets import ALL_LAYERS, ALL_LINEAR, Selection, name_matches, select
 from ..config import AdapterConfig
-from ..directions import direction_for, direction_of
+from ..directions import Direction, direction_for, direction_of
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
 from ..support.files import read_tensors
 from . import peft
-from .tensors import SHARED, Key, expected, fitted, of_file
+from .tensors import Key, expected, fitted, of_file
 
 STARTS = "doratune_starts.safetensors"
 """m₀ of relative magnitudes, which decay pulls m to."""
@@ -88,14 +88,16 @@ def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tupl
 def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
     """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
     shapes = needed(model, config, selection)
-    shared = [("", name) for name in SHARED] if direction_of(config.method).peft_type == peft.VERA_TYPE else []
+    direction = direction_of(config.method)
+    shared = [("", name) for name in direction.shared_names]
     problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
     problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
     for key, shape in shapes.items():
         if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
             problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
-    if shared:
-        problems += _shared_problems(tensors, config, [shape for key, shape in needed_sizes(model, selection).items()])
+    sizes = list(needed_sizes(model, selection).values())
+    if problem := direction.shared_problem(shared_of(tensors, direction), sizes, config.rank):
+        problems.append(problem)
     if raw.get("peft_type") == peft.PEFT_TYPE:
         problems += peft.filter_problems({name: layer_at(model, name) for name in selection.ranks})
     if problems:
@@ -108,20 +110,6 @@ def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:
     return {name: tuple(kind_of(modules[name]).base(modules[name]).shape(modules[name])[-2:]) for name in selection.ranks}
 
 
-def _shared_problems(tensors, config: AdapterConfig, sizes: list[tuple[int, int]]) -> list[str]:
-    """What is wrong with VeRA's pair in a file; none at all is drawn from the seed."""
-    names = [name for name in SHARED if ("", name) in tensors]
-    if len(names) == 1:
-        return [f"{next(name for name in SHARED if name not in names)} is missing beside {names[0]}"]
-    if not names or not sizes:
-        return []
-    rows, columns = (max(size[i] for size in sizes) for i in (0, 1))
-    A, B = (tuple(tensors["", name].shape) for name in SHARED)
-    if len(A) == len(B) == 2 and A[0] == B[1] == config.rank and A[1] >= columns and B[0] >= rows:
-        return []
-    return [f"vera_A {A} and vera_B {B} do not fit; the model needs ({config.rank}, {columns}) and ({rows}, {config.rank})"]
-
-
 def _shown(key: tuple[str, str]) -> str:
     return ".".join(part for part in key if part)
 
@@ -131,7 +119,7 @@ def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
     """Copy checked tensors into an attached model."""
     record = record_of(model)
     for name, module in adapters(model):
-        put_layer(name, module, tensors, shared_pair(tensors))
+        put_layer(name, module, tensors)
     for name in record.also_train:
         for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
             t.detach().copy_(tensors["", f"{name}.{key}"])
@@ -151,14 +139,14 @@ def put_starts(model: nn.Module, folder: Path) -> None:
             layer.adapted.changed()
 
 
-def shared_pair(tensors: dict[Key, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """VeRA's frozen A (R, max I) and B (max O, R), where the file has them."""
-    return tuple(tensors["", name] for name in SHARED) if all(("", name) in tensors for name in SHARED) else None
+def shared_of(tensors: dict[Key, Tensor], direction: Direction) -> dict[str, Tensor]:
+    """What the layers share (VeRA's frozen pair), as far as the file has it."""
+    return {name: tensors["", name] for name in direction.shared_names if ("", name) in tensors}
 
 
 @torch.no_grad()
-def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=None) -> None:
-    """Copy one layer's checked tensors into its parameters; shared: VeRA's frozen pair, where the file has it."""
+def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor]) -> None:
+    """Copy one layer's checked tensors into its parameters, and what it shares with others."""
     a = module.adapted
     shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
     values = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
@@ -170,6 +158,6 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor], shared=N
         own["magnitude_delta"].copy_(torch.where((m > 0) & (m0 > 0), m / m0, 1.0).log())
     elif a.magnitude:
         own["magnitude"].copy_(values["magnitude"])
-    if shared is not None:
-        a.direction.take_shared(dict(zip(SHARED, shared, strict=True)))
+    if shared := shared_of(tensors, a.direction):
+        a.direction.take_shared(shared)
     a.changed()

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter.attach import Common, adapt
+from ..adapter.layer import Common, adapt, take_off
 from ..adapter.merge import checked_norm, merged_tiles
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
+from ..directions import all_shared
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
@@ -25,8 +26,7 @@ from ..layers.registry import Registry
 from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import read_folder
-from .fitting import check, put_layer, resolve, shared_pair
-from .tensors import SHARED
+from .fitting import check, put_layer, resolve
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LEFT_BEHIND = {INDEX, "adapter_config.json", "doratune.json"}
@@ -126,7 +126,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
             f"{folder} names its tensors otherwise: no weight found for {listed(missing)}; load the model, "
             "doratune.load the adapter, doratune.merge and save_pretrained instead"
         )
-    whole = {key: t for (name, key), t in tensors.items() if not name and key not in SHARED}
+    whole = {key: t for (name, key), t in tensors.items() if not name and key not in all_shared()}
     replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
     untied = {peer: stored_key for peer, key in untied.items() if (stored_key := _key_in(key, keys, prefix))}
@@ -183,20 +183,23 @@ def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | N
 def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """W' of one module, computed in the wider of the base's dtype and the result's."""
     module = plan.skeleton.get_submodule(name)
-    key = kind_of(module).weight_name
-    empty = getattr(module, key)
+    kind, own = kind_of(module), module._parameters
+    empty, bias = own[kind.weight_name], own.get(kind.bias_name)
     if weight.shape != empty.shape:
-        raise UserError(f"{name}.{key} has shape {tuple(weight.shape)} in the checkpoint, its config says {tuple(empty.shape)}")
+        key = kind.key(name)
+        raise UserError(f"{key} has shape {tuple(weight.shape)} in the checkpoint, its config says {tuple(empty.shape)}")
     wide = torch.promote_types(weight.dtype, dtype)
-    setattr(module, key, nn.Parameter(weight.to(wide, copy=True), requires_grad=False))
+    own[kind.weight_name] = nn.Parameter(weight.to(wide, copy=True), requires_grad=False)
+    own |= {kind.bias_name: None} if bias is not None else {}  # which is on the meta device, and not asked
     adapt(module, name, plan.config, plan.selection.ranks[name], plan.selection.alphas[name], trainable=False, common=plan.common)
-    put_layer(name, module, plan.tensors, shared_pair(plan.tensors))
+    put_layer(name, module, plan.tensors)
     adapted = module.adapted
     n = checked_norm(name, adapted)
     for rows, tile in merged_tiles(adapted, n):
         adapted.base.write_rows(module, rows, tile)
-    result = getattr(module, key).data
-    setattr(module, key, empty)
+    take_off(module)  # what was derived keeps the weight alive
+    result = own[kind.weight_name].data
+    own |= {kind.weight_name: empty} | ({kind.bias_name: bias} if bias is not None else {})
     return result
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapter.targets import ALL_LAYERS, ALL_LINEAR
 from ..config import AdapterConfig
-from ..directions import direction_of
+from ..directions import direction_for, direction_of
 from ..errors import UserError, listed
 
 PEFT_TYPE, VERA_TYPE, OWN_TYPE = "LORA", "VERA", "DORATUNE"
@@ -83,16 +83,17 @@ def filter_problems(modules: dict) -> list[str]:
 
 
 def as_written(config: AdapterConfig) -> AdapterConfig:
-    """What adapter_config.json says of a configuration: an offset start is a LoRA of twice the rank."""
-    if config.start not in ("pissa", "olora"):
+    """What adapter_config.json says of a configuration: an offset start is a LoRA of twice the rank (`file_rank`)."""
+    times = direction_for(config, config.rank).file_rank
+    if times == 1:
         return config
-    factor = 2**0.5 if config.rank_scaling == "rslora" else 2
+    factor = times**0.5 if config.rank_scaling == "rslora" else times
     return replace(
         config,
         start="zero",
-        rank=2 * config.rank,
+        rank=times * config.rank,
         alpha=factor * config.alpha,
-        rank_overrides={name: 2 * rank for name, rank in config.rank_overrides.items()},
+        rank_overrides={name: times * rank for name, rank in config.rank_overrides.items()},
         alpha_overrides={name: factor * alpha for name, alpha in config.alpha_overrides.items()},
     )
 

@@ -16,10 +16,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..directions import Direction, all_tensors
+from ..directions import Direction, all_shared, file_names
 
 PREFIX = "base_model.model."
-SHARED = ("vera_A", "vera_B")
 
 _OF_KINDS = {
     "magnitude": "lora_magnitude_vector",
@@ -29,29 +28,29 @@ _OF_KINDS = {
 """Names in a file besides those that directions declare."""
 
 
-def _spellings() -> dict[str, str]:
+def _spellings(direction: Direction) -> dict[str, str]:
     """Parameter → its name in a file."""
-    return {declared.name: declared.in_file or declared.name for declared in all_tensors()} | _OF_KINDS
+    return file_names(direction) | _OF_KINDS
 
 
 Key = tuple[str, str]
 """(module, parameter); ("", key) for tensors of no adapted module."""
 
 
-def file_key(key: Key) -> str:
+def file_key(key: Key, direction: Direction) -> str:
     name, parameter = key
     if not name:
-        return f"base_model.{parameter}" if parameter in SHARED else PREFIX + parameter
-    return f"{PREFIX}{name}.{_spellings().get(parameter, parameter)}"
+        return f"base_model.{parameter}" if parameter in all_shared() else PREFIX + parameter
+    return f"{PREFIX}{name}.{_spellings(direction).get(parameter, parameter)}"
 
 
-def parse_key(key: str) -> Key:
+def parse_key(key: str, direction: Direction) -> Key:
     """A key in the file → (module, parameter). Both spellings of the magnitude are read: `lora_magnitude_vector` and
     `lora_magnitude_vector.weight`."""
-    if (shared := key.removeprefix("base_model.").removesuffix(".default")) in SHARED:
+    if (shared := key.removeprefix("base_model.").removesuffix(".default")) in all_shared():
         return "", shared
     key = key.removeprefix(PREFIX)
-    names = {spelled.removesuffix(".weight"): name for name, spelled in _spellings().items()}
+    names = {spelled.removesuffix(".weight"): name for name, spelled in _spellings(direction).items()}
     if match := re.match(rf"^(.*)\.({'|'.join(map(re.escape, names))})(?:\.default)?(?:\.weight)?$", key):
         return match[1], names[match[2]]
     return "", key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")

@@ -2,23 +2,26 @@
 
 A direction declares its tensors (`Tensors`), its method names and its settings, and offers the two factors A (K, I) and B (O, K) of
 ΔV = s·B·A. Everything else in the package asks the declaration: what is trained, what LoRA+ speeds up, what a file holds, which
-methods there are. Files in this folder are found by themselves; a direction of your own is made known with `register`.
+methods there are. Files in this folder are found by themselves; a direction of your own is made known with `register`
+(`tests/directions/test_own_direction.py` is one, docs/layers.md explains it).
 
     lora.py       A and B; none (magnitude only); an offset start, [A − A₀; A₀] and [B, B − B₀]
     vera.py       VeRA: frozen shared factors, two trained vectors
     products.py   LoHa and LoKr
     starts.py     PiSSA, OLoRA, LoftQ: values of other starts than B = 0
+    checks.py     what is wrong with a declaration
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, listed
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +32,8 @@ class Declared:
     """One tensor of a direction."""
 
     name: str
-    shape: Callable[[int, int, int], tuple[int, ...]] | None
-    """(O, I, R) -> its shape."""
+    shape: Callable[[int, int, int], tuple[int, ...]] | None = None
+    """(O, I, R) -> its shape; None where the direction overrides `shapes`."""
     trained: bool = True
     output_factor: bool = False
     """Starts at 0 on the output's side: takes LoRA+'s rate."""
@@ -39,18 +42,23 @@ class Declared:
 
 
 class Direction:
-    """Subclasses declare; what they override is documented here. Instances have no state of a model, but for `for_model`'s."""
+    """Subclasses declare; what they override is documented here, and `first` and `factors` they must. Instances have no state of a
+    model, but for `for_model`'s."""
 
     name: str
     methods: Mapping[str, bool] = {}
     """Method name → with a magnitude?"""
     tensors: tuple[Declared, ...] = ()
     settings: Mapping[str, Any] = {}
-    """Names and defaults of what `AdapterConfig.direction_settings` may hold."""
+    """Names and defaults of what `AdapterConfig.direction_settings` may hold; `for_model` reads them: `config.setting(name)`."""
     scaled = True
     """Is ΔV multiplied by s = alpha / rank? Else s = 1."""
     overrides = True
     """May modules have ranks of their own?"""
+    starts: tuple[str, ...] = ("zero",)
+    """Which values of `AdapterConfig.start` it has."""
+    shared_names: tuple[str, ...] = ()
+    """Names of tensors that all layers of an attachment share, of which a file holds one copy."""
     peft_type: str | None = None
     """PEFT's name for folders of this direction; None: PEFT has none."""
     peft_kinds: tuple[str, ...] = ()
@@ -73,7 +81,9 @@ class Direction:
         return tuple(declared.name for declared in self.tensors if declared.output_factor)
 
     def for_model(self, config, shapes: list[tuple[int, int]]) -> Direction:
-        """The direction of one attachment; shapes: (O, I) of all its layers. For what layers share, and for other starts."""
+        """The direction of one attachment: itself, or another instance with settings, with what layers share, for another start.
+
+        shapes: (O, I) of all its layers; empty where only names and shapes of tensors are asked for."""
         return self
 
     def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
@@ -84,6 +94,7 @@ class Direction:
         """K, the rank of the pair of factors."""
         return rank
 
+    @abstractmethod
     def first(self, name: str, size: tuple[int, ...], shape: tuple[int, int], dtype, generator) -> Tensor:
         """The first value of one tensor on the CPU; together they give ΔV = 0. Drawn from the generator in the declared order."""
         raise NotImplementedError
@@ -96,6 +107,7 @@ class Direction:
         for name, size in self.shapes(shape, rank).items():
             register_tensor(module, name, self.first(name, size, shape, dtype, generator), device)
 
+    @abstractmethod
     def factors(self, tensors: tuple[Tensor, ...], shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """(A (K, I), B (O, K)), differentiable in the trained ones of `tensors`, which come in the declared order."""
         raise NotImplementedError
@@ -143,7 +155,11 @@ class Direction:
         return {}
 
     def take_shared(self, tensors: dict[str, Tensor]) -> None:
-        """Take shared tensors from a file."""
+        """Take shared tensors from a file: those of `shared_names` that it has."""
+
+    def shared_problem(self, tensors: dict[str, Tensor], shapes: list[tuple[int, int]], rank: int) -> str | None:
+        """Why shared tensors of a file do not fit layers of these shapes, or None."""
+        return None
 
 
 def register_tensor(module: nn.Module, name: str, value: Tensor | None, device) -> None:
@@ -158,26 +174,45 @@ def too_large(shape: tuple[int, int], rank: int) -> str | None:
 
 
 def register(direction: Direction) -> Direction:
-    """Make a direction known under its method names.
+    """Make a direction known under its method names; one of the same name, if it was registered too, is replaced.
 
     Raises:
         UserError: a declaration that is impossible; the direction and the tensor or method are named.
     """
-    names = [declared.name for declared in direction.tensors]
-    where = f"direction {getattr(direction, 'name', type(direction).__name__)!r}"
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{where}: two tensors are called {listed(twice)}; give each a name of its own")
-    if bare := [declared.name for declared in direction.tensors if declared.trained and declared.shape is None]:
-        raise UserError(f"{where}: {listed(bare)} is trained but has no shape; declare shape=lambda O, I, R: (...)")
-    reserved = ("weight", "bias", "magnitude", "magnitude_delta", "magnitude_start", "adapted", "scaling")
-    if clash := [name for name in names if name in reserved or "." in name]:
-        raise UserError(f"{where}: a tensor cannot be called {listed(clash)}; the layer uses that name itself")
+    if not isinstance(direction, Direction) or not isinstance(getattr(direction, "name", None), str):
+        raise UserError(f"{direction!r} is no direction: expected an instance of a doratune.directions.Direction with a name")
+    where = f"direction {direction.name!r}"
+    from .checks import not_defined, tensor_problem
+
+    if problem := not_defined(direction) or tensor_problem(direction) or _method_problem(direction):
+        raise UserError(f"{where}: {problem}")
+    unregister(direction.name)
+    _directions().update(dict.fromkeys(direction.methods, direction))
+    return direction
+
+
+def unregister(name: str) -> None:
+    """Forget a direction that was registered; those of this folder stay."""
+    for method in [method for method, other in _directions().items() if other.name == name and not _is_built_in(other)]:
+        del _known[method]
+
+
+def _method_problem(direction: Direction) -> str | None:
+    if not direction.methods:
+        return "it has no method; declare methods = {'its_name': False, 'with_a_magnitude': True}"
     for method in direction.methods:
         other = _directions().get(method)
-        if other is not None and other.name != direction.name:
-            raise UserError(f"{where}: method {method!r} belongs to direction {other.name!r}; choose another name")
-    _known.update(dict.fromkeys(direction.methods, direction))
-    return direction
+        if other is not None and (other.name != direction.name or _is_built_in(other)):
+            return f"method {method!r} belongs to direction {other.name!r}; choose another name"
+    from .lora import NONE, OFFSET
+
+    if direction.name in {other.name for other in (*_directions().values(), NONE, OFFSET) if _is_built_in(other)}:
+        return "there is a direction of that name; choose another"
+    return None
+
+
+def _is_built_in(direction: Direction) -> bool:
+    return type(direction).__module__.startswith(__name__ + ".")
 
 
 _known: dict[str, Direction] = {}
@@ -225,9 +260,13 @@ def direction_for(config, rank: int, shapes: list[tuple[int, int]] = ()) -> Dire
     return direction_of(config.method).for_model(config, list(shapes))
 
 
-def all_tensors() -> Iterator[Declared]:
-    """Every tensor that any direction declares, once by name."""
-    from .lora import NONE, OFFSET
+def file_names(direction: Direction) -> dict[str, str]:
+    """Tensor → its name in an adapter file, of this direction's layers and of those that train their magnitude alone."""
+    from .lora import LORA
 
-    known = {id(direction): direction for direction in (*_directions().values(), NONE, OFFSET)}
-    yield from {declared.name: declared for direction in known.values() for declared in direction.tensors}.values()
+    return {declared.name: declared.in_file or declared.name for one in (LORA, direction) for declared in one.tensors}
+
+
+def all_shared() -> set[str]:
+    """What layers of any direction share, as a file has it."""
+    return {name for direction in _directions().values() for name in direction.shared_names}

@@ -26,6 +26,7 @@ class LoRADirection(Direction):
     name = "lora"
     methods = {"lora": False, "dora": True}
     tensors = (_A, _B)
+    starts = ("zero", "pissa", "olora", "loftq")
     plain = True
     peft_type = "LORA"
     peft_kinds = KINDS

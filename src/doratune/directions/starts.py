@@ -4,8 +4,8 @@
     olora    s·B₀·A₀ = Q·R of W's QR factorization, R columns of Q (OLoRA)
     loftq    s·B₀·A₀ = the leading triples of W − Q(W): what quantization lost (LoftQ, one iteration)
 
-PiSSA and OLoRA train A and B from A₀, B₀ and take s·B₀·A₀ out of the frozen weight; here it is taken out of ΔV (`lora.py`). LoftQ adds
-its start to the quantized weight; m then starts at the norm of W + ΔV (`adapter/start.py`), so that g = 1 in every case.
+PiSSA and OLoRA train A and B from A₀, B₀ and take s·B₀·A₀ out of the frozen weight; here it is taken out of ΔV (`lora.py`). LoftQ
+adds its start to the quantized weight; m then starts at the norm of W + ΔV (`adapter/start.py`), so that g = 1 in every case.
 
 Cost: products of W with R + 10 vectors from row tiles, never a dense copy; while training, twice LoRA's low-rank work for the
 first two.

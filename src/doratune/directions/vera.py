@@ -70,6 +70,7 @@ class VeRADirection(Direction):
     )
     scaled = False
     overrides = False
+    shared_names = ("vera_A", "vera_B")
     peft_type = "VERA"
     peft_kinds = ("Linear", "Conv1D")
 
@@ -104,12 +105,23 @@ class VeRADirection(Direction):
         return True
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        return dict(zip(SHARED, self.shared.get(torch.device("cpu"), torch.float32), strict=True))
+        return dict(zip(self.shared_names, self.shared.get(torch.device("cpu"), torch.float32), strict=True))
 
     def take_shared(self, tensors: dict[str, Tensor]) -> None:
-        if all(name in tensors for name in SHARED):
-            self.shared.give(*(tensors[name] for name in SHARED))
+        if len(tensors) == len(self.shared_names):
+            self.shared.give(*(tensors[name] for name in self.shared_names))
+
+    def shared_problem(self, tensors, shapes, rank) -> str | None:
+        """One of the pair alone, or one that is too small; none at all is drawn from the seed."""
+        if not tensors or not shapes:
+            return None
+        if missing := [name for name in self.shared_names if name not in tensors]:
+            return f"{missing[0]} is missing beside {next(iter(tensors))}"
+        rows, columns = (max(shape[i] for shape in shapes) for i in (0, 1))
+        A, B = (tuple(tensors[name].shape) for name in self.shared_names)
+        if len(A) == len(B) == 2 and A[0] == B[1] == rank and A[1] >= columns and B[0] >= rows:
+            return None
+        return f"vera_A {A} and vera_B {B} do not fit; the model needs ({rank}, {columns}) and ({rows}, {rank})"
 
 
-SHARED = ("vera_A", "vera_B")
 DIRECTIONS = (VeRADirection(),)

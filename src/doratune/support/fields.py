@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from functools import cache
@@ -38,7 +39,7 @@ def with_settings_of(source: type, after: str | None = None) -> Callable[[type[T
         annotations = dict(inspect.get_annotations(cls))
         place = list(annotations).index(after) + 1 if after else len(annotations)
         own = list(annotations.items())
-        added = [(name, _as_yaml(f.type)) for name, f in settings.items() if name not in annotations]
+        added = [(name, _as_yaml(source, f)) for name, f in settings.items() if name not in annotations]
         cls.__annotations__ = dict([*own[:place], *added, *own[place:]])
         for name, _ in added:
             setattr(cls, name, _default(settings[name]))
@@ -63,10 +64,13 @@ def documentation(cls: type) -> dict[str, str]:
     return texts
 
 
-def _as_yaml(annotation) -> str:
-    """`str | tuple[str, ...]` → `str | list[str]`, `Mapping[str, int]` → `dict[str, int]`."""
-    words = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"\bMapping\[", "dict[", re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", words))
+def _as_yaml(source: type, field: dataclasses.Field):
+    """`str | tuple[str, ...]` → `str | list[str]`, `Mapping[str, int]` → `dict[str, int]`: a type, not its name, since one name
+    that a class's module lacks would switch off the check of every setting."""
+    words = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    words = re.sub(r"\bMapping\[", "dict[", re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list[\1]", words))
+    home = next(cls for cls in source.__mro__ if field.name in inspect.get_annotations(cls))
+    return eval(words, dict(vars(sys.modules[home.__module__])))
 
 
 def _default(field: dataclasses.Field):

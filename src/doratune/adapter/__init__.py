@@ -1,0 +1,13 @@
+"""An adapter over a model in memory: what is selected, attached, checked, trained and merged.
+
+attach.py     attach to a model in place, walk over it, take it off again
+layer.py      one layer: adapted, and a plain one again
+targets.py    which modules a configuration selects, and why others are left out
+start.py      what A, B and m start from
+whole.py      modules trained whole, in fp32
+groups.py     parameter groups for an optimizer: decay, rates, LoRA+
+verify.py     is every target really DoRA?
+inspect.py    the table of what is adapted
+merge.py      merge into the weights, and back bit for bit
+stored.py     a quantized layer kept aside while a dense one stands in its place
+"""

@@ -1,0 +1,136 @@
+"""One layer: adapted in place, and a plain one again with its own parameters kept aside.
+
+Cost: one pass over the layer's weight for w² (m starts there), and R·(I + O) + O numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import nn
+
+from ..bases import accumulation_dtype
+from ..config import AdapterConfig
+from ..directions import Direction, direction_for
+from ..layers import kind_of
+from ..layers.adapted import adapted_class, become, own_parameters
+from ..layers.registry import Registry
+from ..layers.weight import MAGNITUDES, AdaptedWeight
+from . import start as initial
+
+
+class Common:
+    """What the layers of one attachment share."""
+
+    def __init__(self, registry: Registry, config: AdapterConfig, shapes=(), overwritten=False, original=None, loading=False):
+        self.registry, self.config, self.shapes, self.overwritten = registry, config, list(shapes), overwritten
+        self.original = original
+        self.loading = loading  # the values come from a file afterwards
+        self.norm_memory = config.norm_memory  # bytes left for products that are kept
+        self.directions: dict[bool, Direction] = {}
+
+    def direction(self, rank: int) -> Direction:
+        """The one direction of all layers with a rank, and that of all without."""
+        if bool(rank) not in self.directions:
+            self.directions[bool(rank)] = direction_for(self.config, rank, self.shapes)
+        return self.directions[bool(rank)]
+
+    def may_keep(self, weight: AdaptedWeight, module: nn.Module) -> bool:
+        """Is there memory left for this layer's U = W·Aᵀ, where A never changes?"""
+        shape = weight.base.shape(module)
+        if not weight.direction.constant_A() or not weight.magnitude or weight.axis != "output" or len(shape) > 2:
+            return False
+        wanted = shape[0] * weight.rank * weight.base.dtype(module).itemsize + 4 * weight.rank**2
+        if wanted > self.norm_memory:
+            return False
+        self.norm_memory -= wanted
+        return True
+
+
+def adapt(
+    module: nn.Module, name: str, config: AdapterConfig, rank: int, alpha: float, trainable: bool, common: Common | None = None
+) -> None:
+    """Adapt one module in place; rank 0 trains the magnitude alone."""
+    kind = kind_of(module)
+    base = kind.base(module)
+    base.trial(module)
+    base.adopt(module)
+    common = common or Common(Registry(), config, [base.shape(module)[-2:]])
+    weight = kind.weight(
+        kind=kind,
+        base=base,
+        direction=common.direction(rank),
+        rank=rank,
+        scaling=config.scaling(rank, alpha) if rank else 1.0,
+        magnitude=config.has_magnitude,
+        axis=kind.axis(config),
+        full_gradient=config.norm_gradient == "full",
+        relative=config.magnitude_form == "relative",
+        dropout=config.dropout,
+        registry=common.registry,
+        overwritten=common.overwritten,
+    )
+    weight.keep_product = common.may_keep(weight, module)
+    seed = (config.seed << 32) + zlib.crc32(name.encode())
+    module.adapted = weight
+    weight.belongs_to(module)
+    try:
+        _create(module, weight, config, seed, name, common)
+    except BaseException:
+        for key in (*weight.direction.names, "lora_A", "lora_B", *MAGNITUDES[False], *MAGNITUDES[True]):
+            module._parameters.pop(key, None)
+        base.release(module)
+        del module.adapted
+        raise
+    frozen = never_trained(weight)
+    for key, p in own_parameters(module).items():
+        p.requires_grad_(trainable and key not in frozen)
+    become(module, adapted_class(type(module), weight.magnitude and weight.relative))
+    kind.joined(module)
+
+
+def never_trained(weight: AdaptedWeight) -> tuple[str, ...]:
+    """Names of its parameters that stay as they are."""
+    return (*weight.direction.frozen, "magnitude_start")
+
+
+def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, seed: int, name: str, common: Common) -> None:
+    """Register the direction's parameters and the magnitude, with their first values."""
+    dtype, device = accumulation_dtype(weight.base.dtype(module)), weight.base.device(module)
+    weight.create(module, seed, dtype, device)
+    for key in ("lora_A", "lora_B"):
+        if key not in module._parameters:
+            module.register_parameter(key, None)
+    if common.loading:
+        first = weight.facts.w2.sqrt() if weight.magnitude else None
+    else:
+        first = initial.of_layer(weight, config, seed, name, common.original)
+    if weight.magnitude and weight.relative:
+        module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
+        module.register_parameter("magnitude_start", nn.Parameter(first))
+    else:
+        module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
+
+
+def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Make an adapted module a plain one again; returns its own parameters."""
+    weight = module.adapted
+    names = (*weight.names, "lora_A", "lora_B", "magnitude")
+    own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
+    weight.base.release(module)
+    del module.adapted
+    become(module, type(module).plain_class)
+    weight.kind.left(module)
+    return own
+
+
+def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
+    """Undo `take_off`."""
+    for name, p in own.items():
+        module.register_parameter(name, p)
+    module.adapted = weight
+    weight.belongs_to(module)
+    weight.base.adopt(module)
+    become(module, adapted_class(type(module), weight.magnitude and weight.relative))
+    weight.kind.joined(module)
