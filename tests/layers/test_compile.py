@@ -120,12 +120,12 @@ def test_a_transformer_step_by_step(checkpointing):
 
 def test_inductor_trains_like_eager():
     losses = []
-    for compiled in (False, True):
+    for traced in (False, True):
         torch.manual_seed(0)
         model = tiny_llama(layers=1).train()
         doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["q_proj", "down_proj"]))
         randomize(model, scale=0.02)
-        call = torch.compile(model, fullgraph=True) if compiled else model
+        call = torch.compile(model, fullgraph=True) if traced else model
         optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-2))
         ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(1))
         for _ in range(3):

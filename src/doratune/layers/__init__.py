@@ -13,8 +13,10 @@
     layouts.py     names of layers that are no module of their own
     adapted.py     an adapted layer: a subclass made on demand
     weight.py      an adapted weight, and how a call of it runs
+    frozen.py      its frozen weight W, as the maths asks for it
     prepared.py    the factors of calls, prepared for all weights together
     registry.py    the weights of one attachment, and when their factors are old
+    fingerprint.py   a hash of all parameters, in a few operations
     passes.py      which kernels compute the passes over an output
     fastpath.py    PyTorch's fast paths around layers, closed while adapted
 """

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.dense import DenseBase
-from .weight import AdaptedWeight, FrozenFacts
+from .frozen import FrozenFacts
+from .weight import AdaptedWeight
 
 
 class Expert:

@@ -2,7 +2,7 @@
 
     A, B in the compute dtype      n = |W + s·B·A| (`math/norm.py`)      g = m/n      s·g ⊙ B      1/m and 1/n      (1 − g) ⊙ bias
 
-(Eq. 5.) Weights of one likeness are stacked: some twenty-five operations for all of them, and one product U = W·Aᵀ each. Everything is
+(Eq. 5.) Weights of one likeness are stacked: some twenty-five operations for all of them, and one product U = W·Aᵀ each. All is
 prepared as if no row needed care; which weights do (a norm that cancels, |g| too small to read dm off y, or for g − 1 in a low
 precision) is then read once for all, and those are done again by themselves.
 

@@ -198,8 +198,8 @@ class Registry:
                 one.asked = False
 
     def size_of(self, f: Factors, out: Tensor) -> Size:
-        """How far the bias stands above the rest of an output (T, O) or (N, O, S), row by row: of the first call with these factors,
-        so once per optimizer step."""
+        """How far the bias stands above the rest of an output (T, O) or (N, O, S), row by row: of the first call with these
+        factors, so once per optimizer step."""
         if f.size is None:
             f.size = Size(drowning(f.bias, out))
             self.sizes.add(f.size)

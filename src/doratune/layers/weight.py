@@ -5,45 +5,36 @@
                 eager with gradients (`math/autograd.py`), without (`math/dora.py` itself), traced (`math/compiled.py`)
     rescale     y from an output that holds the low-rank part already (convolutions, embeddings, the input axis' x̃)
 
-A layer has its weight as `layer.adapted`. Parts of a layer (experts, rows of a packed weight) have weights of their own (`parts.py`).
+A layer has its weight as `layer.adapted`; single experts have weights of their own (`parts.py`).
 
 Cost: a call of an eager layer asks for its parameters' addresses and versions, nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..bases import Base, accumulation_dtype
+from ..bases import Base
 from ..directions import Direction
-from ..math import compiled, decomposition, dora, norm
+from ..math import compiled, dora
 from ..math.autograd import Call, Composed, flat, grad_enabled, modes, no_autocast
 from ..math.dora import Factors
 from .fingerprint import identity, tensor_in
+from .frozen import FrozenWeight
 from .registry import LIGHT_TOKENS, Registry
 
 MAGNITUDES = {False: ("magnitude",), True: ("magnitude_delta", "magnitude_start")}
 """Names of the parameters behind m, by `relative`."""
 
 
-class FrozenFacts(NamedTuple):
-    """w² and the rows (columns) without direction; `frozen` is the same mask, or None where there are none."""
-
-    w2: Tensor
-    directionless: Tensor
-    frozen: Tensor | None
-
-
 @dataclass(eq=False)
-class AdaptedWeight:
+class AdaptedWeight(FrozenWeight):
     """What one weight is adapted with. Picklable, copied with its layer, never shared between layers."""
 
     kind: object
@@ -106,17 +97,6 @@ class AdaptedWeight:
         own = layer._parameters
         return tuple(own[name] if name in own else getattr(layer, name, None) for name in names)
 
-    def standing_in(self, tensors, W: Tensor | None):
-        """A context in which the layer holds what a call was given (`functional_call`): its parameters, or () for its own, and W."""
-        layer, own = self.layer, {}
-        for name, t in zip(self.names, tensors) if tensors else ():
-            if (mine := layer._parameters.get(name)) is not None and mine.data_ptr() != t.data_ptr():
-                own[layer, name] = t
-        home, name = self.kind.home(layer), self.kind.weight_name
-        if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
-            own[home, name] = W
-        return _stand_in(own) if own else contextlib.nullcontext()
-
     def matrices(self) -> list:
         """The weights with one matrix each that this is made of: itself, or its experts."""
         return [self]
@@ -124,53 +104,6 @@ class AdaptedWeight:
     def create(self, layer, seed: int, dtype: torch.dtype, device) -> None:
         """Register the direction's parameters with their first values."""
         self.direction.create(layer, self.base.shape(layer), self.rank, seed, dtype, device)
-
-    # -- W, as the maths asks for it (`math.norm.Weight`) --------------------------------------------------------------------
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape(self.layer)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype(self.layer)
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device(self.layer)
-
-    @property
-    def exact_forward(self) -> bool:
-        return self.base.exact_forward
-
-    def forward_rows(self, rows_KI: Tensor) -> Tensor:
-        return self.base.forward_rows(self.layer, rows_KI)
-
-    def backward_rows(self, rows_KO: Tensor) -> Tensor:
-        return self.base.backward_rows(self.layer, rows_KO)
-
-    def row_tiles(self, rows: Tensor | None = None):
-        return self.base.row_tiles(self.layer, rows)
-
-    def output_columns(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Columns `rows` of the layer's product without bias (T, K) in the wide dtype."""
-        return self.kind.output_columns(self, x, rows)
-
-    @property
-    def facts(self) -> FrozenFacts:
-        """What is known of W: computed once, and again only when W changed."""
-        layer = self.layer
-        version = self.base.version(layer), self.registry.steps if self.base.trained(layer) else 0
-        if self._facts is None or self._facts[0] != version:
-            length, device = self.shape[0 if self.axis == "output" else 1], self.device
-            with torch.inference_mode(False), torch.no_grad(), no_autocast(device):
-                wide = accumulation_dtype(self.dtype)
-                w2 = decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device)
-                directionless = decomposition.directionless(w2.sqrt())
-                some = not directionless.is_meta and bool(directionless.any())
-                # W is held, so that its address stays its own: another weight there would pass for it
-                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), self.base.held(layer)
-        return self._facts[1]
 
     # -- ΔV and the norm -----------------------------------------------------------------------------------------------------
 
@@ -186,28 +119,10 @@ class AdaptedWeight:
         tensors = self.tensors() if tensors is None else tensors
         return tensors[-1] * tensors[-2].exp() if self.relative else tensors[-1]
 
-    def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
-        """The norm's parts; A in the dtype of the forward, to which B is rounded too."""
-        with torch.no_grad(), no_autocast(A.device):
-            return norm.terms(self, A, B, self.scaling, self.facts.w2, self.axis, self.kept_product(A))
-
     def n(self, dtype: torch.dtype | None = None) -> Tensor:
         """|W + s·B·A| (O,) or (I,) as calls in `dtype` (default: W's) use it."""
         f = self.ready(dtype or self.dtype)
         return (f if f.gain is None else f.gain).n
-
-    def kept_product(self, A: Tensor) -> Tensor | None:
-        """U = W·Aᵀ (O, R), computed once per W and dtype; None where it is not to be kept."""
-        if not self.keep_product:
-            return None
-        key = A.dtype, self.base.version(self.layer)
-        if self._product is None or self._product[0] != key:
-            self._product = key, norm.times_A(self, A)
-        return self._product[1]
-
-    def redone(self, A: Tensor, B: Tensor) -> Tensor:
-        """Indices of rows whose norm cancels."""
-        return self.terms(A, B).redone
 
     def pull_back(self, tensors: tuple[Tensor, ...], dA, dB, dm, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of `tensors` from those of A, B and m."""
@@ -359,19 +274,6 @@ class AdaptedWeight:
 
 CACHE_LINE = 64
 """Bytes."""
-
-
-@contextlib.contextmanager
-def _stand_in(tensors: dict):
-    """tensors: (module, name) → what stands in its parameter's place meanwhile."""
-    replaced = {(module, name): module._parameters[name] for module, name in tensors}
-    try:
-        for (module, name), t in tensors.items():
-            module._parameters[name] = t.detach()
-        yield
-    finally:
-        for (module, name), p in replaced.items():
-            module._parameters[name] = p
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:

@@ -188,8 +188,9 @@ def embedded(t: Tensor, rows: int, which: slice) -> Tensor:
 def mark(y: Tensor, f: Factors) -> tuple:
     """What tells later whether y was written to, without keeping its memory: see `unchanged`.
 
-    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by bytes from inside y, from
-    two places of a large one; elsewhere a look would make the host wait: there `overwritten` says that a model has such kernels."""
+    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by bytes from inside y,
+    from two places of a large one; elsewhere a look would make the host wait: there `overwritten` says that a model has such
+    kernels."""
     alias = y.detach()
     alias.data = f.nothing
     size = y.nbytes

@@ -9,8 +9,8 @@ op: factors, their preparation and the base's own products stay out of the trace
 every step. Eager calls use `autograd.py`, which does the same for less overhead. The ops are marked unsafe for CUDA graphs: a
 replay would not ask whether A or B changed.
 
-The handle is a tensor of one random integer, on the CPU: an input of the traced code and no constant, so that blocks compiled one by
-one share their code; and a number that no other process has, so that an exported program finds its own layers or none.
+The handle is a tensor of one random integer, on the CPU: an input of the traced code and no constant, so that blocks compiled one
+by one share their code; and a number that no other process has, so that an exported program finds its own layers or none.
 """
 
 from __future__ import annotations

@@ -47,14 +47,17 @@ def dora(W_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None, m: Tensor | Non
 
 
 class Factors:
-    """What calls of one weight need of A, B, m and the bias, ready to use, in one compute dtype ("low").
+    """What calls of one weight need of A, B, m and the bias, ready to use, in one compute dtype ("low"); None where there is none.
 
-    A_IR (I, R) = Aᵀ and B_RO (R, O) = (s·g ⊙ B)ᵀ in the low dtype (and their transposes), None for magnitude only; sg = s·g (O, 1), or the number s:
-    what turns P into dB. g = m/n, n, per_m = 1/m, per_n = 1/n (O,) in the wide dtype, None for LoRA; per_m and per_n are 0 on
-    rows without direction. bias in the wide dtype, shift = (1 − g) ⊙ bias, or None; drowned: could it take an output's digits?
-    g_minus_1 (O,) in the low dtype where no row needs more. care: indices of rows whose dm y cannot give, or None. gain: on the
-    input axis, the factors of the scaled input, which has g and n. size: how far the bias stands above outputs, once somebody looked.
-    generation, low, stamps, storage, held: what they were prepared from. call: the last `autograd.Call` with them, to be used again.
+    A_RI, A_IR           A and Aᵀ, low                           B_OR, B_RO     s·g ⊙ B and its transpose, low
+    g, n                 m/n and |W + s·B·A| (O,), wide          g_minus_1      low, where no row needs more
+    per_m, per_n         1/m and 1/n, 0 on rows without direction
+    sg                   s·g (O, 1), or the number s: what turns P into dB
+    bias, shift          wide, and (1 − g) ⊙ bias                drowned        could the bias take an output's digits?
+    care                 rows whose dm y cannot give             size           how far the bias stands above outputs, once looked at
+    gain                 on the input axis: the factors of the scaled input, which has g and n
+    generation, low, stamps, storage, held      what they were prepared from
+    call                 the last `autograd.Call` with them
     """
 
     A_IR = A_RI = B_RO = B_OR = g = g_minus_1 = n = per_m = per_n = shift = bias = sg = s = wide = None
@@ -157,10 +160,9 @@ def backward(f: Factors, needs: Needs, dY_TO: Tensor, kept: Kept, W, low_B) -> t
         P_OR = torch.mm(dY_TO.T, z_TR)
     if need_m:
         dout, dm = scale_backward(f, dY_TO, out_TO)
-        if from_y:
-            dm = dm * f.per_m
-        else:
-            dm = (dm if P_OR is None else dm + along_P(f, low_B(), P_OR)) * f.per_n
+        if not from_y and P_OR is not None:
+            dm = dm + along_P(f, low_B(), P_OR)
+        dm = dm * (f.per_m if from_y else f.per_n)
         if care is not None:
             exact = column_dot(dY_TO.index_select(1, care), W.output_columns(x_TI, care), None)
             exact = exact if P_OR is None else exact + along_P(f, low_B(), P_OR)[care]

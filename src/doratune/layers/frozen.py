@@ -1,0 +1,122 @@
+"""The frozen weight W (O, I) of an adapted one, as the maths asks for it (`math.norm.Weight`): products, rows, what is known of it.
+
+    facts      w² and the rows without direction: once per W
+    terms      the parts of |W + s·B·A|² of given factors
+    standing_in    the layer with what a call was given in place of its own tensors (`functional_call`)
+
+Cost: one pass over W for the facts; U = W·Aᵀ (O, R) where it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bases import accumulation_dtype
+from ..math import decomposition, norm
+from ..math.autograd import no_autocast
+
+
+class FrozenFacts(NamedTuple):
+    """w² and the rows (columns) without direction; `frozen` is the same mask, or None where there are none."""
+
+    w2: Tensor
+    directionless: Tensor
+    frozen: Tensor | None
+
+
+class FrozenWeight:
+    """What an adapted weight is to the maths; it has a `layer`, a `base`, an `axis`, a `scaling` and a `registry`."""
+
+    _facts: tuple | None
+    _product: tuple | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape(self.layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype(self.layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device(self.layer)
+
+    @property
+    def exact_forward(self) -> bool:
+        return self.base.exact_forward
+
+    def forward_rows(self, rows_KI: Tensor) -> Tensor:
+        return self.base.forward_rows(self.layer, rows_KI)
+
+    def backward_rows(self, rows_KO: Tensor) -> Tensor:
+        return self.base.backward_rows(self.layer, rows_KO)
+
+    def row_tiles(self, rows: Tensor | None = None):
+        return self.base.row_tiles(self.layer, rows)
+
+    def output_columns(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Columns `rows` of the layer's product without bias (T, K) in the wide dtype."""
+        return self.kind.output_columns(self, x, rows)
+
+    @property
+    def facts(self) -> FrozenFacts:
+        """What is known of W: computed once, and again only when W changed."""
+        layer = self.layer
+        version = self.base.version(layer), self.registry.steps if self.base.trained(layer) else 0
+        if self._facts is None or self._facts[0] != version:
+            length, device = self.shape[0 if self.axis == "output" else 1], self.device
+            with torch.inference_mode(False), torch.no_grad(), no_autocast(device):
+                wide = accumulation_dtype(self.dtype)
+                w2 = decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device)
+                directionless = decomposition.directionless(w2.sqrt())
+                some = not directionless.is_meta and bool(directionless.any())
+                # W is held, so that its address stays its own: another weight there would pass for it
+                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), self.base.held(layer)
+        return self._facts[1]
+
+    def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
+        """The norm's parts; A in the dtype of the forward, to which B is rounded too."""
+        with torch.no_grad(), no_autocast(A.device):
+            return norm.terms(self, A, B, self.scaling, self.facts.w2, self.axis, self.kept_product(A))
+
+    def kept_product(self, A: Tensor) -> Tensor | None:
+        """U = W·Aᵀ (O, R), computed once per W and dtype; None where it is not to be kept."""
+        if not self.keep_product:
+            return None
+        key = A.dtype, self.base.version(self.layer)
+        if self._product is None or self._product[0] != key:
+            self._product = key, norm.times_A(self, A)
+        return self._product[1]
+
+    def redone(self, A: Tensor, B: Tensor) -> Tensor:
+        """Indices of rows whose norm cancels."""
+        return self.terms(A, B).redone
+
+    def standing_in(self, tensors, W: Tensor | None):
+        """A context in which the layer holds what a call was given (`functional_call`): its parameters, () for its own, and W."""
+        layer, own = self.layer, {}
+        for name, t in zip(self.names, tensors) if tensors else ():
+            if (mine := layer._parameters.get(name)) is not None and mine.data_ptr() != t.data_ptr():
+                own[layer, name] = t
+        home, name = self.kind.home(layer), self.kind.weight_name
+        if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
+            own[home, name] = W
+        return _stand_in(own) if own else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _stand_in(tensors: dict):
+    """tensors: (module, name) → what stands in its parameter's place meanwhile."""
+    replaced = {(module, name): module._parameters[name] for module, name in tensors}
+    try:
+        for (module, name), t in tensors.items():
+            module._parameters[name] = t.detach()
+        yield
+    finally:
+        for (module, name), p in replaced.items():
+            module._parameters[name] = p
