@@ -109,7 +109,8 @@ class AdaptedWeight(FrozenWeight):
 
     def low_rank(self, tensors: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(A (K, I), B (O, K)) of ΔV = s·B·A, differentiable in what is trained."""
-        own = self.parameters(self.direction.names) if tensors is None else tensors[: len(self.direction.names)]
+        count = len(self.direction.tensors)
+        own = self.parameters(self.names[:count]) if tensors is None else tensors[:count]
         return own if self.direction.plain and self.rank else self.direction.factors(own, self.shape)
 
     def m(self, tensors: tuple[Tensor, ...] | None = None) -> Tensor | None:
@@ -126,7 +127,7 @@ class AdaptedWeight(FrozenWeight):
 
     def pull_back(self, tensors: tuple[Tensor, ...], dA, dB, dm, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of `tensors` from those of A, B and m."""
-        count = len(self.direction.names)
+        count = len(self.direction.tensors)
         if not any(needed[:count]) or (dA is None and dB is None):
             grads = (None,) * count
         elif self.direction.plain:

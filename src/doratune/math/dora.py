@@ -54,7 +54,7 @@ class Factors:
     per_m, per_n         1/m and 1/n, 0 on rows without direction
     sg                   s·g (O, 1), or the number s: what turns P into dB
     bias, shift          wide, and (1 − g) ⊙ bias                drowned        could the bias take an output's digits?
-    care                 rows whose dm y cannot give             size           how far the bias stands above outputs, once looked at
+    care                 rows whose dm y cannot give             size           how far the bias stands above outputs, once seen
     gain                 on the input axis: the factors of the scaled input, which has g and n
     generation, low, stamps, storage, held      what they were prepared from
     call                 the last `autograd.Call` with them
