@@ -435,3 +435,35 @@ def test_modules_of_one_shape_start_differently():
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     doratune.attach(model, doratune.AdapterConfig(rank=2, targets=["0", "1"]))
     assert not torch.equal(model[0].lora_A, model[1].lora_A)
+
+
+def replicated(module):
+    """As torch.nn.parallel.replicate makes one device's copy: tensors are plain attributes, and depend on the originals."""
+    copied = {one: one._replicate_for_data_parallel() for one in module.modules()}
+    for one, replica in copied.items():
+        for name, child in one._modules.items():
+            setattr(replica, name, copied[child])
+        for name, p in one._parameters.items():
+            setattr(replica, name, None if p is None else p * 1)
+    return copied[module]
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "dvora"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_of_data_parallel(method, bias):
+    """Each copy computes with its own tensors, and the originals get the gradients; twice, as in two steps."""
+    model, layer = one_layer(bias=bias, method=method)
+    with torch.no_grad():
+        for name, p in layer.named_parameters(recurse=False):
+            if name in ("lora_B", "vera_b", "magnitude"):
+                p.add_(0.1 * torch.randn(p.shape))
+    for _ in range(2):
+        x = torch.randn(20, 10)
+        want = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+        replicas = [replicated(model) for _ in range(2)]
+        loss = sum(replica(part).square().sum() for replica, part in zip(replicas, x.chunk(2), strict=True))
+        got = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            layer.magnitude.mul_(1.1) if layer.magnitude is not None else layer.lora_B.mul_(1.1)

@@ -54,6 +54,13 @@ class Adapted:
             self.adapted = copy.deepcopy(self.adapted)
         self.adapted.belongs_to(self)
 
+    def _replicate_for_data_parallel(self):
+        """nn.DataParallel's copy for one device and one call: a weight of its own, over the copy's tensors."""
+        replica = super()._replicate_for_data_parallel()
+        replica.adapted = copy.deepcopy(self.adapted)
+        replica.adapted.belongs_to(replica)
+        return replica
+
     def __reduce_ex__(self, protocol):
         state = self.__getstate__() if hasattr(self, "__getstate__") else None
         return _rebuild, (type(self).plain_class, self.adapted.relative), self.__dict__.copy() if state is None else state

@@ -23,16 +23,18 @@ class LinearKind(LayerKind):
         return isinstance(module, nn.Linear) or is_opaque(module)
 
     def forward(self, layer, x: Tensor, *args, **kwargs) -> Tensor:
-        weight, W = layer.adapted, layer._parameters.get("weight")
+        weight, own = layer.adapted, layer._parameters
         if torch.compiler.is_compiling():
             return self.traced(layer, x, *args, **kwargs)
         weight.calls += 1
         if weight.axis == "input" and weight.magnitude:
             x = weight.scaled_input(x, compute_dtype(x))
         # where this call is just a product with W in x's dtype, the op may compute it
-        if weight.own_product and not (args or kwargs) and W.dtype == x.dtype and not W.requires_grad:
-            if not any_autocast() or not torch.is_autocast_enabled(x.device.type):
-                return weight.composed(x, W, layer._parameters["bias"], own=True)
+        if weight.own_product and not (args or kwargs):
+            W, bias = (own["weight"], own["bias"]) if own else (layer.weight, layer.bias)
+            autocast = any_autocast() and torch.is_autocast_enabled(x.device.type)
+            if W.dtype == x.dtype and not W.requires_grad and not autocast:
+                return weight.composed(x, W, bias, own=True)
         return self.around(layer, x, *args, **kwargs)
 
     def traced(self, layer, x: Tensor, *args, **kwargs) -> Tensor:

@@ -125,7 +125,7 @@ class Registry:
 
     def look(self, weight, light: bool) -> None:
         """Fingerprint one weight, or all (None); a new generation if they are not as they were when their factors were prepared."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         about = None if weight is None else id(weight)
         if not self._known(about, light):  # what is known of more, or of more closely, tells whether it is as it was

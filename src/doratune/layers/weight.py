@@ -165,7 +165,8 @@ class AdaptedWeight(FrozenWeight):
         """Where W is, if it is one plain tensor that factors are made of."""
         if not self.base.writable or not self.magnitude or not self.watched_names:
             return None
-        return self.kind.home(self.layer)._parameters, self.kind.weight_name
+        home, name = self.kind.home(self.layer), self.kind.weight_name
+        return (home._parameters if name in home._parameters else home), name
 
     def stamps(self) -> list[tuple]:
         """(holder, name, address, version) of everything that factors are made of."""
