@@ -64,6 +64,10 @@ class PartWeight(AdaptedWeight):
         batch = self.whole.layer
         return (self.whole.kind.home(batch)._parameters, batch.part) if self.magnitude else None
 
+    @property
+    def attached(self) -> bool:
+        return self.whole is not None and self.whole.attached
+
     def parameters(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         own = self.whole.layer._parameters  # a bias is known to each call only
         return tuple(own[name].detach()[self.index] if own.get(name) is not None else None for name in names)

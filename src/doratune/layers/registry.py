@@ -35,6 +35,7 @@ LIGHT_TOKENS = 64
 
 SAMPLED_TOKENS = 64
 NOT_YET, LIGHT, FULL = 0, 1, 2
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 _steps = 0
 """Optimizer steps of this process: a step of any optimizer may have changed any parameter."""
@@ -80,7 +81,7 @@ class Registry:
     def weights(self) -> list:
         """Those whose layers are there."""
         weights = (ref() for ref in self.refs)
-        return [weight for weight in weights if weight is not None and weight.layer is not None]
+        return [weight for weight in weights if weight is not None and weight.attached]
 
     def enter(self, light: bool) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
@@ -135,7 +136,7 @@ class Registry:
                 self.look(None, light)
         if about not in self.watched:
             self.watched[about] = Watched(self.weights() if weight is None else [weight])
-        with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad():
+        with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(_CPU), no_autocast(_CUDA):
             watched = self.watched[about]
             if not watched.look():
                 self.generation += 1

@@ -70,11 +70,15 @@ class AdaptedWeight(FrozenWeight):
         if self.kind.prepares(self):
             self.watched_names = (*self.names, *((self.kind.bias_name,) if self.magnitude else ()))
 
-    # -- the layer ---------------------------------------------------------------------------------------------------------
-
     @property
     def layer(self):
         return self._layer()
+
+    @property
+    def attached(self) -> bool:
+        """Is it what its layer is adapted with now?"""
+        layer = self.layer
+        return layer is not None and vars(layer).get("adapted") is self
 
     def belongs_to(self, layer) -> None:
         """Make the layer known to the ops and to the others of its attachment."""
@@ -104,8 +108,6 @@ class AdaptedWeight(FrozenWeight):
     def create(self, layer, seed: int, dtype: torch.dtype, device) -> None:
         """Register the direction's parameters with their first values."""
         self.direction.create(layer, self.base.shape(layer), self.rank, seed, dtype, device)
-
-    # -- ΔV and the norm -----------------------------------------------------------------------------------------------------
 
     def low_rank(self, tensors: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(A (K, I), B (O, K)) of ΔV = s·B·A, differentiable in what is trained."""
@@ -139,8 +141,6 @@ class AdaptedWeight(FrozenWeight):
         if self.relative:
             return *grads, dm * self.m(tensors) if needed[-2] else None, None
         return *grads, dm if needed[-1] else None
-
-    # -- what is derived -----------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Something may have changed A, B or W: everything that was derived is made anew."""
@@ -197,8 +197,6 @@ class AdaptedWeight(FrozenWeight):
         if f is not None and f.generation == generation and f.low is low and self.is_as(f):
             return f
         return registry.prepare(self, low)
-
-    # -- a call --------------------------------------------------------------------------------------------------------------
 
     def compose(self, x: Tensor, base: Tensor, bias: Tensor | None, own: bool = False, which=None, live=None) -> Tensor:
         """y = out + (g − 1) ⊙ (out − bias) + x·Aᵀ·(s·g ⊙ B)ᵀ, in the shape of the base's output.
