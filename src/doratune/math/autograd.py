@@ -107,9 +107,7 @@ def general_backward(ctx, dY: Tensor, x, W, z, out, tensors) -> tuple:
     call, needs, from_y, _, probe, size, (x_dtype, x_shape, out_shape, need_bias) = ctx.state
     weight, which, f, tensors = call.weight, call.which, call.factors, tuple(tensors)
     with no_autocast(dY.device), weight.standing_in(tensors, W):
-        dY = dY if call.rescaled else flat(dY)
-        x_TI = x if x is None or call.rescaled else flat(x)
-        out = out if out is None or call.rescaled else flat(out)
+        dY, x_TI, out = (t if t is None or call.rescaled else flat(t) for t in (dY, x, out))
         if from_y and not unchanged(probe, out):
             from_y, out = False, rest_of_base(weight, x_TI, which)
             f = without_bias(f)
