@@ -127,7 +127,8 @@ def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | N
 def _products(weights: list, A_LRI: Tensor) -> Tensor:
     """U = W·Aᵀ (L, O, R). Small plain weights are stacked, too: a product of each costs more to start than to compute."""
     first = weights[0]
-    if first.base.writable and first.shape[0] * first.shape[1] <= SMALL and A_LRI.dtype == first.dtype:
+    small = first.base.writable and first.shape[0] * first.shape[1] <= SMALL and A_LRI.dtype == first.dtype
+    if small and not any(weight.keep_product for weight in weights):
         W_LOI = torch.stack([weight.base.matrix(weight.layer) for weight in weights])
         return torch.bmm(W_LOI, A_LRI.mT)
     products = []

@@ -186,29 +186,29 @@ def embedded(t: Tensor, rows: int, which: slice) -> Tensor:
 def mark(y: Tensor, f: Factors) -> tuple:
     """What tells later whether y was written to, without keeping its memory: see `unchanged`.
 
-    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by bytes from inside y,
-    from two places of a large one; elsewhere a look would make the host wait: there `overwritten` says that a model has such
-    kernels."""
+    A detached alias shares the version counter. Writes that bump none (`.data`, numpy) are seen on a CPU by all bytes of a small
+    y and by those at one or two places of a larger; elsewhere a look would make the host wait: there `overwritten` says that a
+    model has such kernels."""
     alias = y.detach()
     alias.data = f.nothing
     size = y.nbytes
-    seen = size >= 3 * BYTES and y.is_cpu and y.is_contiguous()
-    first = size // 3 if seen else None
-    second = 2 * first if seen and size >= LARGE_BYTES else None
-    before = (_bytes(y, first), None if second is None else _bytes(y, second)) if seen else None
-    return alias, 0 if y.is_inference() else alias._version, first, second, before
+    seen = y.is_cpu and y.is_contiguous()
+    first, length = (size // 3, BYTES) if size >= 3 * BYTES else (0, size)
+    second = 2 * first if size >= LARGE_BYTES else None
+    before = (_bytes(y, first, length), None if second is None else _bytes(y, second, length)) if seen else None
+    return alias, 0 if y.is_inference() else alias._version, first, second, length, before
 
 
 def unchanged(mark: tuple, y: Tensor) -> bool:
     """y: the memory as it is now."""
-    alias, version, first, second, before = mark
+    alias, version, first, second, length, before = mark
     if alias._version != version:
         return False
-    return first is None or (_bytes(y, first) == before[0] and (second is None or _bytes(y, second) == before[1]))
+    return before is None or (_bytes(y, first, length) == before[0] and (second is None or _bytes(y, second, length) == before[1]))
 
 
-def _bytes(y: Tensor, offset: int) -> bytes:
-    return _string_at(y.data_ptr() + offset, BYTES)
+def _bytes(y: Tensor, offset: int, length: int) -> bytes:
+    return _string_at(y.data_ptr() + offset, length)
 
 
 BYTES, LARGE_BYTES = 128, 2**14
