@@ -31,6 +31,8 @@ def origin(facts: dict, what: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     s = facts["settings"]
     size = f"model {s['model']}, batch {s['batch_size']} × {s['length']}, {s['rounds']} rounds"
+    if what.startswith("train_step"):
+        size += f", accumulation {s['accumulation']} where there is one"
     if what == "host":
         width, tokens = s["host_width"], s["host_tokens"]
         size = f"{s['host_layers']} layers of {width} × {width}, {tokens} tokens, {s['host_rounds']} rounds"
