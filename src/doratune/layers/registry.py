@@ -59,7 +59,7 @@ class Registry:
     """Copies of a model have a registry of their own: they neither share nor pollute it."""
 
     def __init__(self):
-        self.refs: list[weakref.ref] = []
+        self.members = weakref.WeakValueDictionary()  # in the order in which they came, by id
         self.generation = self.prepared = 0  # prepared: the one of the last forward of the model
         self.steps = _steps
         self.prints: dict[tuple, tuple] = {}
@@ -75,13 +75,13 @@ class Registry:
         return Registry, ()
 
     def add(self, weight) -> None:
-        self.refs = [weakref.ref(other) for other in self.weights() if other is not weight] + [weakref.ref(weight)]
+        self.members.pop(id(weight), None)
+        self.members[id(weight)] = weight
         self.watched.clear()
 
     def weights(self) -> list:
         """Those whose layers are there."""
-        weights = (ref() for ref in self.refs)
-        return [weight for weight in weights if weight is not None and weight.attached]
+        return [weight for weight in self.members.values() if weight.attached]
 
     def enter(self, light: bool) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
