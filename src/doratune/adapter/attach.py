@@ -19,9 +19,10 @@ from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
 from ..layers.registry import Begin, End, Registry
+from ..layers.weight import AdaptedWeight
 from . import start as initial
 from . import whole
-from .layer import Common, adapt, take_off
+from .layer import Common, adapt, follow, put_on, take_off
 from .targets import Selection, select
 
 RECORD, BASELINE = "_doratune", "_doratune_baseline"
@@ -43,14 +44,28 @@ class Attachment:
     overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
     wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
+    name: str = "default"
 
 
-def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
+@dataclass
+class SetAside:
+    """An adapter that is not in use: what belongs to it alone, with nothing of W's size."""
+
+    record: Attachment
+    layers: dict[str, tuple[AdaptedWeight, dict]]
+    whole: dict[str, nn.Parameter]  # of the modules that are trained whole
+    buffers: dict[str, torch.Tensor]
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None, name: str = "default"
+) -> nn.Module:
     """Adapt a model in place and return it; everything else is frozen.
 
     Args:
         config: what to adapt and how; the defaults are DoRA, rank 16, all linear layers.
         trainable: False freezes the adapter too (inference).
+        name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
         original: the unquantized weights of a quantized model, for `start="loftq"` and `magnitude_from="original"`: a function
             from a module's name to its weight (O, I), or a model with the same names.
 
@@ -58,15 +73,22 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
         UserError: the model is attached already, or the configuration does not fit it; the model is then unchanged.
     """
     config = config or AdapterConfig()
-    if (record := vars(model).get(RECORD)) is not None:
-        state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
-        raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
+    from .several import room_for  # which sets aside what is attached here
+
+    with room_for(model, name):
+        _refuse_unready(model)
+        attach_selection(model, config, select(model, config), trainable, original)
+        record_of(model).name = name
+    return model
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    """Modules without weights yet, and adapters in parts of the model."""
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in model.named_modules():
         if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
-    return attach_selection(model, config, select(model, config), trainable, original)
 
 
 def attach_selection(
@@ -153,27 +175,62 @@ def writing_kernels(model: nn.Module) -> str | None:
     return None
 
 
-@torch.no_grad()
 def detach(model: nn.Module) -> nn.Module:
-    """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`.
+    """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`. Of several adapters the one in
+    use is taken off; the others stay set aside.
 
     Raises:
         UserError: nothing is attached, or the adapter is merged (unmerge first).
     """
+    set_aside(model, "doratune.detach(model)")
+    return model
+
+
+@torch.no_grad()
+def set_aside(model: nn.Module, what: str) -> SetAside:
+    """Take the adapter in use off the model, with its own tensors kept; `what` comes after an unmerge.
+
+    Raises:
+        UserError: nothing is attached, or the adapter is merged.
+    """
     record = record_of(model)
     if record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.detach(model)")
-    for _, module in list(adapters(model)):
-        take_off(module)
+        raise UserError(f"this model is merged; call doratune.unmerge(model) before {what}")
+    layers = {name: (module.adapted, take_off(module)) for name, module in list(adapters(model))}
     fastpath.reopen(model)
     unwatch(model)
+    trained = {path: model.get_parameter(path) for path in record.replaced}
     whole.give_back(model, record.replaced)
+    buffers = {path: model.get_buffer(path).clone() for path in record.buffers}
     for path, buffer in record.buffers.items():
         model.get_buffer(path).copy_(buffer)
     for name, p in model.named_parameters():
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
     delattr(model, RECORD)
-    return model
+    return SetAside(record, layers, trained, buffers)
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, aside: SetAside) -> None:
+    """Undo `set_aside` on the plain model, where it is now and in the dtype that it has now."""
+    record, modules = aside.record, dict(named_layers(model))
+    record.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable = {path: p.requires_grad for path, p in aside.whole.items()}
+    record.buffers = {path: model.get_buffer(path).clone() for path in record.buffers}
+    record.replaced = whole.train_whole(modules, record.also_train, trainable=True)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for name, (weight, own) in aside.layers.items():
+        follow(modules[name], weight, own)
+        put_on(modules[name], weight, own)
+        weight.changed()
+    whole.put_values(model, aside.whole, trainable)
+    for path, buffer in aside.buffers.items():
+        model.get_buffer(path).copy_(buffer)
+    setattr(model, RECORD, record)
+    whole.cover_readers(model)
+    fastpath.close(model)
+    watch(model)
 
 
 def record_of(model: nn.Module) -> Attachment:

@@ -134,3 +134,12 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
+    """Bring an adapter's own parameters to where its layer is now, in fp32 (fp64 over an fp64 base)."""
+    device, wide = weight.base.device(module), accumulation_dtype(weight.base.dtype(module))
+    for p in own.values():
+        if p is not None and (p.device, p.dtype) != (device, wide):
+            p.data = p.data.to(device, wide)
+            p.grad = None if p.grad is None else p.grad.to(device, wide)

@@ -164,6 +164,15 @@ def train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
     return replaced
 
 
+def put_values(model: nn.Module, parameters: dict[str, nn.Parameter], trainable: dict[str, bool]) -> None:
+    """Give modules that `train_whole` has just prepared parameters that were trained before, where the model is now."""
+    for path, p in parameters.items():
+        now = model.get_parameter(path)
+        p.data = p.data.to(now.device, now.dtype)
+        p.requires_grad_(trainable[path])
+    _set(model, parameters)
+
+
 def _put_on(module: nn.Module) -> None:
     if not isinstance(module, Whole):
         own = module._parameters.items()

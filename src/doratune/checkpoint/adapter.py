@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
+from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.several import room_for
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
@@ -98,24 +99,27 @@ def base_model_of(folder: str | Path) -> str:
     return name
 
 
-def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Module:
+def load(model: nn.Module, folder: str | Path, trainable: bool = False, name: str = "default") -> nn.Module:
     """Attach the adapter in `folder` to a model, in place; ours or PEFT's own (DoRA or LoRA). Returns the model.
 
     Args:
         trainable: leave A, B and m trainable (to go on training); False for inference.
+        name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
 
     Raises:
         UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
             (all mismatches in one message). The model is then unchanged.
     """
     config, raw, tensors = read_folder(Path(folder))
-    if vars(model).get(RECORD) is not None or BASELINE in vars(model):
-        raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
-    selection, config = resolve(model, config, raw, tensors)
-    check(model, config, selection, tensors, str(folder), raw)
-    attach_selection(model, config, selection, trainable, loading=True)
-    put(model, tensors)
-    put_starts(model, Path(folder))
+    if BASELINE in vars(model):
+        raise UserError("this model has an adapter already, a baseline's; load the base model again")
+    with room_for(model, name):
+        selection, config = resolve(model, config, raw, tensors)
+        check(model, config, selection, tensors, str(folder), raw)
+        attach_selection(model, config, selection, trainable, loading=True)
+        record_of(model).name = name
+        put(model, tensors)
+        put_starts(model, Path(folder))
     return model
 
 
