@@ -163,7 +163,9 @@ def meta_model(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with readable_errors(str(folder)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
 
 
 def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

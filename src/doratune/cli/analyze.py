@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say
 
@@ -26,6 +27,7 @@ class AnalyzeSettings:
         dtype: dtype of the base model
         format: of the figures: png or svg
         output: folder for points.json and the figures
+        trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that exists
     """
 
@@ -35,10 +37,11 @@ class AnalyzeSettings:
     magnitude_axis: Literal["output", "input"] = "output"
     spectrum: Literal["all", "adapters", "none"] = "all"
     gradient_data: str | None = None
-    gradient_items: int = 16
+    gradient_items: int = number(16, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     format: Literal["png", "svg"] = "png"
     output: str = "runs/analysis"
+    trust_remote_code: bool = False
     overwrite: bool = False
 
 
@@ -60,10 +63,11 @@ def main(argv: list[str]) -> int:
     output = Path(settings.output)
     refuse_existing(output, settings.overwrite)
     name = settings.model or base_of(settings.runs)
-    base = load_model(name, settings.dtype)
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    base = load_model(name, settings.dtype, **trusted)
     batch = None
     if settings.gradient_data is not None:
-        batch = batch_of(settings.gradient_data, base, load_tokenizer(name), settings.gradient_items)
+        batch = batch_of(settings.gradient_data, base, load_tokenizer(name, **trusted), settings.gradient_items)
     places = (output, settings.format, settings.overwrite)
     result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, settings.spectrum, batch)
     say(result.table())

@@ -16,12 +16,11 @@ def main(argv: list[str]) -> int:
     recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
     recipe.check()
     keep_freed_memory()
-    import yaml
-
     from ..evaluation.evaluate import after_training
+    from ..support.yaml_text import to_yaml
     from ..training.train import Interrupted, dataclasses, train
 
-    say(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+    say(to_yaml(dataclasses.asdict(recipe)))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:

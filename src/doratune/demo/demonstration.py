@@ -20,11 +20,11 @@ from ..adapter.attach import detach
 from ..checkpoint.logits import agreement
 from ..checkpoint.merge import merge_checkpoint
 from ..data import facts
-from ..errors import UserError
 from ..evaluation.evaluate import evaluate, show
 from ..evaluation.tasks import load_task
 from ..support.files import refuse_existing, replacing, write_json
 from ..support.models import WHEEL_MODEL, load_model, load_tokenizer
+from ..support.values import check_values, number
 from ..training.recipe import TrainRecipe
 from ..training.train import train, write_recipe
 
@@ -45,8 +45,8 @@ class DemoSettings:
     model: str = WHEEL_MODEL
     output: str = "runs/demo"
     recipe: str | None = None
-    items: int | None = None
-    max_steps: int = -1
+    items: int | None = number(None, least=1)
+    max_steps: int = number(-1, least=1, also={-1: "for no limit"})
     overwrite: bool = False
 
 
@@ -68,10 +68,9 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     Raises:
         UserError: a setting, the model or the output folder is not usable.
     """
+    check_values(settings)
     output, watch = Path(settings.output), Stopwatch()
     refuse_existing(output, settings.overwrite)
-    if settings.items is not None and settings.items < 1:
-        raise UserError(f"items is {settings.items}; expected at least 1")
     tokenizer = load_tokenizer(settings.model)
     for half in ("train", "test"):
         write_json(output / "data" / f"{half}.json", facts.items(half))

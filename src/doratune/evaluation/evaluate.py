@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..data.instruction import prompt_of
+from ..data.limits import check_tokens
 from ..errors import UserError, near_misses
 from ..support.environment import peak_bytes
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
-from .likelihood import likelihood
+from .likelihood import continuation_tokens, likelihood
 from .paper import check_fixed, paper
 from .protocols import BOTH, PROTOCOLS, protocols_of
 from .summary import add_published, overall, summarize, table
@@ -53,6 +55,9 @@ def evaluate(
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
     if "paper" in protocols:
         check_fixed(beams=beams, max_new_tokens=max_new_tokens)
+    prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
+    answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
+    check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
     was_training = model.training
     model.eval()
     results = []

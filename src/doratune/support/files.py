@@ -86,7 +86,7 @@ def read_json(path: Path, what: str) -> dict:
         UserError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {what}") from None
     except (ValueError, RecursionError) as error:  # also half a letter, a number of 5000 digits, 10,000 brackets

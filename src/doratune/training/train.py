@@ -11,27 +11,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import random
 import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..config import AdapterConfig
-from ..data import encoder, load_items
-from ..data.encode import AnswerCollator, encode_all
-from ..errors import UserError, listed, near_misses
+from ..data.encode import AnswerCollator
+from ..data.limits import check_tokens
+from ..errors import UserError, near_misses
 from ..support.environment import environment
 from ..support.files import refuse_existing, replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
+from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
+from .examples import datasets
 from .methods import AdapterMethod, method_of
 from .recipe import TrainRecipe
+from .resume import already_trained, check_same
 
 
 class Interrupted(Exception):
@@ -58,7 +57,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     """
     recipe.check()
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
-        raise UserError(f"optimizer is {recipe.optimizer!r}{near_misses(recipe.optimizer, known)}; see transformers' names")
+        near = near_misses(recipe.optimizer, known)
+        raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output) if recipe.resume else None
     if recipe.resume and checkpoint is None:
@@ -67,11 +67,14 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         check_same(recipe, output / "recipe.yaml")
     else:
         refuse_existing(output, recipe.overwrite)
-    tokenizer = tokenizer or load_tokenizer(recipe.model)
-    rows, eval_rows = datasets(recipe, tokenizer, say)
+    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
+    counts: dict[str, dict[str, int]] = {}
+    rows, eval_rows = datasets(recipe, tokenizer, say, counts)
     set_seed(recipe.seed)
     method = method_of(recipe)
     model = model or method.load()
+    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
+        say(note)
     for note in method.prepare(model):
         say(note)
     if not recipe.resume:
@@ -95,27 +98,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     tokenizer.save_pretrained(output / method.result)
     if score is not None:
         score(method.scored(model), tokenizer)
-    return finish(method, trainer, clock, model, say)
-
-
-def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
-    """(training rows, evaluation rows), tokenized; what the length limit did is said."""
-    items, kind = load_items(recipe.data, recipe.mirror, recipe.data_format)
-    if recipe.limit is not None or recipe.eval_size:
-        random.Random(recipe.seed).shuffle(items)
-    eval_items, eval_kind = [], kind
-    if recipe.eval_data:
-        eval_items, eval_kind = load_items(recipe.eval_data, recipe.mirror, recipe.data_format)
-    elif recipe.eval_size:
-        if recipe.eval_size >= len(items):
-            raise UserError(f"eval_size is {recipe.eval_size}, but {recipe.data} holds {len(items)} examples; make it smaller")
-        eval_items, items = items[: recipe.eval_size], items[recipe.eval_size :]
-    items = items[: recipe.limit]
-    settings = tokenizer, recipe.max_length, recipe.too_long, recipe.train_on_prompt
-    rows, report = encode_all(items, encoder(kind, recipe.prompt), *settings)
-    say(f"training data: {recipe.data}: {report} (max_length {recipe.max_length})")
-    eval_rows = encode_all(eval_items, encoder(eval_kind, recipe.prompt), *settings)[0] if eval_items else []
-    return rows, eval_rows
+    return finish(method, trainer, clock, model, counts, say)
 
 
 def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
@@ -180,7 +163,7 @@ def checkpointing_arguments(kind: str) -> dict:
     return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
 
 
-def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
+def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, say) -> dict:
     """Write metrics.json and say how far the adapter moved."""
     output, log = Path(method.recipe.output), trainer.state.log_history
     moved, (trainable, total) = method.moved(model), method.counts(model)
@@ -198,6 +181,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
         "total": total,
         "zero_rows": method.zero_rows(model),
         "examples": len(trainer.train_dataset),
+        "data": counts,
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
@@ -214,18 +198,6 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
     write_json(output / "metrics.json", metrics)
     say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics
-
-
-def already_trained(trainer, checkpoint: Path) -> bool:
-    """Does the checkpoint hold the whole training? Then it is loaded: transformers would train one step too many."""
-    arguments, state = trainer.args, TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
-    if state.global_step < steps:
-        return False
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = state
-    return True
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -246,35 +218,7 @@ def clear_checkpoints(output: Path) -> None:
         shutil.rmtree(folder)
 
 
-def check_same(recipe: TrainRecipe, path: Path) -> None:
-    """A resumed run goes on with the base, the adapter and the examples that it had: none that it evaluates on is trained on.
-
-    Raises:
-        UserError: a setting of these that is another one now.
-    """
-    if not path.is_file():
-        return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = [
-        "model",
-        "data",
-        "limit",
-        "eval_data",
-        "eval_size",
-        "quantize",
-        "double_quantization",
-        "dtype",
-        "prompt",
-        "baseline_size",
-        "baseline_targets",
-        *AdapterConfig.__dataclass_fields__,
-    ]
-    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
-    if changed := [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if name in before and before[name] != now[name]]:
-        raise UserError(f"{path}: --resume with another {listed(changed)}; leave it as it was, or start a new run")
-
-
 def write_recipe(path: Path, recipe: TrainRecipe) -> None:
     """The resolved recipe as YAML."""
     with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+        temporary.write_text(to_yaml(dataclasses.asdict(recipe)), encoding="utf-8")

@@ -21,6 +21,8 @@ from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
+from .half import scale_loss
+from .token_loss import TokenLoss
 
 
 class NonFiniteLoss(UserError):
@@ -28,8 +30,34 @@ class NonFiniteLoss(UserError):
 
 
 class SteadyMixin:
-    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, and length-grouped
-    batches that are the same after a resume."""
+    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, length-grouped
+    batches that are the same after a resume, an evaluation loss over tokens, and a scaled loss over an fp16 base."""
+
+    _token_loss: TokenLoss | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        scale_loss(self.accelerator, self.model)
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._token_loss = TokenLoss()
+        try:
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            mean = self._token_loss.mean()
+        finally:
+            self._token_loss = None
+        if mean is not None and f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self._token_loss is None or not return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        labels = inputs.get("labels")
+        own = kwargs | {"num_items_in_batch": None}  # the mean of this process's batch, not its share of all processes' tokens
+        loss, outputs = super().compute_loss(model, inputs, True, **own)
+        self._token_loss.add(loss, outputs, labels, self.accelerator.gather_for_metrics)
+        return loss, outputs
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
