@@ -18,7 +18,7 @@ LEVELS = [
     {"support", "math"},
     {"directions", "bases", "data"},
     {"config", "layers"},
-    {"adapter"},
+    {"adapter", "formats"},
     {"checkpoint", "baselines"},
     {"training", "analysis", "bench"},
     {"evaluation", "report"},
