@@ -1,4 +1,4 @@
-"""kohya's and LyCORIS's files, hand-made from their definition: LoRA, LoHa, LoKr, Tucker cores, both axes, linear and convolution."""
+"""kohya's and LyCORIS's files, hand-made from their definition: LoRA, LoHa, LoKr, Tucker cores, both axes, convolutions."""
 
 import pytest
 import torch
@@ -152,7 +152,7 @@ def test_a_bare_vector_on_a_square_layer_has_to_be_said(axis, tmp_path):
     tensors, weight = lora(model.get_submodule(Q).weight, flat(Q), 1, axis=axis)
     tensors[f"{flat(Q)}.dora_scale"] = tensors[f"{flat(Q)}.dora_scale"].flatten()
     path = write(tmp_path / "bare.safetensors", tensors)
-    with pytest.raises(UserError, match="bare vector of 32 numbers and the layer is 32 × 32.*magnitude_axis"):
+    with pytest.raises(UserError, match=r"bare vector of 32 numbers and the layer is 32 × 32.*magnitude_axis"):
         doratune.load(tiny_llama(), path)
     loaded = doratune.load(tiny_llama(), path, magnitude_axis=axis)
     torch.testing.assert_close(logits(loaded), logits(with_weights(model, {Q: weight})), **CLOSE)

@@ -76,8 +76,6 @@ def convert(
     """
     if to not in targets():
         raise UserError(f"to is {to!r}; expected one of {', '.join(targets())}{near_misses(to, targets())}")
-    if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < float("inf")):
-        raise UserError(f"alpha is {alpha!r}; expected a positive number")
     source, output = Path(adapter), Path(output)
     _refuse_output(source, output, to, overwrite)
     names = model_names(model, component)
@@ -205,6 +203,10 @@ def _write_folder(neutral: NeutralAdapter, to: str, output: Path, stated: Stated
     """An adapter folder: PEFT's type where PEFT has words for it, ours else."""
     neutral = replace(neutral, layers={name: _framed(one) for name, one in shaped(neutral.layers, stated.model).items()})
     config, described, tensors = as_folder(neutral)
+    if direction_of(config.method).shared_names and not neutral.shared:
+        raise UserError(
+            f"method is {config.method!r} and the file lacks the factors that its layers share; save them with it first"
+        )
     if to == "peft":
         if problem := _not_in_peft(neutral, stated.model):
             raise UserError(f"PEFT's format cannot say this adapter: {problem}; convert to doratune instead")

@@ -52,6 +52,13 @@ class Stated:
     magnitude_axis: str | None = None
     alpha: float | None = None
 
+    def __post_init__(self):
+        if self.magnitude_axis not in (None, "output", "input"):
+            raise UserError(f"magnitude_axis is {self.magnitude_axis!r}; expected output or input")
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and 0 < self.alpha < float("inf")):
+            raise UserError(f"alpha is {self.alpha!r}; expected a positive number")
+
 
 @dataclass
 class Written:

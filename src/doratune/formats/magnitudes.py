@@ -25,8 +25,6 @@ def vector_of(where: str, t: Tensor, shape: tuple[int, int], stated: str | None,
     Raises:
         UserError: open, contradicting, or of another length than the layer has rows or columns.
     """
-    if stated is not None and stated not in AXES:
-        raise UserError(f"magnitude_axis is {stated!r}; expected output or input")
     rows, columns = shape
     by_shape = axis if t.dim() < 2 else _axis_of_shape(where, t)
     count = t.numel()

@@ -80,7 +80,8 @@ def resolved(spelled: list[str], where: str, model: ModelNames | None, component
     Without a model, names stay as they are but for what is in front. With one, the component is taken whose names it has.
 
     Raises:
-        UserError: names with underscores and no model, several components and none chosen, names that the model has not.
+        UserError: names of two programs, names with underscores and no model, several components and none chosen, names that the
+            model has not.
     """
     groups: dict[str | None, dict[str, str]] = {}
     flat = set()
@@ -88,6 +89,9 @@ def resolved(spelled: list[str], where: str, model: ModelNames | None, component
         owner, rest, underscores = component_of(name)
         groups.setdefault(owner, {})[name] = rest
         flat |= {name} if underscores else set()
+    if flat and len(flat) < len(spelled):
+        dotted = next(name for name in spelled if name not in flat)
+        raise UserError(f"{where} mixes names of two programs: {sorted(flat)[0]} with underscores, {dotted} with dots")
     if component is not None and component not in groups and None not in groups:
         raise UserError(f"{where} has no component {component!r}; it has {listed(sorted(filter(None, groups)))}")
     if component in groups and component is not None:

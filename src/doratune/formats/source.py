@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,14 +79,15 @@ def _is_peft(folder: Path) -> bool:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    known = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if known:
-        return known[0]
-    others = sorted(p for p in folder.iterdir() if p.is_file() and re.fullmatch(r"adapter_\d+\.(safetensors|pt|bin)", p.name))
-    if len(others) > 1:
-        names = listed(p.name for p in others)
-        raise UserError(f"{folder} holds several adapters ({names}); give the file that is meant")
-    return others[0] if others else None
+    """The file of weights that a folder stands for: of a name that programs use, or the only one where no settings are."""
+    if known := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None):
+        return known
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".safetensors", *PICKLES))
+    numbered = [p for p in files if re.fullmatch(r"adapter_\d+", p.stem)]
+    if len(numbered) > 1:
+        raise UserError(f"{folder} holds several adapters ({listed(p.name for p in numbered)}); give the file that is meant")
+    described = any((folder / name).exists() for name in (SETTINGS, "baseline_config.json", "config.json"))
+    return numbered[0] if numbered else files[0] if len(files) == 1 and not described else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix not in PICKLES:
         raise UserError(f"{path}: expected a file of weights (.safetensors, {', '.join(PICKLES)})")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
