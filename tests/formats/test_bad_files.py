@@ -216,3 +216,17 @@ def test_a_model_that_has_an_adapter_already(tmp_path):
     with pytest.raises(UserError, match="has an adapter already"):
         doratune.load(model, path)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["kohya", "mlx"])
+def test_the_base_model_has_to_be_said(name, tmp_path):
+    from doratune.checkpoint.adapter import base_model_of
+
+    with pytest.raises(UserError, match="records no base model; give --model"):
+        base_model_of(write(tmp_path / "x.safetensors", GOOD[name]))
+    write(tmp_path / "mlx" / "adapters.safetensors", GOOD["mlx"])
+    write_settings(tmp_path / "mlx", {"lora_parameters": {"scale": 2.0}})
+    with pytest.raises(UserError, match="records no base model; give --model"):
+        base_model_of(tmp_path / "mlx")
+    write_settings(tmp_path / "mlx", {"base_model_name_or_path": "some/model"})
+    assert base_model_of(tmp_path / "mlx") == "some/model"

@@ -16,6 +16,7 @@ from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
 from ..errors import UserError
+from ..formats import recognized
 from ..layers.layouts import layer_at
 from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
@@ -92,6 +93,8 @@ def base_model_of(folder: str | Path) -> str:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
+        if recognized(Path(folder)) is not None:
+            raise UserError(f"{folder} records no base model; give --model")
         read_folder(Path(folder))  # says what is wrong
     name = read_json(path, "an adapter folder needs it").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:

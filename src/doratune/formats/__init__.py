@@ -7,6 +7,7 @@ layout, which adapters are saved in here, is `checkpoint/`. Sources are named in
     neutral.py      an adapter without a format, and as an AdapterConfig
     source.py       the tensors and settings of a file or folder
     names.py        module names: prefixes of pipelines, names with underscores, of a model
+    spellings.py    other spellings of a model's own names: the original Stable Diffusion's, CLIP's
     magnitudes.py   which axis a magnitude has
     factors.py      factors in other forms: LoHa, LoKr, Tucker as A and B; one rank for all
     pairs.py        what formats share that hold A, B and m of linear layers

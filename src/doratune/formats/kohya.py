@@ -68,7 +68,8 @@ class KohyaFormat(Format):
             raise UserError(f"component is {component!r}; expected one of {listed(sorted({c for c in FLAT.values() if c}))}")
         tensors: dict[str, Tensor] = {}
         for name, layer in shaped(adapter.layers, stated.model).items():
-            key = prefix + name.replace(".", "_")
+            clip = (component or "").startswith("text_encoder") and name.startswith("encoder.layers.")
+            key = prefix + "text_model_" * clip + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise UserError(f"{name}: another module has the same name with underscores, {key}; kohya's files cannot hold both")
             spelled = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UserError, listed, near_misses
 from ..layers import kind_of
 from ..layers.layouts import named_layers
+from .spellings import spellings
 
 DOTTED = {
     "unet.": "unet", "transformer.": "transformer", "text_encoder_3.": "text_encoder_3", "text_encoder_2.": "text_encoder_2",
@@ -110,14 +111,16 @@ def resolved(spelled: list[str], where: str, model: ModelNames | None, component
 
 
 def _of_model(groups, flat, where: str, model: ModelNames, component: str | None) -> tuple[dict[str, str], str | None]:
+    others = {other: name for other, name in spellings(model.shapes, model.config).items() if other not in model.shapes}
+    known = {name: name for name in model.shapes} | others
     by_underscores: dict[str, list[str]] = {}
-    for name in model.shapes:
-        by_underscores.setdefault(name.replace(".", "_"), []).append(name)
+    for spelled, name in known.items():
+        by_underscores.setdefault(spelled.replace(".", "_"), []).append(name)
 
     def meant(name: str, rest: str) -> list[str]:
         if name in flat:
             return by_underscores.get(rest, [])
-        return [n for n in (rest, name) if n in model.shapes][:1]
+        return [known[n] for n in (rest, name) if n in known][:1]
 
     fits = {owner: {name: meant(name, rest) for name, rest in names.items()} for owner, names in groups.items()}
     owner = max(fits, key=lambda one: sum(map(bool, fits[one].values())))
