@@ -17,11 +17,13 @@ from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
 from ..errors import UserError
+from ..formats import recognized
 from ..layers.layouts import layer_at
 from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
 from . import peft
 from .fitting import STARTS, check, put, put_starts, resolve
+from .foreign import read_foreign
 from .tensors import Key, file_key, parse_key, to_file
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
@@ -92,6 +94,8 @@ def base_model_of(folder: str | Path) -> str:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
+        if recognized(Path(folder)) is not None:
+            raise UserError(f"{folder} records no base model; give --model")
         read_folder(Path(folder))  # says what is wrong
     name = read_json(path, "an adapter folder needs it").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -99,18 +103,28 @@ def base_model_of(folder: str | Path) -> str:
     return name
 
 
-def load(model: nn.Module, folder: str | Path, trainable: bool = False, name: str = "default") -> nn.Module:
-    """Attach the adapter in `folder` to a model, in place; ours or PEFT's own (DoRA or LoRA). Returns the model.
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    trainable: bool = False,
+    *,
+    name: str = "default",
+    magnitude_axis: str | None = None,
+    alpha: float | None = None,
+) -> nn.Module:
+    """Attach the adapter in `folder` to a model, in place; ours, PEFT's own (DoRA or LoRA), or a file or folder of another program
+    (`formats/`: kohya, LyCORIS, diffusers, torchtune, mlx-lm, ai-toolkit, the authors'). Returns the model.
 
     Args:
         trainable: leave A, B and m trainable (to go on training); False for inference.
         name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
+        magnitude_axis: output or input, where another program's file leaves it open; alpha: likewise.
 
     Raises:
         UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
             (all mismatches in one message). The model is then unchanged.
     """
-    config, raw, tensors = read_folder(Path(folder))
+    config, raw, tensors = read_folder(Path(folder), model, magnitude_axis, alpha)
     if BASELINE in vars(model):
         raise UserError("this model has an adapter already, a baseline's; load the base model again")
     with room_for(model, name):
@@ -137,8 +151,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     put_starts(model, Path(folder))
 
 
-def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
-    """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model."""
+def read_folder(
+    folder: Path, model: nn.Module | None = None, magnitude_axis: str | None = None, alpha: float | None = None
+) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
+    """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model; of another
+    program's file too, whose names of modules, axis or alpha may have to be taken from the model or be said."""
+    if (foreign := read_foreign(folder, model, magnitude_axis, alpha)) is not None:
+        return foreign
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
     if (folder / "baseline_config.json").is_file():

@@ -111,8 +111,8 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
 
 def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     """Resolve the adapter against the checkpoint's names; every problem is found here."""
-    config, raw, tensors = read_folder(adapter)
     skeleton = meta_model(folder)
+    config, raw, tensors = read_folder(adapter, skeleton)
     selection, config = resolve(skeleton, config, raw, tensors)
     check(skeleton, config, selection, tensors, str(adapter), raw)
     prefix = getattr(skeleton, "base_model_prefix", "")
