@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
+    "export": "for engines without DoRA: GGUF, LoRA + output scale, plain LoRA by truncated SVD",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
