@@ -61,7 +61,12 @@ def tokenizer_of(kind: str, bos: bool = False) -> PreTrainedTokenizerFast:
 def exported(tokenizer, folder, rows=448):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -144,8 +149,9 @@ LLAMA3 = (
     "{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}"
 )
 NESTED = (
-    "{% if messages[0]['role'] == 'system' %}{% set s = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}{% set r = messages[1:] %}"
-    "{% else %}{% set s = '' %}{% set r = messages %}{% endif %}{% for m in r %}{% if m['role'] == 'user' %}"
+    "{% if messages[0]['role'] == 'system' %}{% set s = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set r = messages[1:] %}{% else %}{% set s = '' %}{% set r = messages %}{% endif %}{% for m in r %}"
+    "{% if m['role'] == 'user' %}"
     "[INST] {{ s if loop.first else '' }}{{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 

@@ -1,4 +1,4 @@
-"""What llama.cpp computes for each model family that is written as GGUF: which metadata its graph reads, how it wants q, k and norms.
+"""What llama.cpp computes for each model family that is written as GGUF: its metadata, its form of q, k and norms.
 
     Llama, Mistral   pairs of a rotated head stand side by side there, in halves here: rows of q and k change places
     Qwen 2, 3        as here; Qwen 3 normalizes q and k

@@ -2,8 +2,8 @@
 
     f32 | f16 | bf16 | q8_0 for every matrix, rows that are no multiple of 32 as f16 in q8_0; vectors in f32
 
-The file is written tensor by tensor with the `gguf` package's writer: memory is that of the largest tensor, in fp32. Folder: whole or
-absent. Cost: one pass over the model; q8_0 quantizes in numpy, about 100 MB of fp32 a second.
+The file is written tensor by tensor with the `gguf` package's writer: memory is that of the largest tensor in fp32. The folder is
+whole or absent. Cost: one pass over the model; q8_0 quantizes in numpy, about 100 MB of fp32 a second.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def export_gguf(
     check_choice("type", type, tuple(TYPES))
     output = Path(output)
     if output.suffix == ".gguf":
-        raise UserError(f"output is {output}; give a folder, e.g. --output {output.with_suffix('')}: the file comes with a Modelfile")
+        raise UserError(
+            f"output is {output}; give a folder, e.g. --output {output.with_suffix('')}: the file comes with a Modelfile"
+        )
     refuse_existing(output, overwrite)
     weights = Weights(base, adapter)
     with readable_errors(base):
@@ -88,7 +90,9 @@ def tensor_names(weights: Weights, config, family: Family) -> dict[str, str]:
             continue
         name = known.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"{weights.folder}: {key} has no place in GGUF's {family.architecture}; the model is not an ordinary one")
+            raise UserError(
+                f"{weights.folder}: {key} has no place in GGUF's {family.architecture}; the model is not an ordinary one"
+            )
         names[key] = name
     return names
 

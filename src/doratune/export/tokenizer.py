@@ -3,7 +3,7 @@
     byte-level BPE       model "gpt2": tokens, merges, and the name under which llama.cpp has the same splitting into words
     BPE with byte fallback (sentencepiece)   model "llama": tokens and scores; a score is minus the rank of the merge that makes it
 
-Whether <bos> and <eos> are added is tried out. A way of splitting that llama.cpp does not have is refused: its tokens would be others.
+Whether <bos> and <eos> are added is tried out. A way of splitting that llama.cpp does not have is refused: the tokens would differ.
 Source: GGUF's keys by the `gguf` package; the splittings by the regular expressions that llama.cpp documents under each name.
 """
 
@@ -146,7 +146,12 @@ def _tokens(described: dict, vocab_size: int, folder: Path) -> tuple[list[str], 
 
 def _special(writer, tokenizer, folder: Path) -> None:
     """Ids of special tokens; which are added in front and behind; a second end of text (of a turn) where the model has one."""
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unk": tokenizer.unk_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
     ends = _ends(folder)
     ids["eot"] = next((i for i in ends if i != ids["eos"]), None)
     for name, i in ids.items():

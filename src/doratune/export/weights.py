@@ -1,7 +1,7 @@
 """The tensors of a model folder, or of base + adapter, one at a time: what every export reads.
 
-W' comes from the same code as `doratune merge` (checkpoint/merge.py), in fp32 and not rounded to the base's dtype. Cost: memory of one
-tensor; the base is read once.
+W' comes from the same code as `doratune merge` (checkpoint/merge.py), in fp32 and not rounded to the base's dtype. Cost: memory of
+one tensor; the base is read once.
 """
 
 from __future__ import annotations
