@@ -14,6 +14,8 @@ COMMANDS = {
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
     "convert": "an adapter into another program's format: PEFT, kohya, diffusers, torchtune, mlx-lm …",
+    "export": "for engines without DoRA: GGUF, LoRA + output scale, plain LoRA by truncated SVD",
+    "extract": "a DoRA adapter out of a base and a fully fine-tuned model",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
