@@ -19,9 +19,11 @@ from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
 from ..layers.registry import Begin, End, Registry
+from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
+from . import guards, whole
 from . import start as initial
-from . import whole
-from .layer import Common, adapt, take_off
+from .foreign import refuse_foreign
+from .layer import Common, adapt, refuse_altered, take_off
 from .targets import Selection, select
 
 RECORD, BASELINE = "_doratune", "_doratune_baseline"
@@ -43,10 +45,12 @@ class Attachment:
     overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
     wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
+    base: tuple[str, ...] = ()  # base weights that came with the adapter's file: their originals are in `replaced`
 
 
 def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
-    """Adapt a model in place and return it; everything else is frozen.
+    """Adapt a model in place and return it; everything else is frozen. Of a compiled or otherwise wrapped model, what it stands
+    around is adapted.
 
     Args:
         config: what to adapt and how; the defaults are DoRA, rank 16, all linear layers.
@@ -58,15 +62,18 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
         UserError: the model is attached already, or the configuration does not fit it; the model is then unchanged.
     """
     config = config or AdapterConfig()
-    if (record := vars(model).get(RECORD)) is not None:
+    plain = unwrapped(model)
+    refuse_foreign(plain, "doratune.attach")
+    if (record := vars(plain).get(RECORD)) is not None:
         state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
         raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
-    for name, module in model.named_modules():
+    for name, module in named_modules(plain):
         if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
-    return attach_selection(model, config, select(model, config), trainable, original)
+    attach_selection(plain, config, select(plain, config), trainable, original)
+    return model
 
 
 def attach_selection(
@@ -80,7 +87,7 @@ def attach_selection(
     if not loading and initial.needs_original(config):
         for name, base in bases.items():
             initial.original_weight(original, name, base.shape(modules[name]), config)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    requires_grad = {name: p.requires_grad for name, p in named_parameters(model)}
     replaced = whole.train_whole(modules, selection.also_train, trainable)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -98,7 +105,7 @@ def attach_selection(
         requires_grad=requires_grad,
         alphas=selection.alphas,
         replaced=replaced,
-        buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
+        buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in named_buffers(modules[n])},
         registry=common.registry,
         overwritten=overwritten or None,
     )
@@ -112,6 +119,7 @@ def attach_selection(
     whole.cover_readers(model)
     fastpath.close(model)
     watch(model)
+    guards.put_on(model)
     return model
 
 
@@ -119,6 +127,7 @@ def watch(model: nn.Module) -> None:
     """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
     module, registry = model, record_of(model).registry
     while True:
+        module = unwrapped(module)
         if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
             module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
             module.register_forward_hook(End(registry), always_call=True)
@@ -160,19 +169,24 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         UserError: nothing is attached, or the adapter is merged (unmerge first).
     """
-    record = record_of(model)
+    record, plain = record_of(model), unwrapped(model)
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before doratune.detach(model)")
-    for _, module in list(adapters(model)):
+    layers = list(adapters(plain))
+    refuse_altered(layers, "detached")
+    refuse_foreign(plain, "doratune.detach")
+    for _, module in layers:
         take_off(module)
     fastpath.reopen(model)
     unwatch(model)
+    guards.take_off(model)
     whole.give_back(model, record.replaced)
     for path, buffer in record.buffers.items():
-        model.get_buffer(path).copy_(buffer)
-    for name, p in model.named_parameters():
+        owner, _, leaf = path.rpartition(".")
+        module_at(model, owner)._buffers[leaf].copy_(buffer)
+    for name, p in named_parameters(model):
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
-    delattr(model, RECORD)
+    delattr(plain, RECORD)
     return model
 
 
@@ -182,7 +196,7 @@ def record_of(model: nn.Module) -> Attachment:
     Raises:
         UserError: nothing is attached.
     """
-    record = getattr(model, "__dict__", {}).get(RECORD)
+    record = vars(unwrapped(model)).get(RECORD) if isinstance(model, nn.Module) else None
     if record is None and not isinstance(model, nn.Module):
         raise UserError(f"expected a model with an adapter, got {model!r}; load it, call doratune.attach, and pass the model")
     if record is None:
@@ -200,7 +214,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     name `<module>.<weight>` and one more dimension in front of each. On a merged model the second item is the stored adapter of
     the layer, with the same attributes.
     """
-    record = vars(model).get(RECORD)
+    record = vars(unwrapped(model)).get(RECORD)
     if record is not None and record.merged is not None:
         yield from record.merged.items()
         return
