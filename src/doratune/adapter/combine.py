@@ -24,6 +24,7 @@ from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers.layouts import named_layers
 from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import unwrapped
 from .attach import adapters, attach_selection, record_of
 from .several import check_known, layers_of, record_named, room_for
 from .targets import Selection
@@ -55,6 +56,7 @@ def strength(model: nn.Module, adapter: str, t: float, name: str) -> nn.Module:
 @torch.no_grad()
 def _made_of(model: nn.Module, weights: dict[str, float], name: str, rule) -> nn.Module:
     """Attach the adapter that `rule` makes of the others, layer by layer."""
+    whole, model = model, unwrapped(model)
     parts, configs = _parts(model, weights)
     config, layers = configs[0], list(parts)
     pairs = {layer: rule({n: module.adapted for n, module in each.items()}, weights) for layer, each in parts.items()}
@@ -86,7 +88,7 @@ def _made_of(model: nn.Module, weights: dict[str, float], name: str, rule) -> nn
         if module.adapted.magnitude:
             module.magnitude.copy_(g * module.adapted.n(module.magnitude.dtype))
             module.adapted.changed()
-    return model
+    return whole
 
 
 def combined(parts: dict[str, AdaptedWeight], weights: dict[str, float]) -> tuple[Tensor | None, Tensor | None, Tensor]:

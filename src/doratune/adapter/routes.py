@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError, listed
 from ..layers.kind import outside_compile
 from ..layers.layouts import layer_at
+from ..layers.wrappers import unwrapped
 from .attach import RECORD, adapters
 from .several import check_known, layers_of, record_named
 
@@ -55,6 +56,7 @@ def mixed(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
 @contextlib.contextmanager
 def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[None]:
     """Send this thread's calls of adapted layers another way."""
+    model = unwrapped(model)
     record = vars(model).get(RECORD)
     if record is not None and record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) first")

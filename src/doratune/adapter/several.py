@@ -19,6 +19,7 @@ from ..errors import UserError, listed, near_misses
 from ..layers.adapted import Adapted, adapted_class
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import unwrapped
 from .attach import RECORD, Attachment, SetAside, adapters, put_back, set_aside
 from .layer import follow
 
@@ -28,6 +29,7 @@ ASIDE = "_doratune_aside"
 
 def names(model: nn.Module) -> list[str]:
     """The names of a model's adapters; the one in use, if there is one, comes first."""
+    model = unwrapped(model)
     record = vars(model).get(RECORD)
     return [*([] if record is None else [record.name]), *vars(model).get(ASIDE, {})]
 
@@ -38,17 +40,18 @@ def use(model: nn.Module, name: str | None) -> nn.Module:
     Raises:
         UserError: no adapter of this name, or the one in use is merged.
     """
-    record = vars(model).get(RECORD)
+    plain = unwrapped(model)
+    record = vars(plain).get(RECORD)
     if (None if record is None else record.name) == name:
         return model
     if name is not None:
-        check_known(model, name)
-    aside = dict(vars(model).get(ASIDE, {}))
+        check_known(plain, name)
+    aside = dict(vars(plain).get(ASIDE, {}))
     if record is not None:
-        aside[record.name] = set_aside(model, "using another adapter")
+        aside[record.name] = set_aside(plain, "using another adapter")
     if name is not None:
-        put_back(model, aside.pop(name))
-    setattr(model, ASIDE, aside)
+        put_back(plain, aside.pop(name))
+    setattr(plain, ASIDE, aside)
     return model
 
 
@@ -58,6 +61,7 @@ def delete(model: nn.Module, name: str) -> None:
     Raises:
         UserError: no adapter of this name, or it is merged.
     """
+    model = unwrapped(model)
     check_known(model, name)
     record = vars(model).get(RECORD)
     if record is not None and record.name == name:

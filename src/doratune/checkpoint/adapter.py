@@ -12,21 +12,27 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.foreign import refuse_foreign
+from ..adapter.layer import refuse_altered
 from ..adapter.several import room_for
-from ..adapter.targets import Selection
+from ..adapter.targets import Selection, name_matches
 from ..config import AdapterConfig
 from ..directions import direction_of
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..formats import recognized
-from ..layers.layouts import layer_at
+from ..layers.layouts import layer_at, named_layers
+from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
 from . import peft
-from .fitting import STARTS, check, put, put_starts, resolve
+from .base_weights import base_tensors, put_in, split, take_out
+from .fitting import check, fit, put, put_starts
 from .foreign import read_foreign
-from .tensors import Key, file_key, parse_key, to_file
+from .names import plain_names
+from .tensors import Key, file_key, parse_keys, to_file
+from .values import STARTS, read_starts
 
-CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
+CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", peft.OWN_FILE
 FORMATS = ("auto", "peft", "doratune")
 
 
@@ -42,16 +48,23 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    record, folder, layers = record_of(model), Path(folder), dict(adapters(model))
+    record, folder, model = record_of(model), Path(folder), unwrapped(model)
+    refuse_foreign(model, "doratune.save")
+    layers = dict(adapters(model))
+    refuse_altered([(name, layer, layer.adapted) for name, layer in layers.items() if record.merged is None], "saved")
     config = record.config
     modules = {name: layer_at(model, name) for name in layers}
     problem = peft.cannot_say(config, {name: (layer.adapted.kind, modules[name]) for name, layer in layers.items()})
+    whole = peft.modules_to_save(config.also_train, record.also_train, [name for name, _ in named_layers(model) if name])
+    if whole is None and problem is None:
+        problem = f"PEFT would train more modules whole than {listed(record.also_train, 3)}: it goes by the end of a name"
     if format == "peft" and problem:
         raise UserError(f'{problem}; save with format="doratune"')
     ranks = {name: layer.adapted.rank for name, layer in layers.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     transposed = all(layer.adapted.kind.transposed and not layer.adapted.kind.stacked for layer in layers.values())
-    described = peft.describe(config, ranks, record.alphas, base, transposed, own=format == "doratune" or problem is not None)
+    own_type = format == "doratune" or problem is not None
+    described = peft.describe(config, ranks, record.alphas, base, transposed, own_type, None if own_type else whole)
     tensors: dict[Key, Tensor] = {}
     for name, layer in layers.items():
         with no_autocast(layer.adapted.base.device(modules[name])):
@@ -59,9 +72,11 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         tensors |= {(name, parameter): t for parameter, t in exported.items()}
     for direction in {id(layer.adapted.direction): layer.adapted.direction for layer in layers.values()}.values():
         tensors |= {("", name): t.clone() for name, t in direction.shared_tensors().items()}
-    whole = model.state_dict(keep_vars=True) | record.wide
+    tensors |= {("", key): t for key, t in base_tensors(model, record).items()}
     for name in record.also_train:
-        tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
+        state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
+        state |= {key: t for key, t in record.wide.items() if key in state}
+        tensors |= {("", key): t.detach().clone() for key, t in state.items()}
     write_tensors(folder / TENSORS, {file_key(key, direction_of(config.method)): t for key, t in tensors.items()})
     write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
@@ -124,16 +139,25 @@ def load(
         UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
             (all mismatches in one message). The model is then unchanged.
     """
-    config, raw, tensors = read_folder(Path(folder), model, magnitude_axis, alpha)
-    if BASELINE in vars(model):
+    config, raw, tensors = read_folder(Path(folder), unwrapped(model), magnitude_axis, alpha)
+    plain = unwrapped(model)
+    if BASELINE in vars(plain):
         raise UserError("this model has an adapter already, a baseline's; load the base model again")
-    with room_for(model, name):
-        selection, config = resolve(model, config, raw, tensors)
-        check(model, config, selection, tensors, str(folder), raw)
-        attach_selection(model, config, selection, trainable, loading=True)
-        record_of(model).name = name
-        put(model, tensors)
-        put_starts(model, Path(folder))
+    refuse_foreign(plain, "doratune.load")
+    with room_for(plain, name):
+        read = fit(plain, Path(folder), config, raw, tensors)
+        originals = put_in(plain, read.base, read.selection.ranks)
+        try:
+            attach_selection(plain, read.config, read.selection, trainable, loading=True)
+        except BaseException:
+            take_out(plain, originals)
+            raise
+        record = record_of(plain)
+        record.replaced |= originals
+        record.base = tuple(path for path in originals if path in read.base)
+        record.name = name
+        put(plain, read.tensors)
+        put_starts(plain, read.starts)
     return model
 
 
@@ -143,12 +167,16 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         UserError: as `load`.
     """
-    _, raw, tensors = read_folder(Path(folder))
-    record = record_of(model)
-    ranks = {name: layer.adapted.rank for name, layer in adapters(model)}
-    check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder), raw)
+    record, model, where = record_of(model), unwrapped(model), str(folder)
+    config, raw, tensors = read_folder(Path(folder))
+    _, raw, tensors = plain_names(model, config, raw, tensors, where)
+    layers = dict(adapters(model))
+    selection = Selection({name: layer.adapted.rank for name, layer in layers.items()}, {}, {}, record.also_train)
+    base, tensors = split(model, layers, record.also_train, tensors)
+    starts = read_starts(Path(folder), layers, record.config)
+    check(model, record.config, selection, tensors, where, raw, base, starts)
     put(model, tensors)
-    put_starts(model, Path(folder))
+    put_starts(model, starts)
 
 
 def read_folder(
@@ -169,18 +197,20 @@ def read_folder(
         own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
         try:
             config = _agreeing(AdapterConfig.from_dict(own), config, folder, raw["peft_type"] == peft.OWN_TYPE)
+            raw = raw | {OWN: own}
         except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
-    tensors = {parse_key(key, direction_of(config.method)): t for key, t in read_tensors(folder / TENSORS).items()}
+    tensors = parse_keys(read_tensors(folder / TENSORS), direction_of(config.method), str(folder / TENSORS))
     return config, raw, tensors
 
 
 def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: bool) -> AdapterConfig:
     """doratune.json, if adapter_config.json (ours: of our type) says the same; PEFT or a hand may have changed the latter since."""
     written = peft.as_written(own)
-    compared = ["method", "rank", "also_train"]
+    compared = ["method", "rank"]
+    compared += [] if _same_modules(written.also_train, theirs.also_train) else ["also_train"]
     compared += [] if not direction_of(theirs.method).scaled else ["alpha", "rank_scaling"]
     compared += ["magnitude_axis", "embedding_magnitude"] if ours else []
     for name in compared:
@@ -190,3 +220,9 @@ def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: boo
                 f"{CONFIG} is right"
             )
     return own
+
+
+def _same_modules(entries: tuple[str, ...], written: tuple[str, ...]) -> bool:
+    """Does `modules_to_save` say what `also_train` does? It may hold full names where PEFT would take entries otherwise."""
+    each = all(any(name_matches((entry,), name) for name in written) for entry in entries)
+    return entries == written or (each and all(name_matches(entries, name) for name in written))

@@ -8,5 +8,6 @@ tables.py        text tables: aligned, Markdown
 text.py          UTF-8 text and its lines
 yaml_text.py     YAML, counted before it is built
 values.py        what a setting may be: range and choices, declared beside it
+patterns.py      regular expressions that come to an end
 fields.py        settings of one dataclass, offered by another
 """
