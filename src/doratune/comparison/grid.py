@@ -20,9 +20,13 @@ from ..analysis.summary import analyze
 from ..baselines.config import METHODS as BASELINES
 from ..errors import UserError, listed
 from ..support.files import read_json, replacing, write_json
+from ..support.folders import refuse_no_folder
 from ..support.models import load_model
+from ..support.outputs import refuse_inputs
+from ..training.checkpoints import last_checkpoint
+from ..training.folder import as_yaml
 from ..training.recipe import TrainRecipe
-from ..training.train import last_checkpoint, write_recipe
+from ..training.train import write_recipe
 from .cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
 from .collect import Result, collect, finished, same_recipe
 from .launch import Job, only_one, run_local, run_on_ray
@@ -43,6 +47,9 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
     shared = grid.check()
     refuse_mixed(grid, shared)
     output = Path(grid.output)
+    inputs = {"the model": shared.model, "the data": shared.data, "the evaluation data": shared.eval_data, "a task": shared.tasks}
+    refuse_inputs(output, inputs | {"the recipe": grid.recipe})
+    refuse_no_folder(output)
     if grid.dry_run:
         return plan(grid, shared, say)
     with only_one(output):
@@ -236,6 +243,8 @@ def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
         except (yaml.YAMLError, TypeError, ValueError, UnicodeDecodeError):
             raise UserError(f"{path} is corrupt; give another output, or delete it") from None
         changed = [f"{k} {before[k]!r} -> {own[k]!r}" for k in ("settings", "recipe") if k in before and before[k] != own[k]]
+        if path.read_text(encoding="utf-8") != as_yaml(before):
+            raise UserError(f"{path} was not written by doratune compare; give another output, or move it away")
         if changed and list((output / "cells").glob("*/metrics.json")):
             raise UserError(f"{output} holds another grid ({listed(changed, 2)}); give another output, or the grid that it was")
         if changed:
@@ -243,7 +252,7 @@ def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
     elif output.is_dir() and any(p.name != ".lock" for p in output.iterdir()):
         raise UserError(f"{output} exists and holds no grid; give another output")
     with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(as_yaml(own), encoding="utf-8")
     write_recipe(output / "recipe.yaml", shared)
 
 

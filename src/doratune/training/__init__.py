@@ -1,11 +1,13 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
-recipe.py      TrainRecipe: every setting
-train.py       one training run
-methods.py     what is trained: an adapter, a baseline, or all weights
-trainer.py     TrainerMixin
-callbacks.py   progress, clean stop on a signal
-movement.py    how far m and the direction moved, in one line
+recipe.py        TrainRecipe: every setting
+train.py         one training run
+folder.py        what a run writes where, and the run that was there before
+checkpoints.py   complete in one act; the newest whole one
+methods.py       what is trained: an adapter, a baseline, or all weights
+trainer.py       TrainerMixin
+callbacks.py     progress, clean stop on a signal
+movement.py      how far m and the direction moved, in one line
 """
 
 

@@ -73,7 +73,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         resume: go on from the run's last checkpoint
-        overwrite: replace an output folder that exists
+        overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
 
     model: str = "smollm2-135m-instruct"

@@ -21,6 +21,7 @@ from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
+from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 
 
 class NonFiniteLoss(UserError):
@@ -28,8 +29,11 @@ class NonFiniteLoss(UserError):
 
 
 class SteadyMixin:
-    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, and length-grouped
-    batches that are the same after a resume."""
+    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, checkpoints that are
+    complete in one act, and length-grouped batches that are the same after a resume."""
+
+    _stage: Path | None = None
+    """Where a checkpoint is being written."""
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -46,7 +50,34 @@ class SteadyMixin:
                 f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
                 "the last good checkpoint: lower the learning rate, then --resume"
             )
-        super()._save_checkpoint(model, trial)
+        target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_checkpoint(target, self.args.should_save) as stage:
+            self._stage = stage
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
+                self.state.best_model_checkpoint = str(target)
+                self.state.save_to_json(str(stage / target.name / STATE))
+        if self.args.should_save:
+            remove_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(target))
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._stage is None else str(self._stage)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Not while it is being written."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -139,6 +170,17 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+@contextlib.contextmanager
+def _readable(checkpoint):
+    """A damaged checkpoint as one line, where a Trainer is resumed without `last_checkpoint`."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or (problem := damage(Path(checkpoint))) is None:
+            raise
+        raise UserError(f"{checkpoint} cannot be resumed from: {problem}; resume from another checkpoint") from error
 
 
 @contextlib.contextmanager
