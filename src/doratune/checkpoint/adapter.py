@@ -6,8 +6,11 @@ modules); a folder without it is PEFT's own. Everything is checked against the m
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -23,7 +26,8 @@ from ..formats import recognized
 from ..layers.layouts import layer_at, named_layers
 from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
-from ..support.files import read_json, read_tensors, write_json, write_tensors
+from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
+from ..support.folders import generation, recover, steady
 from . import peft
 from .base_weights import base_tensors, put_in, split, take_out
 from .fitting import check, fit, put, put_starts
@@ -33,11 +37,13 @@ from .tensors import Key, file_key, parse_keys, to_file
 from .values import STARTS, read_starts
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", peft.OWN_FILE
+FINGERPRINT = "doratune_fingerprint"
 FORMATS = ("auto", "peft", "doratune")
 
 
 def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
-    """Write the adapter of an attached or merged model; A, B, m in fp32.
+    """Write the adapter of an attached or merged model; A, B, m in fp32. The folder then holds this adapter, or, should the process
+    be killed, the one that it held; what else lies in it stays.
 
     Args:
         format: "peft" loads in PEFT; "doratune" is the same layout under our own type; "auto" takes "peft" where
@@ -77,15 +83,45 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
         state |= {key: t for key, t in record.wide.items() if key in state}
         tensors |= {("", key): t.detach().clone() for key, t in state.items()}
-    write_tensors(folder / TENSORS, {file_key(key, direction_of(config.method)): t for key, t in tensors.items()})
-    write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
+    described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
+    files = {TENSORS: {file_key(key, direction_of(config.method)): t for key, t in tensors.items()}}
     if config.magnitude_form == "relative":
         starts = {name: getattr(layer, "magnitude_start", None) for name, layer in layers.items()}
-        write_tensors(folder / STARTS, {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()})
-    write_json(folder / OWN, own)
+        files[STARTS] = {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()}
+    _write(folder, described, own, files)
+
+
+def _write(folder: Path, described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> None:
+    """One generation of an adapter folder; a fingerprint of all that it says binds the files to one another."""
+    fingerprint = _fingerprint(described, own, files)
+    with generation(folder, lambda name: name not in (CONFIG, TENSORS, OWN, STARTS), key=CONFIG) as stage:
+        for name, tensors in files.items():
+            write_tensors(stage / name, tensors, {FINGERPRINT: fingerprint})
+        write_json(stage / CONFIG, described)
+        write_json(stage / OWN, own | {"fingerprint": fingerprint})
+
+
+def _fingerprint(described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> str:
+    """Digest of settings and tensors: the same adapter has the same one, wherever it is saved."""
+    digest = hashlib.blake2b(json.dumps([described, own], sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensors in files.items():
+        for key, t in sorted(tensors.items()):
+            digest.update(f"{name} {key} {t.dtype} {tuple(t.shape)}".encode())
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _refuse_mixed(folder: Path, fingerprint) -> None:
+    """Raise UserError where files of two saves lie in one folder; files without a fingerprint are PEFT's, or older."""
+    for name in (TENSORS, STARTS):
+        if (folder / name).is_file() and fingerprint is not None:
+            with open_tensors(folder / name) as file:
+                other = (file.metadata() or {}).get(FINGERPRINT)
+            if other is not None and other != fingerprint:
+                raise UserError(f"{folder}: {name} and {OWN} are of two different saves; copy or save the adapter again, whole")
 
 
 def _quantization(model: nn.Module) -> dict | None:
@@ -184,8 +220,13 @@ def read_folder(
 ) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
     """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model; of another
     program's file too, whose names of modules, axis or alpha may have to be taken from the model or be said."""
+    recover(folder)
     if (foreign := read_foreign(folder, model, magnitude_axis, alpha)) is not None:
         return foreign
+    return steady(folder, lambda: _read(folder))
+
+
+def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
     if (folder / "baseline_config.json").is_file():
@@ -194,10 +235,12 @@ def read_folder(
     raw = read_json(folder / CONFIG, f"an adapter folder needs it{inner}")
     config = peft.from_peft(raw, str(folder / CONFIG))
     if (folder / OWN).is_file():
-        own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
+        own = read_json(folder / OWN, "it belongs to the adapter folder")
+        _refuse_mixed(folder, own.get("fingerprint"))
         try:
-            config = _agreeing(AdapterConfig.from_dict(own), config, folder, raw["peft_type"] == peft.OWN_TYPE)
-            raw = raw | {OWN: own}
+            adapter = own.get("adapter", {})
+            config = _agreeing(AdapterConfig.from_dict(adapter), config, folder, raw["peft_type"] == peft.OWN_TYPE)
+            raw = raw | {OWN: adapter}
         except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():

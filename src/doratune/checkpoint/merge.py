@@ -23,7 +23,8 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
-from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
+from ..support.files import open_tensors, read_json, write_json, write_tensors
+from ..support.folders import new_folder
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import read_folder
 from .fitting import fit, put_layer
@@ -65,7 +66,7 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
     weight_map, size = {}, 0
-    with new_folder(output, overwrite) as temporary:
+    with new_folder(output, overwrite, key="config.json") as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
             whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
             if number == len(shards) - 1:

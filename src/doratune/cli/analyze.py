@@ -28,7 +28,7 @@ class AnalyzeSettings:
         format: of the figures: png or svg
         output: folder for points.json and the figures
         trust_remote_code: run the Python code that the model's folder or repository brings
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
@@ -53,16 +53,19 @@ def main(argv: list[str]) -> int:
     from ..analysis.gradients import batch_of
     from ..analysis.summary import analyze
     from ..errors import UserError
-    from ..support.files import refuse_existing
+    from ..support.folders import refuse_existing
     from ..support.models import load_model, load_tokenizer
+    from ..support.outputs import refuse_inputs
 
     if not settings.runs:
         raise UserError("runs is not set; give doratune analyze RUN, or several")
     if twice := {name for name in settings.runs if settings.runs.count(name) > 1}:
         raise UserError(f"runs names {', '.join(sorted(twice))} twice; name each run once")
     output = Path(settings.output)
+    refuse_inputs(output, {"the model": settings.model, "the data": settings.gradient_data}, settings.runs)
     refuse_existing(output, settings.overwrite)
     name = settings.model or base_of(settings.runs)
+    refuse_inputs(output, {"the model": name})
     trusted = {"trust_remote_code": settings.trust_remote_code}
     base = load_model(name, settings.dtype, **trusted)
     batch = None

@@ -30,7 +30,7 @@ class EvaluateSettings:
         output: folder for results.json and every item with its verdict
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
@@ -62,8 +62,9 @@ def main(argv: list[str]) -> int:
     from ..evaluation.evaluate import evaluate, load_tasks, show
     from ..evaluation.paper import check_fixed
     from ..evaluation.protocols import protocols_of
-    from ..support.files import refuse_existing
+    from ..support.folders import refuse_existing
     from ..support.models import load_model, load_tokenizer
+    from ..support.outputs import refuse_inputs, run_of
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
@@ -74,9 +75,11 @@ def main(argv: list[str]) -> int:
         check_fixed(beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
-    tasks = load_tasks(names, settings.mirror, settings.limit)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
+    inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
+    refuse_inputs(settings.output, inputs, run_of(settings.adapter))
+    tasks = load_tasks(names, settings.mirror, settings.limit)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     if settings.dtype != "float32" and settings.batch_size > 1:

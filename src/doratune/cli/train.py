@@ -17,15 +17,18 @@ def main(argv: list[str]) -> int:
     recipe.check()
     keep_freed_memory()
     from ..evaluation.evaluate import after_training
+    from ..support.processes import is_first
     from ..support.yaml_text import to_yaml
     from ..training.train import Interrupted, dataclasses, train
 
-    say(to_yaml(dataclasses.asdict(recipe)))
+    if is_first():
+        say(to_yaml(dataclasses.asdict(recipe)))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
-        print(f"doratune train: {stop}", file=sys.stderr)
+        if is_first():
+            print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
-    if as_json:
+    if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0

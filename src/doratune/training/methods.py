@@ -20,7 +20,7 @@ from ..baselines.config import METHODS as BASELINES
 from ..checkpoint.adapter import save
 from ..config import METHODS
 from ..errors import UserError
-from ..support.files import new_folder
+from ..support.folders import whole_folder
 from ..support.models import load_model, torch_dtype
 from .movement import Movement, measure
 from .recipe import TrainRecipe
@@ -108,7 +108,7 @@ class FullMethod(AdapterMethod):
         pass
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        with new_folder(folder, overwrite=True) as temporary:
+        with whole_folder(folder, key="config.json") as temporary:
             model.save_pretrained(temporary)
 
     def scored(self, model: nn.Module) -> nn.Module:

@@ -76,7 +76,7 @@ class TrainRecipe:
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
-        overwrite: replace an output folder that exists
+        overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
 
     model: str = "smollm2-135m-instruct"

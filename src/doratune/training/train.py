@@ -3,15 +3,13 @@
 OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result (full fine-tuning: model/)
 OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
 
-metrics.json is written last: a run without it is not finished.
+metrics.json is written last: a run without it is not finished. Of several processes, the first looks at the folder and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,11 +21,15 @@ from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
 from ..errors import UserError, near_misses
 from ..support.environment import environment
-from ..support.files import refuse_existing, replacing, write_json
+from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
+from ..support.outputs import refuse_inputs
+from ..support.processes import agree, connect, is_first, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
+from .checkpoints import last_checkpoint
 from .examples import datasets
+from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
@@ -41,12 +43,13 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
-def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None) -> dict:
+def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None, folder: RunFolder | None = None) -> dict:
     """Train as the recipe says and leave the run's folder behind.
 
     Args:
         say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
         score: called with the trained model and the tokenizer before the run counts as finished.
+        folder: of a caller that has begun it and finishes it, because the run is a part of what it does.
 
     Returns:
         The contents of metrics.json.
@@ -59,14 +62,10 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
-    output = Path(recipe.output)
-    checkpoint = last_checkpoint(output) if recipe.resume else None
-    if recipe.resume and checkpoint is None:
-        raise UserError(f"{output} holds no complete checkpoint to resume from; run without --resume")
-    if recipe.resume:
-        check_same(recipe, output / "recipe.yaml")
-    else:
-        refuse_existing(output, recipe.overwrite)
+    connect()
+    say = say if is_first() else lambda line: None
+    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
     rows, eval_rows = datasets(recipe, tokenizer, say, counts)
@@ -77,11 +76,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         say(note)
     for note in method.prepare(model):
         say(note)
-    if not recipe.resume:
-        clear_checkpoints(output)
-    (output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
-    output.mkdir(parents=True, exist_ok=True)
-    write_recipe(output / "recipe.yaml", recipe)
+    agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
     trainer.add_callback(bar)
@@ -94,11 +89,41 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
         trainer.evaluate()
     model.eval()
+    if not is_first():
+        return {}
     method.save(model, output / method.result)
     tokenizer.save_pretrained(output / method.result)
     if score is not None:
         score(method.scored(model), tokenizer)
-    return finish(method, trainer, clock, model, counts, say)
+    metrics = finish(method, trainer, clock, model, counts, say)
+    if folder is None:
+        run.finish()
+    return metrics
+
+
+def _starting_point(recipe: TrainRecipe, run: RunFolder, own: bool, say) -> Path | None:
+    """The checkpoint to resume from, None for a new run; what is in the way is found here."""
+    if own:
+        refuse_inputs(run.output, {"the model": recipe.model, "the data": recipe.data, "the evaluation data": recipe.eval_data})
+    if not recipe.resume:
+        if own:
+            run.check(recipe.overwrite)
+        return None
+    if own:
+        run.restore()
+    checkpoint = last_checkpoint(run.output, say)
+    if checkpoint is None:
+        before = f"; the run before it is in {run.aside}" if run.aside.is_dir() else ""
+        raise UserError(f"{run.output} holds no complete checkpoint to resume from; run without --resume{before}")
+    check_same(recipe, run.output / RECIPE)
+    return checkpoint
+
+
+def _begin(recipe: TrainRecipe, run: RunFolder, own: bool) -> None:
+    if own and not recipe.resume:
+        run.begin()
+    (run.output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
+    write_recipe(run.output / RECIPE, recipe)
 
 
 def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
@@ -139,6 +164,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         **checkpointing_arguments(recipe.checkpointing),
         **method.settings(),
     )
+    refuse_strangers(arguments.world_size)
     clock = Clock(checkpoint)
     trainer = method.trainer(
         model,
@@ -148,6 +174,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         eval_dataset=eval_rows or None,
         callbacks=[clock],
     )
+    refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -198,24 +225,6 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
     write_json(output / "metrics.json", metrics)
     say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint; its state file is written last, so one without it broke off."""
-    checkpoints = []
-    for folder in output.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            checkpoints.append((int(folder.name.split("-")[1]), folder))
-        except (OSError, ValueError):
-            continue
-    return max(checkpoints)[1] if checkpoints else None
-
-
-def clear_checkpoints(output: Path) -> None:
-    """A new run in an old folder (--overwrite) must not leave checkpoints that a later --resume would take up."""
-    for folder in output.glob("checkpoint-*"):
-        shutil.rmtree(folder)
 
 
 def write_recipe(path: Path, recipe: TrainRecipe) -> None:
