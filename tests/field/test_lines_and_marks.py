@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from doratune.comparison.collect import _verdicts
+from doratune.comparison.collect import read_verdicts
 from doratune.data import load_items
 from doratune.data.files import read_examples
 from doratune.errors import UserError
@@ -40,7 +40,7 @@ def test_jsonl_with_separators_inside_its_strings(separator, end, tmp_path):
 def test_the_item_file_of_a_comparison(separator, tmp_path):
     rows = [{"prompt": f"a{separator}b", "output": separator, "gold": "true", "correct": n % 2 == 0} for n in range(3)]
     (tmp_path / "demo.generate.jsonl").write_bytes(jsonl(rows))
-    verdicts, _ = _verdicts(tmp_path / "demo.generate.jsonl", 3)
+    verdicts, _ = read_verdicts(tmp_path / "demo.generate.jsonl", 3)
     assert verdicts.tolist() == [1, 0, 1]
 
 

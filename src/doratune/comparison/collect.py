@@ -81,7 +81,7 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
     if not protocols >= set(protocols_of(shared.tasks_protocol)):
         raise UserError(f"{scores / 'results.json'} holds no whole results; delete the cell's metrics.json, and it runs again")
     for task, protocol, total in named:
-        verdicts, items[f"{task} ({protocol})"] = _verdicts(scores / f"{task}.{protocol}.jsonl", total)
+        verdicts, items[f"{task} ({protocol})"] = read_verdicts(scores / f"{task}.{protocol}.jsonl", total)
         right.setdefault(protocol, {})[task] = verdicts
     accuracy = {protocol: float(np.mean([v.mean() for v in tasks.values()])) for protocol, tasks in right.items()}
     return Result(cell, metrics, accuracy, right, items)
@@ -91,7 +91,7 @@ def _finite(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
+def read_verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
     """(1 where right, digest of the questions and their answers)."""
     try:
         verdicts, digest = [], hashlib.sha256()

@@ -23,8 +23,7 @@ def scale_loss(accelerator, model: nn.Module | None) -> None:
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     if torch.float16 not in {p.dtype for p in model.parameters()} or not trained or torch.float16 in trained:
         return
-    scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=START)
-    accelerator.scaler = scaler
+    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=START)
 
     def unscale_gradients(optimizer=None) -> None:
         """accelerate's own does nothing unless autocast is on too."""
@@ -32,6 +31,6 @@ def scale_loss(accelerator, model: nn.Module | None) -> None:
         for one in chosen if isinstance(chosen, list | tuple) else [chosen]:
             while hasattr(one, "optimizer"):
                 one = one.optimizer
-            scaler.unscale_(one)
+            accelerator.scaler.unscale_(one)
 
     accelerator.unscale_gradients = unscale_gradients
