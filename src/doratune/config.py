@@ -45,6 +45,9 @@ class AdapterConfig:
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
     """Modules trained whole (PEFT's `modules_to_save`), by name or suffix."""
+    newly_initialized: Literal["train", "freeze"] = "train"
+    """Parameters that no file holds, because transformers drew them at random (a new head) or a vocabulary was resized. `train`:
+    their modules are trained whole and saved, as those of `also_train`; `freeze`: they stay, and `verify` names them."""
     rank_overrides: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Rank for single modules, by name or suffix; the first entry that fits counts."""
     alpha_overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -87,6 +90,7 @@ class AdapterConfig:
         check_choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
         check_choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
         check_choice("norm_gradient", self.norm_gradient, ("detached", "full"))
+        check_choice("newly_initialized", self.newly_initialized, ("train", "freeze"))
         check_choice("embedding_magnitude", self.embedding_magnitude, ("token", "dimension"))
         check_choice("start", self.start, STARTS)
         check_choice("magnitude_from", self.magnitude_from, ("base", "original"))

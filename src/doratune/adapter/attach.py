@@ -21,6 +21,7 @@ from ..layers.layouts import named_layers
 from ..layers.registry import Begin, End, Registry
 from . import start as initial
 from . import whole
+from .fresh import trained_whole
 from .layer import Common, adapt, take_off
 from .targets import Selection, select
 
@@ -43,6 +44,7 @@ class Attachment:
     overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
     wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
+    fresh: dict[str, str] = field(default_factory=dict)  # modules trained whole because no file holds them → why
 
 
 def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
@@ -66,7 +68,10 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
     for name, module in model.named_modules():
         if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
-    return attach_selection(model, config, select(model, config), trainable, original)
+    config, fresh = trained_whole(model, config)
+    attach_selection(model, config, select(model, config), trainable, original)
+    record_of(model).fresh = fresh
+    return model
 
 
 def attach_selection(

@@ -6,19 +6,22 @@ modules); a folder without it is PEFT's own. Everything is checked against the m
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from .. import __version__
 from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
+from ..adapter.fresh import unsaved
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..layers.layouts import layer_at
 from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
+from ..support.folders import class_record
 from . import peft
 from .fitting import STARTS, check, put, put_starts, resolve
 from .tensors import Key, file_key, parse_key, to_file
@@ -62,6 +65,8 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     write_tensors(folder / TENSORS, {file_key(key, direction_of(config.method)): t for key, t in tensors.items()})
     write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
+    if trained_class := class_record(model):
+        own["model"] = trained_class
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
     if config.magnitude_form == "relative":
@@ -116,6 +121,9 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
     attach_selection(model, config, selection, trainable, loading=True)
     put(model, tensors)
     put_starts(model, Path(folder))
+    if lost := unsaved(model, record_of(model).also_train):
+        shown = [f"{name} ({reason})" for name, reason in lost.items()]
+        warnings.warn(f"{folder} does not hold {listed(shown, 4)}, which no file holds: they are random here", stacklevel=2)
     return model
 
 

@@ -21,6 +21,7 @@ from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
 from ..support.files import read_tensors
+from ..support.folders import embeddings_of
 from . import peft
 from .tensors import Key, expected, fitted, of_file
 
@@ -94,7 +95,9 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
     problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
     for key, shape in shapes.items():
         if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
-            problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
+            problems.append(
+                f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}{_resize(model, key, tensors)}"
+            )
     sizes = list(needed_sizes(model, selection).values())
     if problem := direction.shared_problem(shared_of(tensors, direction), sizes, config.rank):
         problems.append(problem)
@@ -102,6 +105,16 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
         problems += peft.filter_problems({name: layer_at(model, name) for name in selection.ranks})
     if problems:
         raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
+
+
+def _resize(model, key: Key, tensors) -> str:
+    """What to call first where a vocabulary of another size was saved."""
+    table = embeddings_of(model)
+    weight = getattr(table, "weight", None)
+    names = {name for name, module in model.named_modules() if module is table}
+    if weight is None or key[1].rpartition(".")[0] not in names:
+        return ""
+    return f"; call model.resize_token_embeddings({len(tensors[key])}) first"
 
 
 def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@ recipe.py      TrainRecipe: every setting
 train.py       one training run
 methods.py     what is trained: an adapter, a baseline, or all weights
 trainer.py     TrainerMixin
+idle.py        adapted layers that do not train, named in the first steps
 callbacks.py   progress, clean stop on a signal
 movement.py    how far m and the direction moved, in one line
 """
