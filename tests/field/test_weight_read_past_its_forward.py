@@ -197,7 +197,7 @@ def trainer(model, tmp_path, steps=12, **settings):
     return ours
 
 
-@pytest.mark.parametrize("inner", [Functional, Packed, TiedUse, Unseen], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("inner", [Functional, Transposed, Packed, TiedUse], ids=lambda c: c.__name__)
 def test_the_first_step_stops(inner, tmp_path):
     ours = trainer(Model(inner()), tmp_path)
     with pytest.raises(UserError, match=r"do not train, after step 1: .*net\.inner.*idle_layers: warn"):
@@ -236,17 +236,21 @@ class Unused(nn.Module):
 
 @pytest.mark.parametrize(
     ("inner", "name", "why"),
-    [(Branches, "inner.other.0", "it does not run"), (Unused, "inner.pooler", "no gradient reaches it")],
-    ids=["branch", "unused"],
+    [
+        (Branches, "inner.other.0", "it does not run"),
+        (Unused, "inner.pooler", "no gradient reaches it"),
+        (Unseen, "inner.proj", "it does not run, the module around it does"),
+    ],
+    ids=["branch", "unused", "kernel"],
 )
-def test_a_branch_has_ten_steps(inner, name, why, tmp_path):
+def test_what_may_yet_come_has_ten_steps(inner, name, why, tmp_path):
     ours = trainer(Model(inner()), tmp_path)
     with pytest.raises(UserError, match=rf"after step 10: net\.{name} \({why}\)"):
         ours.train()
 
 
 class Experts(nn.Module):
-    """Layers in a list, of which each batch takes one."""
+    """Experts in a list, of which each batch takes one."""
 
     def __init__(self, usual=3):
         super().__init__()
@@ -261,6 +265,7 @@ class Experts(nn.Module):
 def test_an_expert_without_tokens_is_named_and_stops_nothing(tmp_path, caplog):
     trainer(Model(Experts()), tmp_path, steps=12).train()
     assert "do not train" not in caplog.text
+    assert "not reached in 10 steps, while others of their list had gradients: net.inner.experts.3" in caplog.text
 
 
 def test_a_short_run_ends_with_what_was_idle(tmp_path, caplog):

@@ -177,7 +177,7 @@ def _run_own(model: nn.Module, report: Report) -> None:
                     model(**example)
             except Exception:  # of any model: no config says all that a forward asks for
                 continue
-            _take(seen, report)
+            _take(seen, report, own=True)
             idle = [name for name in report.never_ran if name not in report.bypassed]
             if idle:
                 report.notes.append(f"not reached by an input made from the config, so not checked: {listed(idle)}")
@@ -185,8 +185,10 @@ def _run_own(model: nn.Module, report: Report) -> None:
     report.notes.append("running was not checked: no input could be made from the config; give verify an example")
 
 
-def _take(seen: Running, report: Report) -> None:
-    report.ran, report.never_ran, report.bypassed = True, seen.never_ran, seen.problems()
+def _take(seen: Running, report: Report, own: bool = False) -> None:
+    """own: of an input that nobody gave, which may just not be one that a layer is for."""
+    report.ran, report.never_ran = True, seen.never_ran
+    report.bypassed = {name: why for name, why in seen.problems().items() if name in seen.reads or not own}
     for reason in dict.fromkeys(report.bypassed.values()):
         names = [name for name, why in report.bypassed.items() if why == reason]
         report.problems.append(f"{listed(names)}: {reason}; an adapter there does nothing: exclude it")

@@ -1,12 +1,11 @@
 """Adapted layers that do not train: named in the first steps of a run, which stops there unless it is told to go on.
 
-    first forward     a weight is read past its layer's forward (`adapter/running.py`): nothing will change that
-    first step        the module that holds a layer ran, the layer did not, and got no gradient: neither
-    step `PATIENCE`   a layer had no gradient in any step so far: its branch is not used, or its output is not in the loss
+    first step        a weight is read past its layer's forward (`adapter/running.py`): nothing will change that
+    step `PATIENCE`   a layer had no gradient in any step so far: it does not run, or its output is not in the loss
 
-A layer whose like had gradients in the same list (an expert that no token has reached yet, a layer that was dropped) is only named,
-when training ends. Steps without any gradient at all count for nothing: a loss whose items are all masked says nothing. What one
-process sees counts for all. Cost: in those steps one look at the gradients of layers that had none yet.
+A layer that does not run, nor the module around it, while its like in the same list had gradients (an expert that no token has
+reached yet, a layer that was dropped) is only named. Steps without any gradient at all count for nothing: a loss whose items are all
+masked says nothing. What one process sees counts for all. Cost: in those steps one look at the gradients of layers that had none yet.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ class IdleLayers:
         self.calls = {name: layer.adapted.calls for name, layer in self.layers.items()}
         self.steps, self.any_gradient, self.watches = 0, False, watchable(model)
         self.seen: list[Running] = []
+        self.passed_by: set[str] = set()
 
     def forward(self):
         """A context for a forward of the model: calls are watched until the first optimizer step."""
@@ -68,14 +68,10 @@ class IdleLayers:
             return
         self.steps += 1
         if self.steps == 1:
-            found = {}
-            for seen in self.seen:
-                found |= {n: "its own forward does not run, that of the module around it does" for n in seen.passed_by}
-            found = {name: why for name, why in found.items() if name in self.pending and not self._ran(name)}
-            for seen in self.seen:
-                found |= {name: f"its weight is read by {function}" for name, function in seen.reads.items()}
+            self.passed_by = {name for seen in self.seen for name in seen.passed_by}
+            reads = {name: f"its weight is read by {function}" for seen in self.seen for name, function in seen.reads.items()}
             self.seen.clear()
-            self._report(self._agreed(found))
+            self._report(self._agreed(reads))
         if self.steps == PATIENCE:
             self.finish(self.policy)
 
@@ -84,11 +80,16 @@ class IdleLayers:
         if not self.steps:
             return
         alike = {_pattern(name) for name in self.layers if name not in self.pending}
-        waiting = [name for name in self.pending if _pattern(name) in alike]
-        if waiting and policy == "warn":
-            self.say(f"no gradient in {self.steps} steps, while others of their list had one: {listed(waiting)}")
-        idle = {n: "no gradient reaches it" if self._ran(n) else "it does not run" for n in self.pending if n not in waiting}
-        self._report(self._agreed(idle), policy)
+        reached = {name for name in self.pending if self._ran(name) or name in self.passed_by}
+        waiting = [name for name in self.pending if name not in reached and _pattern(name) in alike]
+        if waiting:
+            self.say(f"not reached in {self.steps} steps, while others of their list had gradients: {listed(waiting)}")
+        self._report(self._agreed({name: self._why(name) for name in self.pending if name not in waiting}), policy)
+
+    def _why(self, name: str) -> str:
+        if self._ran(name):
+            return "no gradient reaches it"
+        return "it does not run, the module around it does" if name in self.passed_by else "it does not run"
 
     def _ran(self, name: str) -> bool:
         return self.layers[name].adapted.calls != self.calls[name]
