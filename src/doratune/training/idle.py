@@ -4,8 +4,9 @@
     step `PATIENCE`   a layer had no gradient in any step so far: it does not run, or its output is not in the loss
 
 A layer that does not run, nor the module around it, while its like in the same list had gradients (an expert that no token has
-reached yet, a layer that was dropped) is only named. Steps without any gradient at all count for nothing: a loss whose items are all
-masked says nothing. What one process sees counts for all. Cost: in those steps one look at the gradients of layers that had none yet.
+reached yet, a layer that was dropped) is only named. Steps without any gradient at all count for nothing: a loss whose items are
+all masked says nothing. What one process sees counts for all. Cost: in those steps one look at the gradients of layers that had
+none yet.
 """
 
 from __future__ import annotations
