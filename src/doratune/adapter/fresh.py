@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..layers import kind_of
 from ..layers.adapted import Adapted, own_parameters
-from ..support.folders import embeddings_of
+from ..support.model_folders import embeddings_of
 from ..support.headers import Header, Keys, header_of
 
 MARK = "_is_hf_initialized"

@@ -21,7 +21,7 @@ from ..errors import UserError, listed
 from ..layers.layouts import layer_at
 from ..math.autograd import no_autocast
 from ..support.files import read_json, read_tensors, write_json, write_tensors
-from ..support.folders import class_record
+from ..support.model_folders import class_record
 from . import peft
 from .fitting import STARTS, check, put, put_starts, resolve
 from .tensors import Key, file_key, parse_key, to_file

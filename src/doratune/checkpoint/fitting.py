@@ -21,7 +21,7 @@ from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
 from ..support.files import read_tensors
-from ..support.folders import embeddings_of
+from ..support.model_folders import embeddings_of
 from . import peft
 from .tensors import Key, expected, fitted, of_file
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..support.examples import candidates, flat_tensors
-from ..support.folders import TrainedClass, is_causal, load_folder
+from ..support.model_folders import TrainedClass, is_causal, load_folder
 from ..support.models import load_tokenizer, model_path, torch_dtype
 from .adapter import load, read_folder
 from .merge import base_folder, trained_shapes, wanted_of

@@ -24,7 +24,7 @@ from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
 from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
-from ..support.folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
+from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
 from ..support.headers import Keys
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import CONFIG, OWN, read_folder

@@ -2,7 +2,7 @@
 
 files.py         files that are whole or absent
 models.py        loading models and tokenizers
-folders.py       model folders of transformers and diffusers: class, modules, config
+model_folders.py     model folders of transformers and diffusers: class, modules, config
 headers.py       names and shapes in the files a model came from
 examples.py      an input for any model, from its config
 environment.py   machine, versions, commit, peak memory

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folders import embeddings_of
+from .model_folders import embeddings_of
 
 BATCH, TOKENS = 1, 9
 
