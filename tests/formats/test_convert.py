@@ -287,3 +287,29 @@ def test_convolutions_keep_their_filters(tmp_path):
     assert tensors["lora_unet_first.dora_scale"].shape == (8, 1, 1, 1) and tensors["lora_unet_head.dora_scale"].shape == (5, 1)
     with torch.no_grad():
         torch.testing.assert_close(doratune.load(Convolutional(), tmp_path / "x.safetensors")(IMAGES), model(IMAGES), **CLOSE)
+
+
+class OtherConvolutions(torch.nn.Module):
+    """One dimension, three dimensions, two groups, a kernel that is dilated."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = torch.nn.Conv1d(4, 8, 3, padding=1)
+        self.space = torch.nn.Conv3d(1, 3, (1, 2, 2))
+        self.grouped = torch.nn.Conv2d(8, 6, 3, groups=2)
+        self.dilated = torch.nn.Conv2d(6, 4, 2, dilation=2)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dloha", "dlokr"])
+def test_other_convolutions_through_kohya(method, tmp_path):
+    model = saved(tmp_path / "own", OtherConvolutions, method=method, rank=1, targets="all-layers")
+    weights = weights_of(model)
+    assert len(weights) == 4
+    convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors", model=OtherConvolutions())
+    assert_merges_to(doratune.load(OtherConvolutions(), tmp_path / "x.safetensors"), weights)
+    if method == "dora":
+        with pytest.raises(UserError, match="grouped is a convolution in 2 groups"):
+            convert(tmp_path / "x.safetensors", "peft", tmp_path / "peft", model=OtherConvolutions())
+    convert(tmp_path / "x.safetensors", "doratune", tmp_path / "back", model=OtherConvolutions())
+    assert_merges_to(doratune.load(OtherConvolutions(), tmp_path / "back"), weights)
