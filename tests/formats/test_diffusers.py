@@ -18,7 +18,6 @@ from definitions import (
     with_weights,
     write,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import doratune
@@ -72,11 +71,12 @@ def test_a_unet_computes_what_the_file_defines(case, tmp_path):
 
 
 def loaded_by_diffusers(path):
-    """The UNet as diffusers' own loader makes it, by the road of `pipe.load_lora_weights`."""
-    with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    """The UNet as diffusers' own loader makes it: the two steps of `pipe.load_lora_weights`."""
+    from diffusers import StableDiffusionPipeline
+
     unet = tiny_unet()
-    unet.load_lora_adapter(load_file(path), prefix="unet", metadata=metadata)
+    tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
+    StableDiffusionPipeline.load_lora_into_unet(tensors, alphas, unet, metadata=metadata)
     return unet.eval()
 
 

@@ -24,10 +24,11 @@ from ..support.files import open_tensors, read_json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SETTINGS = "adapter_config.json"
 WEIGHTS = (
-    "adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin",
-    "adapter_model.bin", "adapter_model.pt",
+    "adapter_model.pt", "adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors",
+    "pytorch_lora_weights.bin", "adapter_model.bin",
 )  # fmt: skip
-"""Names that programs give to an adapter's weights in a folder, in the order in which one is taken."""
+"""Names that programs give to an adapter's weights in a folder, in the order in which one is taken: torchtune puts its own file
+beside an export to PEFT that has m in the wrong order."""
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
