@@ -313,3 +313,33 @@ def test_other_convolutions_through_kohya(method, tmp_path):
             convert(tmp_path / "x.safetensors", "peft", tmp_path / "peft", model=OtherConvolutions())
     convert(tmp_path / "x.safetensors", "doratune", tmp_path / "back", model=OtherConvolutions())
     assert_merges_to(doratune.load(OtherConvolutions(), tmp_path / "back"), weights)
+
+
+@pytest.mark.parametrize(("method", "to"), [("vera", "peft"), ("vera", "doratune"), ("dvora", "doratune"), ("dloha", "doratune")])
+def test_other_directions_between_folders(method, to, tmp_path):
+    model = saved(tmp_path / "own", method=method, rank=2, targets=["q_proj", "k_proj"], seed=5)
+    convert(tmp_path / "own", to, tmp_path / "out")
+    assert_merges_to(doratune.load(tiny_llama(), tmp_path / "out"), weights_of(model))
+
+
+def test_vera_whose_factors_are_not_in_the_file(tmp_path):
+    """PEFT may leave them to the seed, which other folders do not have."""
+    with pytest.warns(UserWarning, match="not save vera_A"):
+        model = peft.get_peft_model(tiny_llama(), peft.VeraConfig(r=2, target_modules=["v_proj"], save_projection=False))
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="lacks the factors that its layers share"):
+        convert(tmp_path / "theirs", "doratune", tmp_path / "out")
+
+
+def test_experts_are_refused(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = doratune.attach(Qwen3MoeForCausalLM(config), AdapterConfig(rank=2, targets=["experts"]))
+    doratune.save(model, tmp_path / "own")
+    for to in targets():
+        with pytest.raises(UserError, match="batched experts"):
+            convert(tmp_path / "own", to, tmp_path / "out", model=tiny_llama(), component="unet")

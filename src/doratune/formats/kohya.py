@@ -19,7 +19,7 @@ from .factors import as_pair, kronecker, one_direction, shaped, with_core
 from .magnitudes import vector_of
 from .names import FLAT, ModelNames, resolved
 from .neutral import NeutralAdapter, NeutralLayer
-from .pairs import all_layers
+from .pairs import all_layers, alpha_of
 from .source import Source
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -105,7 +105,7 @@ def _layer(spelled: str, name: str, parts: dict[str, Tensor], stated: Stated) ->
         raise UserError(f"{spelled} has {listed(sorted(parts))}; expected the factors of one method")
     build = {"lora": _lora, "hada": _loha, "lokr": _lokr}[kinds.pop()]
     factors, rank, shape = build(spelled, parts)
-    alpha = float(parts["alpha"]) if "alpha" in parts else stated.alpha if stated.alpha is not None else rank
+    alpha = alpha_of(spelled, parts, rank, stated.alpha)
     scaling = alpha / rank if rank else 1.0
     scale = parts.get("dora_scale")
     if scale is None:

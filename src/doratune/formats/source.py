@@ -125,6 +125,9 @@ def _checked(path: Path, tensors) -> dict[str, Tensor]:
     strange = [repr(key) for key, t in tensors.items() if not isinstance(key, str) or not isinstance(t, Tensor)]
     if strange:
         raise UserError(f"{path} holds values that are no tensors: {listed(strange)}; expected an adapter's weights")
+    whole = [key for key, t in tensors.items() if not (t.is_floating_point() or t.numel() == 1)]
+    if whole:
+        raise UserError(f"{path} holds tensors that are no floating-point numbers: {listed(whole)}; save them unquantized")
     return tensors
 
 
