@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from doratune.cli.main import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "doratune"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -20,7 +22,7 @@ LEVELS = [
     {"config", "layers"},
     {"adapter", "formats"},
     {"checkpoint", "baselines"},
-    {"training", "analysis", "bench"},
+    {"training", "analysis", "bench", "export"},
     {"evaluation", "report"},
     {"comparison", "demo"},
     {"cli"},
@@ -144,12 +146,12 @@ def test_help_imports_nothing_heavy():
     code = "import sys; from doratune.cli.main import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr.strip() == "False"
-    for command in ("demo", "train", "evaluate", "merge", "convert", "compare", "analyze", "report", "bench"):
+    for command in COMMANDS:
         assert command in result.stdout
         assert (SOURCE / "cli" / f"{command}.py").is_file()
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "merge", "convert", "compare", "analyze", "report", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example(command, capsys):
     from doratune.cli.main import main
 

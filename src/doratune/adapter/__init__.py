@@ -5,6 +5,11 @@ layer.py      one layer: adapted, and a plain one again
 targets.py    which modules a configuration selects, and why others are left out
 start.py      what A, B and m start from
 whole.py      modules trained whole, in fp32
+several.py    several adapters on one model, by name
+combine.py    new adapters out of others: sums, and the line from the base
+routes.py     calls that go another way: the base in a block, an adapter for each example
+foreign.py    other packages' adapters, refused
+guards.py     what save_pretrained and the like do on an attached model
 groups.py     parameter groups for an optimizer: decay, rates, LoRA+
 verify.py     is every target really DoRA?
 inspect.py    the table of what is adapted

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at
+from ..layers.wrappers import module_at
 from ..support.tables import aligned
 from .attach import adapters, record_of
 from .targets import select
@@ -107,7 +108,7 @@ def count(model: nn.Module, config) -> tuple[int, int]:
         sizes += [(rows,) if kind.axis(config) == "output" else (columns,)] if config.has_magnitude else []
         trainable += math.prod(stack) * sum(math.prod(size) for size in sizes)
     for name in selection.also_train:
-        trainable += sum(p.numel() for p in model.get_submodule(name).parameters())
+        trainable += sum(p.numel() for p in module_at(model, name).parameters())
     return trainable, own
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError, listed
 from ..layers.adapted import become, own_parameters
+from ..layers.wrappers import module_at, named_parameters, unwrapped
 from .attach import adapters, record_of
-from .layer import never_trained
+from .layer import altered, never_trained
 
 
 @dataclass
@@ -54,7 +55,7 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     Raises:
         UserError: nothing is attached, or the adapter is merged.
     """
-    record = record_of(model)
+    record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before doratune.verify")
     layers = dict(adapters(model))
@@ -63,10 +64,11 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     if lost := [name for name in record.names if name not in layers]:
         report.problems.append(f"{listed(lost)}: attached, but no longer adapted (was the module replaced?)")
     frozen_adapter = not report.trainable
+    report.problems += [f"{name}: {problem}" for name, layer in layers.items() if (problem := altered(layer, layer.adapted))]
     for name, layer in layers.items():
         _check_layer(name, layer, frozen_adapter, report)
     for name in record.also_train:
-        for parameter, p in model.get_submodule(name).named_parameters():
+        for parameter, p in named_parameters(module_at(model, name)):
             _check_values(f"{name}.{parameter}", p, report)
     if frozen_adapter:
         report.notes.append("nothing is trainable: the adapter is attached for inference")

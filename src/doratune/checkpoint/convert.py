@@ -23,7 +23,8 @@ from ..formats import Stated, format_named, format_names
 from ..formats.factors import shaped
 from ..formats.names import ModelNames
 from ..formats.neutral import NeutralAdapter, NeutralLayer
-from ..support.files import new_folder, read_json, refuse_existing, write_json, write_tensors
+from ..support.files import read_json, write_json, write_tensors
+from ..support.folders import new_folder, refuse_existing
 from . import peft
 from .adapter import CONFIG, OWN, TENSORS, read_folder
 from .foreign import as_folder, read_neutral

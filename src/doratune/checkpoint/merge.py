@@ -23,10 +23,11 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
-from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
+from ..support.files import open_tensors, read_json, write_json, write_tensors
+from ..support.folders import new_folder
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import read_folder
-from .fitting import check, put_layer, resolve
+from .fitting import fit, put_layer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LEFT_BEHIND = {INDEX, "adapter_config.json", "doratune.json"}
@@ -45,6 +46,7 @@ class Plan:
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
     untied: dict[str, str]  # a weight that was tied to one of those → the key of their common tensor in the checkpoint
     like: dict[str, str]  # a trained parameter that the checkpoint lacks → a key in it that has the dtype of the base's
+    base: dict[str, Tensor]  # key in the checkpoint → base weight that came with the adapter
 
 
 def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -64,7 +66,7 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
     weight_map, size = {}, 0
-    with new_folder(output, overwrite) as temporary:
+    with new_folder(output, overwrite, key="config.json") as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
             whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
             if number == len(shards) - 1:
@@ -112,9 +114,8 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
 def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     """Resolve the adapter against the checkpoint's names; every problem is found here."""
     skeleton = meta_model(folder)
-    config, raw, tensors = read_folder(adapter, skeleton)
-    selection, config = resolve(skeleton, config, raw, tensors)
-    check(skeleton, config, selection, tensors, str(adapter), raw)
+    read = fit(skeleton, adapter, *read_folder(adapter, skeleton))
+    config, selection, tensors = read.config, read.selection, read.tensors
     prefix = getattr(skeleton, "base_model_prefix", "")
     merged, missing = {}, []
     for name in selection.ranks:
@@ -134,7 +135,8 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     like = {key: _like(key, skeleton, keys, prefix) or next(iter(merged)) for key in lacking}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
-    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like)
+    base = {_key_in(path, keys, prefix) or path: t for path, t in read.base.items()}
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like, base)
 
 
 def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -163,7 +165,9 @@ def meta_model(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with readable_errors(str(folder)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
 
 
 def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -171,6 +175,7 @@ def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | N
     with open_tensors(path) as file:
         for key in keys:
             tensor = file.get_tensor(key)
+            tensor = plan.base.get(key, tensor).to(tensor.dtype)
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             if key in plan.merged:
                 tensor = merged_weight(plan, plan.merged[key], tensor, wanted)

@@ -9,6 +9,8 @@ demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
 merge.py       doratune merge: base + adapter → a model folder
 convert.py     doratune convert: an adapter into another program's format
+export.py      doratune export: GGUF and other forms for engines without DoRA
+extract.py     doratune extract: an adapter out of a fully fine-tuned model
 compare.py     doratune compare: a grid of training runs
 inspect.py     doratune inspect: what an adapter adapts
 analyze.py     doratune analyze: ΔM and ΔD, spectra, gradients

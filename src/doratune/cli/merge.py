@@ -24,7 +24,7 @@ class MergeSettings:
         into: for adapters trained on a quantized base: dequantized (16 bit, what was trained; the default), original (the base
             before quantization), or same (quantized again)
         check: compare logits of base + adapter and of the result (loads both models, one after the other)
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
@@ -45,11 +45,13 @@ def main(argv: list[str]) -> int:
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
     from ..support.files import read_json
+    from ..support.outputs import refuse_inputs, run_of
 
     for name in ("adapter", "output"):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} FOLDER")
     base = settings.model or base_model_of(settings.adapter)
+    refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(settings.adapter))
     if settings.into or recorded_quantization(settings.adapter):
         return _merge_quantized(base, settings, as_json)
     output = merge_checkpoint(base, settings.adapter, settings.output, settings.dtype, settings.overwrite)
