@@ -230,3 +230,47 @@ def test_the_base_model_has_to_be_said(name, tmp_path):
         base_model_of(tmp_path / "mlx")
     write_settings(tmp_path / "mlx", {"base_model_name_or_path": "some/model"})
     assert base_model_of(tmp_path / "mlx") == "some/model"
+
+
+def test_two_names_of_one_module(tmp_path):
+    tensors = GOOD["diffusers"] | {k.replace("unet.", "diffusion_model."): t for k, t in GOOD["diffusers"].items()}
+    tensors = {k.replace("unet.", "model.diffusion_model."): t for k, t in tensors.items()}
+    path = write(tmp_path / "x.safetensors", tensors)
+    refused(path, "are the same module, model.layers.0")
+    with pytest.raises(UserError, match="are the same module"):
+        convert(path, "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (1, 1, 1, 1, 1), (0, 4), (32, 32)])
+@pytest.mark.parametrize("name", GOOD)
+def test_factors_of_any_shape_are_a_line_or_fit(name, shape, tmp_path):
+    for key in GOOD[name]:
+        path = write(tmp_path / "x.safetensors", GOOD[name] | {key: torch.ones(shape)})
+        message = ""
+        try:
+            doratune.load(tiny_llama(), path, **ALPHA)
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(2, 2), torch.ones(0)])
+@pytest.mark.parametrize("name", ["kohya", "ai-toolkit", "diffusers"])
+def test_an_alpha_of_several_numbers(name, alpha, tmp_path):
+    key = next(iter(GOOD[name])).removesuffix(".lora_down.weight").removesuffix(".lora_A.weight") + ".alpha"
+    refused(write(tmp_path / "x.safetensors", GOOD[name] | {key: alpha}), "alpha has shape .*expected one number")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_tensors_of_whole_numbers(name, tmp_path):
+    key = next(iter(GOOD[name]))
+    path = write(tmp_path / "x.safetensors", GOOD[name] | {key: torch.ones(GOOD[name][key].shape, dtype=torch.int8)})
+    refused(path, "no floating-point numbers: .*save them unquantized")
+
+
+@pytest.mark.parametrize("said", [{"alpha_pattern": [1]}, {"alpha_pattern": {"(": 2}}, {"lora_alpha": None}, {"lora_alpha": True}])
+def test_settings_of_diffusers_of_another_type(said, tmp_path):
+    import json
+
+    metadata = {f"unet.{k}": v for k, v in ({"r": 2, "lora_alpha": 4} | said).items()}
+    refused(write(tmp_path / "x.safetensors", GOOD["diffusers"], {"lora_adapter_metadata": json.dumps(metadata)}), "alpha")

@@ -287,3 +287,59 @@ def test_convolutions_keep_their_filters(tmp_path):
     assert tensors["lora_unet_first.dora_scale"].shape == (8, 1, 1, 1) and tensors["lora_unet_head.dora_scale"].shape == (5, 1)
     with torch.no_grad():
         torch.testing.assert_close(doratune.load(Convolutional(), tmp_path / "x.safetensors")(IMAGES), model(IMAGES), **CLOSE)
+
+
+class OtherConvolutions(torch.nn.Module):
+    """One dimension, three dimensions, two groups, a kernel that is dilated."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = torch.nn.Conv1d(4, 8, 3, padding=1)
+        self.space = torch.nn.Conv3d(1, 3, (1, 2, 2))
+        self.grouped = torch.nn.Conv2d(8, 6, 3, groups=2)
+        self.dilated = torch.nn.Conv2d(6, 4, 2, dilation=2)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dloha", "dlokr"])
+def test_other_convolutions_through_kohya(method, tmp_path):
+    model = saved(tmp_path / "own", OtherConvolutions, method=method, rank=1, targets="all-layers")
+    weights = weights_of(model)
+    assert len(weights) == 4
+    convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors", model=OtherConvolutions())
+    assert_merges_to(doratune.load(OtherConvolutions(), tmp_path / "x.safetensors"), weights)
+    if method == "dora":
+        with pytest.raises(UserError, match="grouped is a convolution in 2 groups"):
+            convert(tmp_path / "x.safetensors", "peft", tmp_path / "peft", model=OtherConvolutions())
+    convert(tmp_path / "x.safetensors", "doratune", tmp_path / "back", model=OtherConvolutions())
+    assert_merges_to(doratune.load(OtherConvolutions(), tmp_path / "back"), weights)
+
+
+@pytest.mark.parametrize(("method", "to"), [("vera", "peft"), ("vera", "doratune"), ("dvora", "doratune"), ("dloha", "doratune")])
+def test_other_directions_between_folders(method, to, tmp_path):
+    model = saved(tmp_path / "own", method=method, rank=2, targets=["q_proj", "k_proj"], seed=5)
+    convert(tmp_path / "own", to, tmp_path / "out")
+    assert_merges_to(doratune.load(tiny_llama(), tmp_path / "out"), weights_of(model))
+
+
+def test_vera_whose_factors_are_not_in_the_file(tmp_path):
+    """PEFT may leave them to the seed, which other folders do not have."""
+    with pytest.warns(UserWarning, match="not save vera_A"):
+        model = peft.get_peft_model(tiny_llama(), peft.VeraConfig(r=2, target_modules=["v_proj"], save_projection=False))
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="lacks the factors that its layers share"):
+        convert(tmp_path / "theirs", "doratune", tmp_path / "out")
+
+
+def test_experts_are_refused(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = doratune.attach(Qwen3MoeForCausalLM(config), AdapterConfig(rank=2, targets=["experts"]))
+    doratune.save(model, tmp_path / "own")
+    for to in targets():
+        with pytest.raises(UserError, match="batched experts"):
+            convert(tmp_path / "own", to, tmp_path / "out", model=tiny_llama(), component="unet")

@@ -18,7 +18,6 @@ from definitions import (
     with_weights,
     write,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import doratune
@@ -72,11 +71,12 @@ def test_a_unet_computes_what_the_file_defines(case, tmp_path):
 
 
 def loaded_by_diffusers(path):
-    """The UNet as diffusers' own loader makes it, by the road of `pipe.load_lora_weights`."""
-    with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    """The UNet as diffusers' own loader makes it: the two steps of `pipe.load_lora_weights`."""
+    from diffusers import StableDiffusionPipeline
+
     unet = tiny_unet()
-    unet.load_lora_adapter(load_file(path), prefix="unet", metadata=metadata)
+    tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
+    StableDiffusionPipeline.load_lora_into_unet(tensors, alphas, unet, metadata=metadata)
     return unet.eval()
 
 
@@ -106,6 +106,40 @@ def test_diffusers_reads_what_we_write(method, tmp_path):
     path = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     torch.testing.assert_close(denoised(loaded_by_diffusers(path)), denoised(model), **CLOSE)
     torch.testing.assert_close(denoised(doratune.load(tiny_unet(), path)), denoised(model), **CLOSE)
+
+
+def test_a_text_encoder_of_a_pipeline(tmp_path):
+    """Its loader is transformers', which drops magnitudes whose names lack `.weight`."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+    def build():
+        torch.manual_seed(0)
+        return CLIPTextModel(config).eval()
+
+    model = doratune.attach(build(), doratune.AdapterConfig(rank=2, alpha=6, targets=["fc1", "q_proj"]))
+    with torch.no_grad():
+        for seed, (_, layer) in enumerate(doratune.adapters(model)):
+            layer.lora_B.copy_(numbers(seed)(*layer.lora_B.shape))
+            layer.magnitude.mul_(1.4)
+    doratune.save(model, tmp_path / "own")
+    convert(tmp_path / "own", "diffusers", tmp_path / "out", component="text_encoder")
+    tensors, alphas, metadata = StableDiffusionPipeline.lora_state_dict(tmp_path / "out", return_lora_metadata=True)
+    theirs, ids = build(), torch.tensor([[1, 3, 4, 2]])
+    StableDiffusionPipeline.load_lora_into_text_encoder(tensors, alphas, theirs, prefix="text_encoder", metadata=metadata)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).last_hidden_state, model(ids).last_hidden_state, **CLOSE)
+        assert (model(ids).last_hidden_state - build()(ids).last_hidden_state).abs().max() > 1e-2
 
 
 def test_a_file_of_diffusers_own(tmp_path):

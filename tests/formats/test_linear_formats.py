@@ -78,6 +78,21 @@ def test_torchtune_in_a_folder_with_its_settings(tmp_path):
         doratune.load(tiny_llama(), tmp_path)
 
 
+def test_torchtune_s_own_file_is_taken_beside_its_export(tmp_path):
+    """Its export moves the rows of B and not those of m (torchtune 0.6.1, `tune_to_peft_adapter_weights`)."""
+    tensors, weights = torchtune(tiny_llama(), 16 / 3)
+    exported = {}
+    for seed, name in enumerate(NAMES):
+        W, A, B, m = drawn(tiny_llama(), name, seed)
+        wrong = neighbours(m, HEADS[name.split(".")[-1]]) if name.split(".")[-1] in HEADS else m
+        key = f"base_model.model.{name}"
+        exported |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B, f"{key}.lora_magnitude_vector": wrong}
+    write(tmp_path / "adapter_model.safetensors", exported)
+    write_settings(tmp_path, {"peft_type": "LORA", "r": 3, "lora_alpha": 16, "use_dora": True, "target_modules": ["q_proj"]})
+    torch.save(tensors, tmp_path / "adapter_model.pt")
+    assert_merges_to(doratune.load(tiny_llama(), tmp_path), weights)
+
+
 def mlx(model, scale):
     tensors, weights = {}, {}
     for seed, name in enumerate(NAMES):

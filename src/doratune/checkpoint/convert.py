@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..directions import direction_of
-from ..errors import UserError, near_misses
+from ..errors import UserError, listed, near_misses
 from ..formats import Stated, format_named, format_names
 from ..formats.factors import shaped
 from ..formats.names import ModelNames
@@ -142,6 +142,8 @@ def read_own(folder: Path, names: ModelNames | None) -> NeutralAdapter:
         layers[name] = layer
     if not layers:
         raise UserError(f"{folder} holds no adapted module")
+    if experts := [name for name, parts in modules.items() if _stacked(parts)]:
+        raise UserError(f"{listed(experts, 3)}: batched experts, for which only adapter folders of ours have a place")
     others = {key: t for (name, key), t in tensors.items() if not name}
     shared = {key: t for key, t in others.items() if key in direction.shared_names}
     base = raw.get("base_model_name_or_path")
@@ -154,6 +156,12 @@ def read_own(folder: Path, names: ModelNames | None) -> NeutralAdapter:
         shared=shared,
         left_behind=_training_settings(config),
     )
+
+
+def _stacked(parts: dict[str, Tensor]) -> bool:
+    """Has each expert its own B (E, O, R)? The filters of a convolution in one dimension are (O, R, 1)."""
+    A, B = parts.get("lora_A"), parts.get("lora_B")
+    return B is not None and B.dim() == 3 and (B.shape[2] != 1 or B.shape[1] != len(A))
 
 
 def _axis(config, parts: dict[str, Tensor]) -> str:

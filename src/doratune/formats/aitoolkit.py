@@ -12,7 +12,7 @@ from torch import Tensor
 from . import Format, Stated, Written
 from .names import COMPONENTS, resolved
 from .neutral import NeutralAdapter, NeutralLayer
-from .pairs import all_layers, linear_only, magnitude_of, pair_of
+from .pairs import all_layers, alpha_of, linear_only, magnitude_of, pair_of
 from .source import Source
 
 _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
@@ -34,7 +34,7 @@ class AiToolkitFormat(Format):
 
         def build(spelled: str, name: str, own: dict[str, Tensor]) -> NeutralLayer:
             A, B = pair_of(spelled, own, _KOHYA if _KOHYA[0] in own else _PEFT)
-            alpha = float(own["alpha"]) if "alpha" in own else len(A) if stated.alpha is None else stated.alpha
+            alpha = alpha_of(spelled, own, len(A), stated.alpha)
             part = "dora_scale" if "dora_scale" in own else "magnitude"
             m = magnitude_of(spelled, part, own, A, B, stated.magnitude_axis)
             return NeutralLayer({"lora_A": A, "lora_B": B}, alpha / len(A), m)

@@ -3,8 +3,9 @@
     unet.<module>.lora_A.weight (R, I, k…)   .lora_B.weight (O, R, 1…)   .lora_magnitude_vector(.weight) (O,) or (1, O, 1…)
 
 and, in the safetensors header, `lora_adapter_metadata`: PEFT's settings, each as `unet.<setting>`. Without it diffusers takes alpha
-= rank. Older files have `.lora.down.weight` or `.lora_linear_layer.down.weight`, and an `.alpha` a module. From `loaders/peft.py`,
-`utils/state_dict_utils.py` and `utils/peft_utils.py` of diffusers 0.42.
+= rank. A text encoder is loaded by transformers, which drops a magnitude whose name lacks `.weight`. Older files have
+`.lora.down.weight` or `.lora_linear_layer.down.weight`, and an `.alpha` a module. From diffusers 0.42: `loaders/peft.py`,
+`utils/state_dict_utils.py`, `utils/peft_utils.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import Format, Stated, Written
 from .factors import shaped
 from .names import COMPONENTS, resolved
 from .neutral import NeutralAdapter, NeutralLayer
-from .pairs import all_layers, linear_only, pair_of
+from .pairs import all_layers, alpha_of, linear_only, pair_of
 from .source import Source, json_object
 
 METADATA = "lora_adapter_metadata"
@@ -77,7 +78,9 @@ class DiffusersFormat(Format):
             m = vectors[0].reshape(-1) if vectors else None
             if m is not None and len(m) != len(B):
                 raise UserError(f"{spelled}.lora_magnitude_vector has shape {tuple(vectors[0].shape)}, its layer {len(B)} rows")
-            return NeutralLayer({"lora_A": A, "lora_B": B}, _scaling(name, len(A), own, settings, stated), m)
+            known = stated.alpha is not None or "alpha" in own or "lora_alpha" not in settings
+            scaling = alpha_of(spelled, own, len(A), stated.alpha) / len(A) if known else _scaling(name, len(A), settings)
+            return NeutralLayer({"lora_A": A, "lora_B": B}, scaling, m)
 
         return NeutralAdapter(all_layers(self, source, names, parts, build), component=component)
 
@@ -96,7 +99,7 @@ class DiffusersFormat(Format):
             tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
             if layer.magnitude is not None:
                 m = layer.magnitude.reshape(-1)
-                tensors[f"{key}.lora_magnitude_vector"] = m if A.dim() == 2 else m.view(1, -1, *[1] * (A.dim() - 2))
+                tensors[f"{key}.lora_magnitude_vector.weight"] = m if A.dim() == 2 else m.view(1, -1, *[1] * (A.dim() - 2))
         ranks = Counter(layer.rank for layer in layers.values())
         rank = max(ranks, key=ranks.get)
         settings = {
@@ -115,16 +118,15 @@ class DiffusersFormat(Format):
         return Written(tensors, {METADATA: text})
 
 
-def _scaling(name: str, rank: int, own: dict[str, Tensor], settings: dict[str, Any], stated: Stated) -> float:
-    """s of one module: from its own alpha, from PEFT's settings, or 1 (alpha = rank)."""
-    if "alpha" in own:
-        return float(own["alpha"]) / rank
-    if stated.alpha is not None:
-        return stated.alpha / rank
-    if "lora_alpha" not in settings:
-        return 1.0
+def _scaling(name: str, rank: int, settings: dict[str, Any]) -> float:
+    """s of one module from PEFT's settings."""
     patterns = settings.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), settings["lora_alpha"])
+    if not isinstance(patterns, dict):
+        raise UserError(f"{METADATA}: alpha_pattern is {patterns!r}; expected an object")
+    try:
+        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), settings["lora_alpha"])
+    except re.error as error:
+        raise UserError(f"{METADATA}: alpha_pattern has a name that is no regular expression ({error})") from None
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"{METADATA}: lora_alpha is {alpha!r}; expected a number")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..errors import UserError, listed
 from . import Format, Stated, Written
-from .factors import kronecker, one_direction, shaped, with_core
+from .factors import as_pair, kronecker, one_direction, shaped, with_core
 from .magnitudes import vector_of
-from .names import FLAT, resolved
+from .names import FLAT, ModelNames, resolved
 from .neutral import NeutralAdapter, NeutralLayer
-from .pairs import all_layers
+from .pairs import all_layers, alpha_of
 from .source import Source
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -53,12 +53,8 @@ class KohyaFormat(Format):
         for name, layer in adapter.layers.items():
             if layer.embedding:
                 return f"{name} is an embedding, which kohya's files have not"
-            if next(iter(layer.factors.values())).dim() == 3 and layer.direction == "lora":
-                return f"{name} holds experts, which kohya's files have not"
-            if layer.magnitude is not None and layer.direction != "lora" and stated.model is None:
-                return f"{name}: the shape of dora_scale depends on whether it is a convolution; give the model"
-            if stated.model is not None and stated.model.groups.get(name, 1) > 1:
-                return f"{name} is a convolution in {stated.model.groups[name]} groups, whose filters kohya's files have not"
+            if layer.direction != "lora" and stated.model is None:
+                return f"{name}: its shapes in a file depend on whether it is a convolution; give the model"
         return None
 
     def write(self, adapter: NeutralAdapter, stated: Stated) -> Written:
@@ -67,21 +63,39 @@ class KohyaFormat(Format):
         if prefix is None:
             raise UserError(f"component is {component!r}; expected one of {listed(sorted({c for c in FLAT.values() if c}))}")
         tensors: dict[str, Tensor] = {}
-        for name, layer in shaped(adapter.layers, stated.model).items():
+        for name, layer in shaped(_blocks(adapter.layers, stated.model), stated.model).items():
             clip = (component or "").startswith("text_encoder") and name.startswith("encoder.layers.")
             key = prefix + "text_model_" * clip + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise UserError(f"{name}: another module has the same name with underscores, {key}; kohya's files cannot hold both")
             spelled = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
-            tensors |= {f"{key}.{spelled.get(part, part)}": t for part, t in layer.factors.items()}
-            tensors[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
+            kernel = stated.model.kernels.get(name, (1,)) if stated.model else next(iter(layer.factors.values())).shape[1:]
+            ones = [1] * (len(kernel) - 1)
+            factors, alpha = _whole(layer, ones)
+            tensors |= {f"{key}.{spelled.get(part, part)}": t for part, t in factors.items()}
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
             if layer.magnitude is not None:
-                kernel = stated.model.kernels.get(name, (1,)) if stated.model else next(iter(layer.factors.values())).shape[1:]
-                ones = [1] * (len(kernel) - 1)
                 m = layer.magnitude.reshape(-1)
                 tensors[f"{key}.dora_scale"] = m.view(-1, 1, *ones) if layer.axis == "output" else m.view(1, -1, *ones)
         module = {"lora": "networks.lora"}.get(adapter.method, "lycoris.kohya")
         return Written(tensors, {"ss_network_module": module, "ss_network_dim": str(adapter.config().rank)})
+
+
+def _blocks(layers: dict[str, NeutralLayer], model: ModelNames | None) -> dict[str, NeutralLayer]:
+    """LoKr splits channels there and the matrix's columns here: over a kernel of several positions these differ, so A and B go."""
+    wide = {name for name, kernel in (model.kernels if model else {}).items() if torch.Size(kernel[1:]).numel() > 1}
+    return {name: as_pair(layer) if layer.direction == "lokr" and name in wide else layer for name, layer in layers.items()}
+
+
+def _whole(layer: NeutralLayer, ones: list[int]) -> tuple[dict[str, Tensor], float]:
+    """(factors, alpha) as LyCORIS builds them: w2 is one matrix where R is half of its larger side or more, and s = 1 then."""
+    if layer.direction != "lokr":
+        return layer.factors, layer.alpha
+    w1, a, b = (layer.factors[part] for part in ("lokr_w1", "lokr_w2_a", "lokr_w2_b"))
+    if layer.rank < max(len(a), b.shape[1]) / 2:
+        return layer.factors, layer.alpha
+    w2 = layer.scaling * (a.float() @ b.float())
+    return {"lokr_w1": w1, "lokr_w2": w2.reshape(*w2.shape, *ones)}, 1.0
 
 
 def _layer(spelled: str, name: str, parts: dict[str, Tensor], stated: Stated) -> NeutralLayer:
@@ -91,7 +105,7 @@ def _layer(spelled: str, name: str, parts: dict[str, Tensor], stated: Stated) ->
         raise UserError(f"{spelled} has {listed(sorted(parts))}; expected the factors of one method")
     build = {"lora": _lora, "hada": _loha, "lokr": _lokr}[kinds.pop()]
     factors, rank, shape = build(spelled, parts)
-    alpha = float(parts["alpha"]) if "alpha" in parts else stated.alpha if stated.alpha is not None else rank
+    alpha = alpha_of(spelled, parts, rank, stated.alpha)
     scaling = alpha / rank if rank else 1.0
     scale = parts.get("dora_scale")
     if scale is None:

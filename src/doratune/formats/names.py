@@ -106,11 +106,17 @@ def resolved(spelled: list[str], where: str, model: ModelNames | None, component
             parts = listed(sorted(str(name) for name in groups))
             raise UserError(f"{where} holds adapters of several components ({parts}); say which with component")
         owner, names = next(iter(groups.items()))
-        return names, owner or component
-    return _of_model(groups, flat, where, model, component)
+    else:
+        owner, names = _of_model(groups, flat, where, model)
+    first: dict[str, str] = {}
+    for spelled_name, name in names.items():
+        if first.setdefault(name, spelled_name) != spelled_name:
+            raise UserError(f"{where}: {first[name]} and {spelled_name} are the same module, {name}")
+    return names, owner or component
 
 
-def _of_model(groups, flat, where: str, model: ModelNames, component: str | None) -> tuple[dict[str, str], str | None]:
+def _of_model(groups, flat, where: str, model: ModelNames) -> tuple[str | None, dict[str, str]]:
+    """(component, {name in the file: module}) of the component whose names the model has."""
     others = {other: name for other, name in spellings(model.shapes, model.config).items() if other not in model.shapes}
     known = {name: name for name in model.shapes} | others
     by_underscores: dict[str, list[str]] = {}
@@ -132,4 +138,4 @@ def _of_model(groups, flat, where: str, model: ModelNames, component: str | None
         raise UserError(f"{where}: the model has no module for {listed(shown, 12)} ({fitting})")
     if doubtful := next((name for name, fit in modules.items() if len(fit) > 1), None):
         raise UserError(f"{where}: {doubtful} can mean {listed(modules[doubtful])}; the underscores leave it open")
-    return {name: fit[0] for name, fit in modules.items()}, owner or component
+    return owner, {name: fit[0] for name, fit in modules.items()}

@@ -37,6 +37,15 @@ def magnitude_of(spelled: str, part: str, parts: dict[str, Tensor], A: Tensor, B
     return m
 
 
+def alpha_of(spelled: str, parts: dict[str, Tensor], rank: float, stated: float | None) -> float:
+    """A module's own alpha, or the one that is stated, or its rank, which is what these programs take then."""
+    if "alpha" not in parts:
+        return rank if stated is None else stated
+    if parts["alpha"].numel() != 1:
+        raise UserError(f"{spelled}.alpha has shape {tuple(parts['alpha'].shape)}; expected one number")
+    return float(parts["alpha"])
+
+
 def all_layers(one: Format, source: Source, names: dict[str, str], parts: Parts, build) -> dict[str, NeutralLayer]:
     """`build(name in the file, name in the model, parts)` of every module; all that is wrong in one message."""
     layers, problems = {}, []
@@ -45,6 +54,9 @@ def all_layers(one: Format, source: Source, names: dict[str, str], parts: Parts,
             layers[name] = build(spelled, name, parts[spelled])
         except UserError as error:
             problems.append(str(error))
+        except (RuntimeError, IndexError, ValueError, TypeError):  # torch's, of shapes that no rule above has named
+            shapes = listed(f"{part} {tuple(t.shape)}" for part, t in sorted(parts[spelled].items()))
+            problems.append(f"{spelled}: shapes that do not fit each other: {shapes}")
     if problems:
         raise UserError(f"{source.path} ({one.title}): {listed(problems, 12)}; it holds {source.holding()}")
     return layers

@@ -24,10 +24,11 @@ from ..support.files import open_tensors, read_json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SETTINGS = "adapter_config.json"
 WEIGHTS = (
-    "adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin",
-    "adapter_model.bin", "adapter_model.pt",
+    "adapter_model.pt", "adapters.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors",
+    "pytorch_lora_weights.bin", "adapter_model.bin",
 )  # fmt: skip
-"""Names that programs give to an adapter's weights in a folder, in the order in which one is taken."""
+"""Names that programs give to an adapter's weights in a folder, in the order in which one is taken: torchtune puts its own file
+beside an export to PEFT that has m in the wrong order."""
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -124,6 +125,9 @@ def _checked(path: Path, tensors) -> dict[str, Tensor]:
     strange = [repr(key) for key, t in tensors.items() if not isinstance(key, str) or not isinstance(t, Tensor)]
     if strange:
         raise UserError(f"{path} holds values that are no tensors: {listed(strange)}; expected an adapter's weights")
+    whole = [key for key, t in tensors.items() if not (t.is_floating_point() or t.numel() == 1)]
+    if whole:
+        raise UserError(f"{path} holds tensors that are no floating-point numbers: {listed(whole)}; save them unquantized")
     return tensors
 
 

@@ -3,8 +3,9 @@
     layers.N.attn.q_proj.lora_a.weight (R, I)   .lora_b.weight (O, R)   .magnitude (O,)      s = alpha / R, as the recipe says
 
 From `torchtune/models/convert_weights.py`. torchtune's Llama rotates neighbouring numbers of a head where transformers rotates its
-halves, so rows of q and k are in another order, those of B and of m alike (torchtune's own export to PEFT forgets m: such a folder
-is wrong, and nothing in it says so). The model says how many heads there are, so it is needed.
+halves, so rows of q and k are in another order, those of B and of m alike; the model says how many heads there are.
+torchtune's own export to PEFT forgets m: where its adapter_model.pt lies beside, that is read; alone, the export is wrong and
+nothing in it says so.
 """
 
 from __future__ import annotations
