@@ -21,7 +21,7 @@ LEVELS = [
     {"adapter"},
     {"checkpoint", "baselines"},
     {"training", "analysis", "bench", "export"},
-    {"evaluation", "report"},
+    {"evaluation", "report", "generation"},
     {"comparison", "demo"},
     {"cli"},
 ]
@@ -144,13 +144,27 @@ def test_help_imports_nothing_heavy():
     code = "import sys; from doratune.cli.main import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr.strip() == "False"
-    for command in ("demo", "train", "evaluate", "merge", "export", "extract", "compare", "analyze", "report", "bench"):
+    for command in (
+        "demo",
+        "train",
+        "evaluate",
+        "merge",
+        "export",
+        "extract",
+        "generate",
+        "chat",
+        "compare",
+        "analyze",
+        "report",
+        "bench",
+    ):
         assert command in result.stdout
         assert (SOURCE / "cli" / f"{command}.py").is_file()
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "evaluate", "merge", "export", "extract", "compare", "analyze", "report", "bench"]
+    "command",
+    ["demo", "train", "evaluate", "merge", "export", "extract", "generate", "chat", "compare", "analyze", "report", "bench"],
 )
 def test_every_help_has_an_example(command, capsys):
     from doratune.cli.main import main
