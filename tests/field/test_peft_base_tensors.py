@@ -1,5 +1,5 @@
-"""What PEFT writes beside A, B and m by default: base weights of embeddings and heads, tied ones, modules trained whole by the end of
-their names, starts that leave the base alone. Each folder is made by PEFT and compared with PEFT's own reload."""
+"""What PEFT writes beside A, B and m by default: base weights of embeddings and heads, tied ones, modules trained whole by the end
+of their names, starts that leave the base alone. Each folder is made by PEFT and compared with PEFT's own reload."""
 
 import peft
 import pytest

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError, near_misses
+from ..checkpoint.values import finite
+from ..errors import UserError, listed, near_misses
 from ..support.environment import peak_bytes
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head
@@ -47,12 +48,16 @@ def evaluate(
 
     Returns:
         {"results": […], "averages": […], "peak_bytes": …}
+
+    Raises:
+        UserError: an unknown protocol, or a model whose weights or scores are NaN or infinite.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
     if "paper" in protocols:
         check_fixed(beams=beams, max_new_tokens=max_new_tokens)
+    refuse_spoiled(model)
     was_training = model.training
     model.eval()
     results = []
@@ -78,6 +83,17 @@ def evaluate(
     if output is not None:
         write_json(output / "results.json", summary)
     return summary
+
+
+def refuse_spoiled(model) -> None:
+    """Raise where the model's numbers are none: it would answer everything alike, and be scored.
+
+    Raises:
+        UserError: parameters with NaN or infinite values, by name.
+    """
+    bad = [name for name, p in model.named_parameters() if not finite(p.detach())]
+    if bad:
+        raise UserError(f"{listed(bad, 3)}: NaN or infinite values; a model with them cannot be evaluated, copy or train it again")
 
 
 def show(summary: dict) -> str:
