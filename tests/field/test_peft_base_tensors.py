@@ -186,3 +186,18 @@ def test_where_peft_would_train_more_its_prefix_says_which(tmp_path):
         expected = model(IDS).last_hidden_state
         torch.testing.assert_close(theirs(IDS).last_hidden_state, expected, rtol=1e-4, atol=2e-5)
         assert torch.equal(doratune.load(tiny_llama().model, tmp_path)(IDS).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, settings, _) in CASES.items() if "init_lora_weights" not in settings])
+def test_merging_a_checkpoint_gives_the_same(name, tmp_path):
+    """Shard by shard, from a folder that stores a tied weight once."""
+    from transformers import AutoModelForCausalLM
+
+    from doratune.checkpoint.merge import merge_checkpoint
+
+    build, settings, _ = CASES[name]
+    build().save_pretrained(tmp_path / "base")
+    expected = peft_folder(tmp_path / "theirs", build, **settings)
+    merge_checkpoint(str(tmp_path / "base"), tmp_path / "theirs", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=2e-5)
