@@ -7,6 +7,7 @@ import json
 import pytest
 import reference
 import torch
+from conftest import randomize
 from torch import nn
 
 import doratune
