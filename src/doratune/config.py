@@ -44,6 +44,9 @@ class AdapterConfig:
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
     """Modules trained whole (PEFT's `modules_to_save`), by name or suffix."""
+    newly_initialized: Literal["train", "freeze"] = "train"
+    """Parameters that no file holds, because transformers drew them at random (a new head) or a vocabulary was resized. `train`:
+    their modules are trained whole and saved, as those of `also_train`; `freeze`: they stay, and `verify` names them."""
     rank_overrides: Mapping[str, int] = number({}, least=1)
     """Rank for single modules, by name or suffix; the first entry that fits counts."""
     alpha_overrides: Mapping[str, float] = number({}, above=0)

@@ -1,6 +1,8 @@
 """GGUF files: read back by transformers, run by llama.cpp, for every family; whole or absent; what is refused."""
 
 import json
+import subprocess
+import sys
 
 import llama_cpp
 import pytest
@@ -218,6 +220,53 @@ def test_nothing_is_half_written(bad, tmp_path, tiny_folder, tiny_tokenizer):
         export_gguf(str(base), None, output, type)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert bad != "exists" or (output / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["gguf", "lora-scale", "lora"])
+def test_an_adapter_of_a_quantized_base_has_its_merged_model_exported(to, tmp_path, tiny_folder, capsys):
+    """Its W is the rounded one, which the base's folder does not hold."""
+    from doratune.cli.main import main
+
+    adapted(transformers_model(tiny_folder), tmp_path / "adapter")
+    own = tmp_path / "adapter" / "doratune.json"
+    own.write_text(
+        json.dumps(json.loads(own.read_text()) | {"quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    words = ["--to", to, "--model", str(tiny_folder), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
+    assert main(["export", *words, *(["--rank", "2"] if to == "lora" else [])]) == 2
+    assert "doratune merge --adapter" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def transformers_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path, tiny_tokenizer):
+    """300 MB in fp32, the largest tensor of 8 MB: the process that exports it grows by far less."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes | {"num_key_value_heads": 8}))
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    doratune.attach(model, doratune.AdapterConfig(rank=2))
+    doratune.save(model, tmp_path / "adapter")
+    total = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert total > 300 * 2**20
+    code = (
+        "import gguf, resource, sys, transformers.models.llama.modeling_llama\n"
+        "from doratune.export.gguf import export_gguf\n"
+        "from doratune.export.weights import Weights\n"
+        "Weights(*sys.argv[1:3])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "export_gguf(*sys.argv[1:], 'q8_0')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    folders = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    run = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024) < total / 3
 
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Repeat after me: one two three four five six.")

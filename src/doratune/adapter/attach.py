@@ -5,7 +5,6 @@ Cost of attaching: that of each layer (`layer.py`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +23,8 @@ from ..layers.wrappers import module_at, named_buffers, named_modules, named_par
 from . import guards, whole
 from . import start as initial
 from .foreign import refuse_foreign
+from .fresh import trained_whole
+from .kernels import writing_kernels
 from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
 from .targets import Selection, select
 
@@ -47,6 +48,7 @@ class Attachment:
     merged: dict | None = None
     wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
     base: tuple[str, ...] = ()  # base weights that came with the adapter's file: their originals are in `replaced`
+    fresh: dict[str, str] = field(default_factory=dict)  # modules trained whole because no file holds them → why
     name: str = "default"
 
 
@@ -83,8 +85,10 @@ def attach(
     refuse_foreign(plain, "doratune.attach")
     with room_for(plain, name):
         _refuse_unready(plain)
+        config, fresh = trained_whole(plain, config)
         attach_selection(plain, config, select(plain, config), trainable, original)
-        record_of(plain).name = name
+        record = record_of(plain)
+        record.name, record.fresh = name, fresh
     return model
 
 
@@ -166,21 +170,6 @@ def unwatch(model: nn.Module) -> None:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-WRITERS = ("liger_kernel", "unsloth")
-"""Packages whose rotary embedding rotates q and k in the memory of the projection's output, unseen by version counters."""
-
-
-def writing_kernels(model: nn.Module) -> str | None:
-    """The package among `WRITERS` whose functions this model's modules call, or None. Being imported is not being used."""
-    for cls in {type(module) for module in model.modules()}:
-        functions = [vars(cls).get("forward"), *vars(sys.modules.get(cls.__module__, cls)).values()]
-        for function in functions:
-            package = (getattr(function, "__module__", None) or "").partition(".")[0]
-            if package in WRITERS and callable(function):
-                return package
-    return None
 
 
 def detach(model: nn.Module) -> nn.Module:

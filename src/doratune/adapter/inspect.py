@@ -48,6 +48,7 @@ class Inspection:
     left_out: dict[str, str]
     trainable: int
     total: int
+    fresh: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.table()
@@ -65,6 +66,7 @@ class Inspection:
         ]
         lines = aligned(heads, cells, rule=False)
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += [f"trained whole: {name}: {reason}" for name, reason in self.fresh.items()]
         zero, near = (sum(getattr(r, name) for r in self.rows) for name in ("zero", "near_zero"))
         share = 100 * self.trainable / self.total
         lines.append(f"{len(self.rows)} layers adapted, {self.trainable:,} trainable parameters ({share:.3g} % of {self.total:,})")
@@ -87,7 +89,7 @@ def inspect(model: nn.Module) -> Inspection:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     packed = sum(_uncounted(layer) for _, layer in adapters(model) if not layer.adapted.base.writable)
-    return Inspection(rows, dict(record.left_out), trainable, total + packed)
+    return Inspection(rows, dict(record.left_out), trainable, total + packed, dict(record.fresh))
 
 
 def count(model: nn.Module, config) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
 from ..adapter.foreign import refuse_foreign
+from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
 from ..adapter.several import room_for
 from ..adapter.targets import Selection, name_matches
@@ -28,6 +30,7 @@ from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
 from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
 from ..support.folders import generation, recover, steady
+from ..support.model_folders import class_record
 from . import peft
 from .base_weights import base_tensors, put_in, split, take_out
 from .fitting import check, fit, put, put_starts
@@ -85,6 +88,8 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         tensors |= {("", key): t.detach().clone() for key, t in state.items()}
     described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
+    if trained_class := class_record(model):
+        own["model"] = trained_class
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
     files = {TENSORS: {file_key(key, direction_of(config.method)): t for key, t in tensors.items()}}
@@ -194,6 +199,9 @@ def load(
         record.name = name
         put(plain, read.tensors)
         put_starts(plain, read.starts)
+    if lost := unsaved(plain, record.also_train):
+        shown = [f"{name} ({reason})" for name, reason in lost.items()]
+        warnings.warn(f"{folder} does not hold {listed(shown, 4)}, which no file holds: they are random here", stacklevel=2)
     return model
 
 

@@ -21,6 +21,7 @@ from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
 from ..layers.wrappers import module_at, plain_state
+from ..support.model_folders import embeddings_of
 from ..support.patterns import NamePattern
 from . import base_weights, peft, values
 from .names import both_halves, plain_names
@@ -142,7 +143,7 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
     layers = {name: layer_at(model, name) for name in selection.ranks}
     whole = {f"{n}.{k}": t for n in selection.also_train for k, t in plain_state(module_at(model, n)).items()}
     misfits = [
-        f"{shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}"
+        f"{shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}{_resize(model, key, tensors)}"
         for key, shape in shapes.items()
         if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape)
     ]
@@ -160,6 +161,16 @@ def check(model, config: AdapterConfig, selection: Selection, tensors, where: st
     ]
     if problems := [listed(group, 4) for group in groups if group]:
         raise UserError(f"{where} does not fit this model: {', '.join(problems)}{both_halves(model, tensors)}")
+
+
+def _resize(model, key: Key, tensors) -> str:
+    """What to call first where a vocabulary of another size was saved."""
+    table = embeddings_of(model)
+    weight = getattr(table, "weight", None)
+    names = {name for name, module in model.named_modules() if module is table}
+    if weight is None or key[1].rpartition(".")[0] not in names:
+        return ""
+    return f"; call model.resize_token_embeddings({len(tensors[key])}) first"
 
 
 def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:

@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": "an adapter into another program's format: PEFT, kohya, diffusers, torchtune, mlx-lm …",
     "export": "for engines without DoRA: GGUF, LoRA + output scale, plain LoRA by truncated SVD",
     "extract": "a DoRA adapter out of a base and a fully fine-tuned model",
+    "generate": "answers to many prompts, as JSON lines",
+    "chat": "talk with a model and its adapters in the terminal",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",

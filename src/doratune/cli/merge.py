@@ -14,7 +14,7 @@ EXAMPLE = "doratune merge --model smollm2-135m-instruct --adapter runs/demo/adap
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """Merge an adapter into its base model: an ordinary transformers folder, no adapter code needed to run it.
+    """Merge an adapter into its base model: an ordinary folder of transformers or diffusers, no adapter code needed to run it.
 
     Args:
         model: base model: hub id, local folder, or smollm2-135m-instruct; default: the one that the adapter records
@@ -41,10 +41,9 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..checkpoint.adapter import base_model_of
     from ..checkpoint.logits import agreement
-    from ..checkpoint.merge import base_folder, merge_checkpoint
+    from ..checkpoint.merge import base_folder, merge_checkpoint, stored_dtype
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
-    from ..support.files import read_json
     from ..support.outputs import refuse_inputs, run_of
 
     for name in ("adapter", "output"):
@@ -58,9 +57,12 @@ def main(argv: list[str]) -> int:
     say(f"merged model written to {output}")
     result = {"output": str(output)}
     if settings.check:
-        config = read_json(base_folder(base) / "config.json", "a model folder needs it")
-        dtype = settings.dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-        compared = agreement(base, settings.adapter, output, dtype)
+        compared = agreement(base, settings.adapter, output, settings.dtype or stored_dtype(base_folder(base)))
+        if compared is None:
+            say("not compared: no input could be made from the model's config; run base + adapter and the result on one of yours")
+            if as_json:
+                print_json(result | {"ok": None})
+            return 0
         say(str(compared))
         result |= {**compared.__dict__, "ok": compared.ok}
         if not compared.ok:

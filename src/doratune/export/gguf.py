@@ -61,7 +61,7 @@ def export_gguf(
     refuse_existing(output, overwrite)
     weights = Weights(base, adapter)
     with readable_errors(base):
-        config = AutoConfig.from_pretrained(weights.folder)
+        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     family = family_of(config, base)
     tokenizer = load_tokenizer(base)
     names = tensor_names(weights, config, family)

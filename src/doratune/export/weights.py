@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.merge import Plan, base_folder, list_shards, make_plan, merged_shard
+from ..checkpoint.quantized import recorded_quantization
 from ..errors import UserError
 from ..support.files import open_tensors
 
@@ -23,7 +24,7 @@ class Weights:
     """Names, shapes and values of a model's tensors.
 
     Raises:
-        UserError: no safetensors folder, a quantized base, an adapter that does not fit.
+        UserError: no safetensors folder, a quantized base, an adapter of a quantized base or one that does not fit.
     """
 
     base: str
@@ -33,6 +34,11 @@ class Weights:
     plan: Plan | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if self.adapter is not None and recorded_quantization(self.adapter):
+            raise UserError(
+                f"{self.adapter} was trained on a quantized base, whose rounded weights it belongs to: write those first with "
+                f"doratune merge --adapter {self.adapter} --output MODEL, then export --model MODEL"
+            )
         self.folder = base_folder(self.base)
         self.shards = list_shards(self.folder)
         if self.adapter is not None:

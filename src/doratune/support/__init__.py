@@ -7,6 +7,9 @@ outputs.py       an output that is, holds or lies in an input is refused
 processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
 hub.py           whether a hub answers, asked once
+model_folders.py   model folders of transformers and diffusers: class, modules, config
+headers.py       names and shapes in the files a model came from
+examples.py      an input for any model, from its config
 environment.py   machine, versions, commit, peak memory
 tables.py        text tables: aligned, Markdown
 text.py          UTF-8 text and its lines

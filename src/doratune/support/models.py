@@ -46,6 +46,9 @@ def model_path(name: str) -> str:
     path = Path(name)
     recover(path)
     if path.is_dir():
+        if (path / "model_index.json").is_file():
+            parts = ", ".join(sorted(inner.parent.name for inner in path.glob("*/config.json")))
+            raise UserError(f"{name} is a pipeline of models; give the folder of one of them: {parts}")
         if not (path / "config.json").is_file():
             raise UserError(f"{name} has no config.json; give the folder of a transformers model")
         if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):

@@ -19,7 +19,7 @@ from ..adapter.verify import verify
 from ..baselines.config import METHODS as BASELINES
 from ..checkpoint.adapter import save
 from ..config import METHODS
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..support.folders import whole_folder
 from ..support.models import load_model, torch_dtype
 from .movement import Movement, measure
@@ -47,7 +47,11 @@ class AdapterMethod:
         original = load_model(r.model, r.dtype, trust_remote_code=r.trust_remote_code) if unquantized else None
         attach(model, r.adapter(), original=original)
         share = _share(*self.counts(model))
-        return [f"{len(inspect(model).rows)} layers adapted, {share}", *verify(model).notes]
+        report = verify(model)
+        if report.bypassed and r.idle_layers == "stop":
+            shown = listed([f"{name} {reason}" for name, reason in report.bypassed.items()], 3)
+            raise UserError(f"adapted layers that would not train: {shown}; leave them out (exclude), or set idle_layers: warn")
+        return [f"{len(inspect(model).rows)} layers adapted, {share}", *report.notes, *report.problems]
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
         """(trainable numbers, the base model's numbers)."""
@@ -64,7 +68,7 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay"):
+        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -64,6 +64,7 @@ class TrainRecipe:
         group_by_length: batches of like length, so that little is padding
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
+        idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
         tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
         tasks_protocol: generate, likelihood, both, paper or all
         tasks_limit: only the first so many items of each task
@@ -117,6 +118,7 @@ class TrainRecipe:
     group_by_length: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+    idle_layers: Literal["stop", "warn"] = "stop"
     tasks: list[str] = field(default_factory=list)
     tasks_protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     tasks_limit: int | None = number(None, least=1)
@@ -156,6 +158,7 @@ class TrainRecipe:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
+        check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
         if self.double_quantization and self.quantize not in ("nf4", "fp4"):

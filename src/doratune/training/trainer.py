@@ -4,7 +4,8 @@
     class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
 
 Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
-is not finite, length-grouped batches that are the same after a resume, and the quantized-model check passed.
+is not finite or at layers that do not train, length-grouped batches that are the same after a resume, and the quantized-model check
+passed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .half import scale_loss
+from .idle import IdleWatch
 from .token_loss import TokenLoss
 
 
@@ -127,11 +129,25 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    idle_layers: str = "stop"
+    """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
+
     def __init__(self, model=None, *args, **kwargs):
         if record_of(model).merged is not None:
             raise UserError("this model is merged; call doratune.unmerge(model) before training")
         with _passes_as_adapted(model):
             super().__init__(model, *args, **kwargs)
+        self._idle = IdleWatch(self)
+        self.add_callback(self._idle)
+
+    def compute_loss(self, *args, **kwargs):
+        with self._idle.forward() if self.model.training else contextlib.nullcontext():
+            return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._idle.after_backward()
+        return loss
 
     def create_optimizer(self, model=None):
         """The trainer's own optimizer class over our parameter groups."""

@@ -1,0 +1,83 @@
+"""`doratune chat --adapter A [--adapter B] [--compare]`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .arguments import parse
+from .output import keep_freed_memory
+from .repeated import gathered
+
+EXAMPLE = "doratune chat --adapter runs/demo/adapter --compare --template instruction"
+
+
+@dataclass(kw_only=True)
+class ChatSettings:
+    """Talk with a model in the terminal. /help lists what can be said to the program itself.
+
+    Args:
+        model: hub id, local folder, or smollm2-135m-instruct; default: the base model that the first adapter records
+        adapter: adapter folders, or NAME=FOLDER; may be given more than once; the first is in use, /use NAME takes another
+        compare: the base model answers too, before the adapter
+        template: chat (the tokenizer's), instruction (as instruction data is trained; no history), plain, or auto
+        system: system prompt
+        temperature: 0 takes the most probable token
+        top_p: only the most probable tokens that make up this share
+        max_new_tokens: longest answer
+        seed: of sampling
+        dtype: dtype of the model
+        quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
+    """
+
+    model: str | None = None
+    adapter: list[str] = field(default_factory=list)
+    compare: bool = False
+    template: Literal["auto", "chat", "instruction", "plain"] = "auto"
+    system: str | None = None
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+
+
+def main(argv: list[str]) -> int:
+    settings, _ = parse(ChatSettings, gathered(argv, "adapter"), "chat", EXAMPLE)
+    keep_freed_memory()
+    from ..errors import UserError
+    from ..generation.adapters import BASE, NamedAdapters
+    from ..generation.conversation import Conversation
+    from ..generation.sampling import Sampling
+
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
+    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize)
+    speaker = next(iter(adapters.folders), BASE)
+    chat = Conversation(adapters, sampling, _write, settings.template, settings.system, settings.compare, speaker)
+    adapters.use(speaker)
+    _write(f"{adapters.base}, {speaker}; /help lists commands, Ctrl-D ends\n")
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (input() edits lines with it)
+    while True:
+        try:
+            line = input("you> ")
+        except EOFError:
+            _write("\n")
+            return 0
+        except KeyboardInterrupt:
+            _write("\n(Ctrl-D or /quit ends the chat)\n")
+            continue
+        try:
+            if not chat.take(line):
+                return 0
+        except UserError as error:
+            _write(f"{' '.join(str(error).split())}\n")
+        except KeyboardInterrupt:
+            _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

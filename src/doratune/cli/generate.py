@@ -1,0 +1,114 @@
+"""`doratune generate PROMPTS.jsonl --adapter A --output answers.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .arguments import parse
+from .output import keep_freed_memory, print_json, progress, say
+from .repeated import gathered
+
+EXAMPLE = "doratune generate --prompts questions.jsonl --adapter runs/demo/adapter --output answers.jsonl"
+
+
+@dataclass(kw_only=True)
+class GenerateSettings:
+    """Write a model's answers to many prompts: one JSON object a line, in the prompts' order.
+
+    Args:
+        prompts: a .txt file (a prompt a line), or .jsonl or .json with `prompt`, `messages`, or `instruction` and `input`
+        prompt: or one prompt
+        model: hub id, local folder, or smollm2-135m-instruct; default: the base model that the first adapter records
+        adapter: adapter folders, or NAME=FOLDER; with several, each prompt is answered by each
+        compare: the base model's answers besides
+        template: chat (the tokenizer's), instruction (as instruction data is trained), plain, or auto (by the prompt)
+        system: system prompt of conversations that have none
+        temperature: 0 takes the most probable token
+        top_p: only the most probable tokens that make up this share
+        max_new_tokens: longest answer
+        seed: of sampling
+        batch_size: prompts at once
+        limit: only the first so many prompts
+        dtype: dtype of the model
+        quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
+        output: .jsonl file; none prints the answers
+        overwrite: replace an output file that exists
+    """
+
+    prompts: str | None = None
+    prompt: str | None = None
+    model: str | None = None
+    adapter: list[str] = field(default_factory=list)
+    compare: bool = False
+    template: Literal["auto", "chat", "instruction", "plain"] = "auto"
+    system: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 8
+    limit: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+    output: str | None = None
+    overwrite: bool = False
+
+
+def main(argv: list[str]) -> int:
+    settings, as_json = parse(GenerateSettings, gathered(argv, "adapter"), "generate", EXAMPLE)
+    keep_freed_memory()
+    from pathlib import Path
+
+    from ..errors import UserError
+    from ..generation.adapters import BASE, NamedAdapters
+    from ..generation.prompts import read_prompts, rendered
+    from ..generation.sampling import Sampling, answers, check_length
+    from ..support.files import replacing
+
+    if (settings.prompts is None) == (settings.prompt is None):
+        raise UserError("give one of --prompts FILE and --prompt TEXT")
+    for name in ("batch_size", "limit"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; expected at least 1")
+    output = Path(settings.output) if settings.output else None
+    if output is not None and output.exists() and (not settings.overwrite or not output.is_file()):
+        raise UserError(f"{output} exists; give another file" + (" or pass --overwrite" if output.is_file() else ""))
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
+    items = [{"prompt": settings.prompt}] if settings.prompts is None else read_prompts(Path(settings.prompts))
+    items = items[: settings.limit]
+    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize)
+    ids = [_rendered(rendered, item, number, adapters.tokenizer, settings) for number, item in enumerate(items, 1)]
+    for number, row in enumerate(ids, 1):
+        check_length(row, adapters.model, sampling.max_new_tokens, f"prompt {number}")
+    speakers = ([BASE] if settings.compare or not adapters.folders else []) + list(adapters.folders)
+    columns = []
+    for speaker in speakers:
+        advance, close = progress(speaker, len(items))
+        columns.append(answers(adapters.use(speaker), adapters.tokenizer, ids, sampling, settings.batch_size, advance))
+        close()
+    rows = [
+        json.dumps({**item, "adapter": speaker, "output": a.text, "tokens": a.tokens, "finish": a.finish}, ensure_ascii=False)
+        for item, row in zip(items, zip(*columns, strict=True), strict=True)
+        for speaker, a in zip(speakers, row, strict=True)
+    ]
+    if output is None:
+        say("\n".join(rows))
+    else:
+        with replacing(output) as temporary:
+            temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        say(f"{len(rows)} answers written to {output}")
+    if as_json:
+        print_json({"output": settings.output, "prompts": len(items), "adapters": speakers, "answers": len(rows)})
+    return 0
+
+
+def _rendered(rendered, item: dict, number: int, tokenizer, settings: GenerateSettings) -> list[int]:
+    """The token ids of one item, with its number in what is wrong."""
+    from ..errors import UserError
+
+    try:
+        return rendered(item, tokenizer, settings.template, settings.system)
+    except UserError as error:
+        raise UserError(f"prompt {number}: {error}") from None
