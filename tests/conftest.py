@@ -68,6 +68,10 @@ def tiny_gpt2(seed=0):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
+    return small_tokenizer()
+
+
+def small_tokenizer():
     """A byte-level BPE of 300 entries trained on a few sentences, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

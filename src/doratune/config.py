@@ -6,14 +6,13 @@ Frozen, keyword-only, checked on construction.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .directions import METHODS, direction_of
 from .errors import UserError, near_misses
-
-STARTS = ("zero", "pissa", "olora", "loftq")
+from .support.values import check_choice, check_value, check_values, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +26,14 @@ class AdapterConfig:
     method: str = "dora"
     """`dora`: low-rank direction and trained magnitude (Eq. 5). `lora`: the low-rank update alone (Eq. 1). `vera`, `loha`, `lokr`:
     other directions; `dvora` (§5.4), `dloha`, `dlokr`: the same with a magnitude. Or what `doratune.directions.register` added."""
-    rank: int = 16
+    rank: int = number(16, least=1)
     """R, rows of A and columns of B."""
-    alpha: float | None = None
+    alpha: float | None = number(None, above=0)
     """Scaling is alpha / rank (alpha / sqrt(rank) under rslora). None: 2 · rank, the paper's choice. Global: a module
     with its own rank keeps this alpha, as in PEFT. VeRA has no scaling."""
     rank_scaling: Literal["standard", "rslora"] = "standard"
     """`standard` alpha / R, `rslora` alpha / sqrt(R)."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout probability on the input of the low-rank branch, in training only."""
     targets: str | tuple[str, ...] = "all-linear"
     """A list of module names or name suffixes; or a string: a regex that must match a whole module name, or
@@ -45,9 +44,12 @@ class AdapterConfig:
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
     """Modules trained whole (PEFT's `modules_to_save`), by name or suffix."""
-    rank_overrides: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    newly_initialized: Literal["train", "freeze"] = "train"
+    """Parameters that no file holds, because transformers drew them at random (a new head) or a vocabulary was resized. `train`:
+    their modules are trained whole and saved, as those of `also_train`; `freeze`: they stay, and `verify` names them."""
+    rank_overrides: Mapping[str, int] = number({}, least=1)
     """Rank for single modules, by name or suffix; the first entry that fits counts."""
-    alpha_overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    alpha_overrides: Mapping[str, float] = number({}, above=0)
     """Alpha for single modules, likewise."""
     magnitude_axis: Literal["output", "input"] = "output"
     """One magnitude per output row (the authors' code, PEFT, torchtune), or per input column."""
@@ -63,14 +65,14 @@ class AdapterConfig:
     unquantized weight (`original`, given at attach; `verify` prints the offset)."""
     magnitude_form: Literal["direct", "relative"] = "direct"
     """`direct` trains m; `relative` trains δ in m = m₀·exp(δ), so that weight decay on it pulls m towards m₀."""
-    norm_memory: int = 0
+    norm_memory: int = number(0, least=0, most=2**63 - 1, of="bytes")
     """Bytes that VeRA may keep over all layers to spare the norm its product with W (O·R + R² numbers a layer); 0: none."""
     keep_base_output: bool | None = None
     """Keep the base's output for m's gradient, not the layer's own (which costs no memory where a later operation keeps it): for
     models whose kernels write over a layer's output unseen by autograd. None: found at attach (Liger, Unsloth)."""
     direction_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that the method's direction declares, by name; what is not given has the declared default (`setting`)."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**31 - 1)
     """Seed of A. Each module draws from its own generator, so that order and global state do not change the start."""
 
     def __post_init__(self):
@@ -78,29 +80,12 @@ class AdapterConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if isinstance(self.also_train, str):
             object.__setattr__(self, "also_train", (self.also_train,))
-        for name, kind in (("rank_overrides", int), ("alpha_overrides", (int, float))):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping) or not all(_is_number(v, kind) and 0 < v < float("inf") for v in value.values()):
-                raise UserError(f"{name} is {value!r}; expected a mapping from module names to positive numbers")
-            object.__setattr__(self, name, dict(value))
         check_choice("method", self.method, METHODS)
-        check_choice("rank_scaling", self.rank_scaling, ("standard", "rslora"))
-        check_choice("magnitude_axis", self.magnitude_axis, ("output", "input"))
-        check_choice("norm_gradient", self.norm_gradient, ("detached", "full"))
-        check_choice("embedding_magnitude", self.embedding_magnitude, ("token", "dimension"))
-        check_choice("start", self.start, STARTS)
-        check_choice("magnitude_from", self.magnitude_from, ("base", "original"))
-        check_choice("magnitude_form", self.magnitude_form, ("direct", "relative"))
-        if not _is_number(self.rank, int) or self.rank <= 0:
-            raise UserError(f"rank is {self.rank!r}; expected a whole number of at least 1")
+        check_values(self)
+        for name in ("rank_overrides", "alpha_overrides"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2 * self.rank)
-        if not _is_number(self.alpha) or not 0 < self.alpha < float("inf"):
-            raise UserError(f"alpha is {self.alpha!r}; expected a positive number (2 * rank is usual)")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout!r}; expected a number from 0 up to, not including, 1")
-        if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise UserError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**31 - 1")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -117,16 +102,12 @@ class AdapterConfig:
         if not direction_of(self.method).overrides and (self.rank_overrides or self.alpha_overrides):
             raise UserError(f"method {self.method} shares its factors, all of one rank; drop rank_overrides and alpha_overrides")
         known = direction_of(self.method).settings
-        if not isinstance(self.direction_settings, Mapping):
-            raise UserError(f"direction_settings is {self.direction_settings!r}; expected a mapping")
-        for name in self.direction_settings:
+        for name, value in self.direction_settings.items():
             if name not in known:
                 raise UserError(f"direction_settings: method {self.method} has no setting {name!r}{near_misses(name, known)}")
+            if isinstance(known[name], bool | int | float | str):
+                check_value(f"direction_settings: {name}", value, type(known[name]))
         object.__setattr__(self, "direction_settings", dict(self.direction_settings))
-        if self.keep_base_output not in (None, True, False):
-            raise UserError(f"keep_base_output is {self.keep_base_output!r}; expected true, false, or nothing")
-        if not _is_number(self.norm_memory, int) or self.norm_memory < 0:
-            raise UserError(f"norm_memory is {self.norm_memory!r}; expected a number of bytes, 0 for none")
 
     def setting(self, name: str) -> Any:
         """The value of one of the settings that the method's direction declares."""
@@ -168,13 +149,3 @@ def _patterns(name: str, value) -> str | tuple[str, ...]:
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(v, str) and v for v in value):
         raise UserError(f"{name} is {value!r}; expected a string or a list of module names")
     return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
-
-
-def check_choice(name: str, value, allowed: Iterable[str]) -> None:
-    """Raise where the value is none of those allowed, and name its near misses."""
-    if not isinstance(value, str) or value not in allowed:
-        raise UserError(f"{name} is {value!r}; expected one of {', '.join(allowed)}{near_misses(value, allowed)}")
-
-
-def _is_number(value, kind=(int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)

@@ -238,15 +238,21 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--arms", "lora", "dorra"], "unknown arm 'dorra'; did you mean 'dora'"),
-        (["--what", "train_stp"], "unknown measurement 'train_stp'; did you mean 'train_step'"),
-        (["--dtypes", "fp32"], "dtype is 'fp32'"),
-        (["--ranks", "0"], "ranks is 0"),
+        (
+            ["--arms", "lora", "dorra"],
+            "arms holds 'dorra'; expected one of frozen, lora, dora",
+        ),
+        (
+            ["--what", "train_stp"],
+            "what holds 'train_stp'; expected one of train_step, decode",
+        ),
+        (["--dtypes", "fp32"], "dtypes holds 'fp32'"),
+        (["--ranks", "0"], "ranks holds 0"),
         (["--rounds", "0"], "rounds is 0"),
-        (["--threads", "-1"], "threads is -1"),
+        (["--threads", "-1"], "threads holds -1"),
         (["--host_rounds", "0"], "host_rounds is 0"),
         (["--arms"], "arms is empty"),
-        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--device", "tpu"], "device is 'tpu'; expected one of auto, cpu, cuda"),
         (["--kernel", "cutlass"], "kernel is 'cutlass'"),
         (["--targets", "wq", "--what", "memory"], "wq"),
         (["--ranks", "many"], "ranks"),

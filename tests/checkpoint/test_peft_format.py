@@ -286,17 +286,6 @@ def test_broken_files(tmp_path):
         doratune.load(tiny_llama(), tmp_path)
 
 
-def test_save_pretrained_of_an_attached_model_is_the_base(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model = tiny_llama()
-    base = logits(model)
-    doratune.attach(model, AdapterConfig(rank=4))
-    randomize(model)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), base)
-
-
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):
     model, layer = one_layer()
     doratune.save(model, tmp_path)

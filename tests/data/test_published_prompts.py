@@ -90,7 +90,7 @@ def test_chat_data_has_no_published_prompt(tmp_path):
     assert encoder(instruction, "published") is encode
     with pytest.raises(UserError, match="prompt is published, which is for instruction data"):
         encoder(chat, "published")
-    with pytest.raises(UserError, match="prompt is 'alpaca'; expected plain or published"):
+    with pytest.raises(UserError, match="prompt is 'alpaca'; expected one of plain, published"):
         TrainRecipe(data="x", prompt="alpaca").check()
 
 

@@ -221,7 +221,7 @@ def test_command_line(tiny_folder, tmp_path, capsys):
         (["--protocol", "paper", "--beams", "2"], "beams is 2, but protocol paper has beams 4"),
         (["--protocol", "all", "--max_new_tokens", "8"], "max_new_tokens is 8, but protocol paper has max_new_tokens 32"),
         (["--protocol", "papers"], "protocol is 'papers'; expected one of generate, likelihood, both, paper, all"),
-        (["--protocol", "paper", "--beams", "0"], "beams is 0; expected at least 1"),
+        (["--protocol", "paper", "--beams", "0"], "beams is 0; expected a whole number of at least 1"),
     ):
         assert main([*common, *wrong, "--output", str(tmp_path / "wrong")]) == 2
         error = capsys.readouterr().err.strip()

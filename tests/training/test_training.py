@@ -193,7 +193,8 @@ def test_a_run_killed_while_it_is_scored_resumes_to_its_end(recipe, tmp_path, mo
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["steps"] == 4
     assert metrics["eval_loss"] is not None  # the checkpoint was written before the evaluation
-    spent = json.loads((output / "checkpoint-4" / "clock.json").read_text())
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]["Clock"]["attributes"]
+    spent = state["spent"] | {"peak_bytes": state["peak_bytes"]}
     assert {key: metrics[key] for key in spent} == spent  # of the first process: the second trained nothing
     assert spent["tokens"] > 0
     assert (output / "scores" / "after" / "results.json").is_file()

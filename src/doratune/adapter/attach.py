@@ -5,7 +5,6 @@ Cost of attaching: that of each layer (`layer.py`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,9 +18,14 @@ from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
 from ..layers.registry import Begin, End, Registry
+from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
+from . import guards, whole
 from . import start as initial
-from . import whole
-from .layer import Common, adapt, take_off
+from .foreign import refuse_foreign
+from .fresh import trained_whole
+from .kernels import writing_kernels
+from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
 from .targets import Selection, select
 
 RECORD, BASELINE = "_doratune", "_doratune_baseline"
@@ -43,14 +47,31 @@ class Attachment:
     overwritten: str | None  # the package whose kernels write over layers' outputs
     merged: dict | None = None
     wide: dict[str, nn.Parameter] = field(default_factory=dict)  # of the modules that are trained whole, while merged
+    base: tuple[str, ...] = ()  # base weights that came with the adapter's file: their originals are in `replaced`
+    fresh: dict[str, str] = field(default_factory=dict)  # modules trained whole because no file holds them → why
+    name: str = "default"
 
 
-def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None) -> nn.Module:
-    """Adapt a model in place and return it; everything else is frozen.
+@dataclass
+class SetAside:
+    """An adapter that is not in use: what belongs to it alone, with nothing of W's size."""
+
+    record: Attachment
+    layers: dict[str, tuple[AdaptedWeight, dict]]
+    whole: dict[str, nn.Parameter]  # of the modules that are trained whole, and base weights that came with its file
+    buffers: dict[str, torch.Tensor]
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None, name: str = "default"
+) -> nn.Module:
+    """Adapt a model in place and return it; everything else is frozen. Of a compiled or otherwise wrapped model, what it stands
+    around is adapted.
 
     Args:
         config: what to adapt and how; the defaults are DoRA, rank 16, all linear layers.
         trainable: False freezes the adapter too (inference).
+        name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
         original: the unquantized weights of a quantized model, for `start="loftq"` and `magnitude_from="original"`: a function
             from a module's name to its weight (O, I), or a model with the same names.
 
@@ -58,15 +79,26 @@ def attach(model: nn.Module, config: AdapterConfig | None = None, *, trainable: 
         UserError: the model is attached already, or the configuration does not fit it; the model is then unchanged.
     """
     config = config or AdapterConfig()
-    if (record := vars(model).get(RECORD)) is not None:
-        state = "merged; call doratune.unmerge and doratune.detach" if record.merged is not None else "attached already"
-        raise UserError(f"this model is {state}; call doratune.detach(model) before attaching again")
+    from .several import room_for  # which sets aside what is attached here
+
+    plain = unwrapped(model)
+    refuse_foreign(plain, "doratune.attach")
+    with room_for(plain, name):
+        _refuse_unready(plain)
+        config, fresh = trained_whole(plain, config)
+        attach_selection(plain, config, select(plain, config), trainable, original)
+        record = record_of(plain)
+        record.name, record.fresh = name, fresh
+    return model
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    """Modules without weights yet, and adapters in parts of the model."""
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
-    return attach_selection(model, config, select(model, config), trainable, original)
 
 
 def attach_selection(
@@ -80,7 +112,7 @@ def attach_selection(
     if not loading and initial.needs_original(config):
         for name, base in bases.items():
             initial.original_weight(original, name, base.shape(modules[name]), config)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    requires_grad = {name: p.requires_grad for name, p in named_parameters(model)}
     replaced = whole.train_whole(modules, selection.also_train, trainable)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -98,7 +130,7 @@ def attach_selection(
         requires_grad=requires_grad,
         alphas=selection.alphas,
         replaced=replaced,
-        buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in modules[n].named_buffers()},
+        buffers={f"{n}.{k}": b.clone() for n in selection.also_train for k, b in named_buffers(modules[n])},
         registry=common.registry,
         overwritten=overwritten or None,
     )
@@ -112,6 +144,7 @@ def attach_selection(
     whole.cover_readers(model)
     fastpath.close(model)
     watch(model)
+    guards.put_on(model)
     return model
 
 
@@ -119,6 +152,7 @@ def watch(model: nn.Module) -> None:
     """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
     module, registry = model, record_of(model).registry
     while True:
+        module = unwrapped(module)
         if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
             module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
             module.register_forward_hook(End(registry), always_call=True)
@@ -138,42 +172,78 @@ def unwatch(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-WRITERS = ("liger_kernel", "unsloth")
-"""Packages whose rotary embedding rotates q and k in the memory of the projection's output, unseen by version counters."""
-
-
-def writing_kernels(model: nn.Module) -> str | None:
-    """The package among `WRITERS` whose functions this model's modules call, or None. Being imported is not being used."""
-    for cls in {type(module) for module in model.modules()}:
-        functions = [vars(cls).get("forward"), *vars(sys.modules.get(cls.__module__, cls)).values()]
-        for function in functions:
-            package = (getattr(function, "__module__", None) or "").partition(".")[0]
-            if package in WRITERS and callable(function):
-                return package
-    return None
-
-
-@torch.no_grad()
 def detach(model: nn.Module) -> nn.Module:
-    """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`.
+    """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`. Of several adapters the one in
+    use is taken off; the others stay set aside.
 
     Raises:
         UserError: nothing is attached, or the adapter is merged (unmerge first).
     """
-    record = record_of(model)
+    set_aside(model, "doratune.detach(model)", "detached")
+    return model
+
+
+@torch.no_grad()
+def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
+    """Take the adapter in use off the model, with its own tensors kept; `what` comes after an unmerge, `done` is what is done.
+
+    Raises:
+        UserError: nothing is attached, the adapter is merged, or another package changed an adapted layer.
+    """
+    record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.detach(model)")
-    for _, module in list(adapters(model)):
-        take_off(module)
+        raise UserError(f"this model is merged; call doratune.unmerge(model) before {what}")
+    adapted = list(adapters(model))
+    refuse_altered(adapted, done)
+    refuse_foreign(model, what.partition("(")[0])
+    layers = {name: (module.adapted, take_off(module)) for name, module in adapted}
     fastpath.reopen(model)
     unwatch(model)
+    guards.take_off(model)
+    trained = {path: _parameter(model, path) for path in record.replaced}
     whole.give_back(model, record.replaced)
+    buffers = {path: _buffer(model, path).clone() for path in record.buffers}
     for path, buffer in record.buffers.items():
-        model.get_buffer(path).copy_(buffer)
-    for name, p in model.named_parameters():
+        _buffer(model, path).copy_(buffer)
+    for name, p in named_parameters(model):
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
     delattr(model, RECORD)
-    return model
+    return SetAside(record, layers, trained, buffers)
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, aside: SetAside) -> None:
+    """Undo `set_aside` on the plain model, where it is now and in the dtype that it has now."""
+    record, modules = aside.record, dict(named_layers(model))
+    record.requires_grad = {name: p.requires_grad for name, p in named_parameters(model)}
+    trainable = {path: p.requires_grad for path, p in aside.whole.items()}
+    record.buffers = {path: _buffer(model, path).clone() for path in record.buffers}
+    record.replaced = {path: _parameter(model, path) for path in record.base}
+    record.replaced |= whole.train_whole(modules, record.also_train, trainable=True)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    whole.put_values(model, aside.whole, trainable)
+    for name, (weight, own) in aside.layers.items():
+        follow(modules[name], weight, own)
+        put_on(modules[name], weight, own)
+        weight.changed()
+    for path, buffer in aside.buffers.items():
+        _buffer(model, path).copy_(buffer)
+    setattr(model, RECORD, record)
+    whole.cover_readers(model)
+    fastpath.close(model)
+    watch(model)
+    guards.put_on(model)
+
+
+def _parameter(model: nn.Module, path: str) -> nn.Parameter:
+    owner, _, leaf = path.rpartition(".")
+    return module_at(model, owner)._parameters[leaf]
+
+
+def _buffer(model: nn.Module, path: str) -> torch.Tensor:
+    owner, _, leaf = path.rpartition(".")
+    return module_at(model, owner)._buffers[leaf]
 
 
 def record_of(model: nn.Module) -> Attachment:
@@ -182,7 +252,7 @@ def record_of(model: nn.Module) -> Attachment:
     Raises:
         UserError: nothing is attached.
     """
-    record = getattr(model, "__dict__", {}).get(RECORD)
+    record = vars(unwrapped(model)).get(RECORD) if isinstance(model, nn.Module) else None
     if record is None and not isinstance(model, nn.Module):
         raise UserError(f"expected a model with an adapter, got {model!r}; load it, call doratune.attach, and pass the model")
     if record is None:
@@ -200,7 +270,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     name `<module>.<weight>` and one more dimension in front of each. On a merged model the second item is the stored adapter of
     the layer, with the same attributes.
     """
-    record = vars(model).get(RECORD)
+    record = vars(unwrapped(model)).get(RECORD)
     if record is not None and record.merged is not None:
         yield from record.merged.items()
         return

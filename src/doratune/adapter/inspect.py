@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at
+from ..layers.wrappers import module_at
 from ..support.tables import aligned
 from .attach import adapters, record_of
 from .targets import select
@@ -47,6 +48,7 @@ class Inspection:
     left_out: dict[str, str]
     trainable: int
     total: int
+    fresh: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.table()
@@ -64,6 +66,7 @@ class Inspection:
         ]
         lines = aligned(heads, cells, rule=False)
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        lines += [f"trained whole: {name}: {reason}" for name, reason in self.fresh.items()]
         zero, near = (sum(getattr(r, name) for r in self.rows) for name in ("zero", "near_zero"))
         share = 100 * self.trainable / self.total
         lines.append(f"{len(self.rows)} layers adapted, {self.trainable:,} trainable parameters ({share:.3g} % of {self.total:,})")
@@ -86,7 +89,7 @@ def inspect(model: nn.Module) -> Inspection:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     packed = sum(_uncounted(layer) for _, layer in adapters(model) if not layer.adapted.base.writable)
-    return Inspection(rows, dict(record.left_out), trainable, total + packed)
+    return Inspection(rows, dict(record.left_out), trainable, total + packed, dict(record.fresh))
 
 
 def count(model: nn.Module, config) -> tuple[int, int]:
@@ -107,7 +110,7 @@ def count(model: nn.Module, config) -> tuple[int, int]:
         sizes += [(rows,) if kind.axis(config) == "output" else (columns,)] if config.has_magnitude else []
         trainable += math.prod(stack) * sum(math.prod(size) for size in sizes)
     for name in selection.also_train:
-        trainable += sum(p.numel() for p in model.get_submodule(name).parameters())
+        trainable += sum(p.numel() for p in module_at(model, name).parameters())
     return trainable, own
 
 

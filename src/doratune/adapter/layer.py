@@ -9,12 +9,14 @@ import zlib
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..bases import accumulation_dtype
 from ..config import AdapterConfig
 from ..directions import Direction, direction_for
+from ..errors import UserError, listed
 from ..layers import kind_of
-from ..layers.adapted import adapted_class, become, own_parameters
+from ..layers.adapted import Adapted, adapted_class, become, own_parameters
 from ..layers.registry import Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
@@ -113,6 +115,46 @@ def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, see
         module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
 
 
+def altered(module: nn.Module, weight: AdaptedWeight) -> str | None:
+    """What was done to a layer since it was adapted (or merged) that hides its parameters, and what takes it off again; None:
+    nothing."""
+    if parametrize.is_parametrized(module):
+        names = ", ".join(repr(name) for name in module.parametrizations)
+        return f"parametrized ({names}): call torch.nn.utils.parametrize.remove_parametrizations(layer, {names}) first"
+    if isinstance(module, Adapted):
+        expected = adapted_class(type(module).plain_class, weight.magnitude and weight.relative)
+        if type(module) is not expected:
+            return f"its class was changed to {type(module).__name__}: give it back the class that it had"
+    held = {weight.kind.weight_name: weight.kind.home(module)} if weight.base.writable else {}
+    held |= dict.fromkeys(weight.names, module) if isinstance(module, Adapted) else {}
+    hidden = [name for name, owner in held.items() if name not in owner._parameters]
+    if hidden:
+        return f"its {hidden[0]} is no parameter any more: {_undone_by(module, hidden[0])} first"
+    return None
+
+
+def _undone_by(module: nn.Module, name: str) -> str:
+    """The call that takes off what computes this tensor before each forward."""
+    calls = {
+        "WeightNorm": f"call torch.nn.utils.remove_weight_norm(layer, {name!r})",
+        "SpectralNorm": f"call torch.nn.utils.remove_spectral_norm(layer, {name!r})",
+        "BasePruningMethod": f"call torch.nn.utils.prune.remove(layer, {name!r})",
+    }
+    hooks = [cls.__name__ for hook in module._forward_pre_hooks.values() for cls in type(hook).__mro__]
+    return next((call for hook, call in calls.items() if hook in hooks), "make it one again")
+
+
+def refuse_altered(layers, done: str) -> None:
+    """Raise where a layer cannot be taken as it was adapted; layers: (name, layer) or (name, layer, weight), nothing is touched.
+
+    Raises:
+        UserError: a weight norm, a parametrization or a pruning was put on, with the call that takes it off.
+    """
+    problems = [(name, altered(layer, *(weight or [layer.adapted]))) for name, layer, *weight in layers]
+    if problems := [f"{name} cannot be {done}: {problem}" for name, problem in problems if problem]:
+        raise UserError(listed(problems, 3))
+
+
 def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Make an adapted module a plain one again; returns its own parameters."""
     weight = module.adapted
@@ -134,3 +176,12 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
+    """Bring an adapter's own parameters to where its layer is now, in fp32 (fp64 over an fp64 base)."""
+    device, wide = weight.base.device(module), accumulation_dtype(weight.base.dtype(module))
+    for p in own.values():
+        if p is not None and (p.device, p.dtype) != (device, wide):
+            p.data = p.data.to(device, wide)
+            p.grad = None if p.grad is None else p.grad.to(device, wide)

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import fastpath
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, own_parameters
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import unwrapped
 from ..math.autograd import no_autocast
 from ..math.dora import dora
-from . import whole
+from . import guards, whole
 from .attach import adapters, record_of, unwatch, watch
-from .layer import put_on, take_off
+from .foreign import refuse_foreign
+from .layer import put_on, refuse_altered, take_off
 from .stored import Stored
 
 KEEP = ("cpu", "device", "none")
@@ -47,18 +49,21 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     for name, value, known in (("keep", keep, KEEP), ("quantized", quantized, QUANTIZED)):
         if value not in known:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-    record = record_of(model)
+    record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
         raise UserError("this model is merged already; call doratune.unmerge(model) first")
     whole.check(model)
     layers, merged = list(adapters(model)), {}
+    refuse_altered(layers, "merged")
+    refuse_foreign(model, "doratune.merge")
+    seen = {name: module.adapted.factors for name, module in layers}
     for _, module in layers:
         module.adapted.changed()  # also after an edit that announced itself to nobody
     if quantized == "same":
         _check_storages(layers)
     common = _model_dtype(model, layers)
     with no_autocast(next(model.parameters()).device):
-        dtypes = {name: _dtype(module, common, quantized) for name, module in layers}
+        dtypes = {name: _dtype(module, common, quantized, seen[name]) for name, module in layers}
         norms = {name: [checked_norm(name, part, dtypes[name]) for part in module.adapted.matrices()] for name, module in layers}
         try:
             for name, module in layers:
@@ -70,6 +75,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
             raise
     record.merged, record.wide = merged, whole.narrow(model)
     unwatch(model)
+    guards.take_off(model)
     fastpath.reopen(model)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
@@ -82,16 +88,20 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         UserError: not merged, or merged with keep="none".
     """
-    record = record_of(model)
+    record, model = record_of(model), unwrapped(model)
     if record.merged is None:
         raise UserError("this model is not merged; there is nothing to unmerge")
     if any(stored.original is None for stored in record.merged.values()):
         raise UserError('merged with keep="none": no original weight was kept; load the base model again')
+    refuse_foreign(model, "doratune.unmerge")
+    layers = {name: layer_at(model, name) for name in record.merged}
+    refuse_altered([(name, layer, record.merged[name].adapted) for name, layer in layers.items()], "unmerged")
     for name, stored in record.merged.items():
-        _restore(layer_at(model, name), stored)
+        _restore(layers[name], stored)
     whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
     watch(model)
+    guards.put_on(model)
     fastpath.close(model)
 
 
@@ -168,9 +178,9 @@ def _check_storages(layers: list) -> None:
 
 
 def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
-    """The dtype in which the model computes: that of its largest plain parameter outside the adapted layers, or None."""
-    adapted = {id(p) for _, module in layers for p in module.parameters(recurse=False)}
-    plain = [p for p in model.parameters() if id(p) not in adapted and type(p) is nn.Parameter and p.is_floating_point()]
+    """The dtype in which the model computes: that of its largest plain parameter besides the adapters' own, or None."""
+    adapters_own = {id(p) for _, module in layers for p in own_parameters(module).values()}
+    plain = [p for p in model.parameters() if id(p) not in adapters_own and type(p) is nn.Parameter and p.is_floating_point()]
     plain = [p for p in plain if type(p.data) is Tensor and p.dtype.itemsize >= 2]
     if not plain:
         return None
@@ -178,12 +188,13 @@ def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
     return whole.compute_dtypes(model).get(id(largest), largest.dtype)
 
 
-def _dtype(module: Adapted, common: torch.dtype | None, quantized: str) -> torch.dtype:
-    """Of a merged weight: the base's own where it is stored as before, else what the layer's inputs will be in."""
-    base, bias = module.adapted.base, getattr(module, "bias", None)
+def _dtype(module: Adapted, common: torch.dtype | None, quantized: str, seen) -> torch.dtype:
+    """Of a merged weight: the base's own where it is stored as before, else what the layer's inputs will be in; seen: the factors
+    of its last call, if it was called."""
+    base = module.adapted.base
     if base.writable or quantized == "same":
         return base.dtype(module)
-    return common or (base.dtype(module) if bias is None else bias.dtype)
+    return common or (seen.low if seen is not None else base.model_dtype(module) or torch.get_default_dtype())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from ..directions.starts import put_start
 from ..errors import UserError
 from ..layers import kind_of
 from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import module_at
 from ..math import decomposition
 
 
@@ -69,7 +70,7 @@ def original_weight(original, name: str, shape: tuple[int, int], config) -> Tens
         why = "start is 'loftq'" if config.start == "loftq" else "magnitude_from is 'original'"
         raise UserError(f"{why}, which needs the unquantized weights; pass doratune.attach(..., original=unquantized_model)")
     try:
-        W = _matrix_of(original.get_submodule(name)) if isinstance(original, nn.Module) else original(name)
+        W = _matrix_of(module_at(original, name)) if isinstance(original, nn.Module) else original(name)
     except (AttributeError, KeyError):
         W = None
     if not isinstance(W, Tensor):

@@ -10,7 +10,6 @@ itself and its `out_proj`.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +20,8 @@ from ..directions import direction_for
 from ..errors import UserError, listed, near_misses
 from ..layers import kind_of
 from ..layers.layouts import is_experts, layout_problem, named_layers
+from ..layers.wrappers import named_modules, named_parameters
+from ..support.patterns import NamePattern
 
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
@@ -72,7 +73,7 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     if tied and config.targets in (ALL_LINEAR, ALL_LAYERS) and len(tied) < len(chosen):
         left_out.update(tied)
         chosen, magnitudes = chosen - set(tied), magnitudes - set(tied)
-    elif tied:
+    elif tied and not loading:  # a file's layers get weights of their own
         raise UserError(listed([f"{reason}; exclude {name} or give each a weight of its own" for name, reason in tied.items()], 3))
     ranks, alphas = _ranks_and_alphas(config, modules, chosen, magnitudes)
     if not loading:
@@ -80,18 +81,16 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     return Selection(ranks, alphas, left_out, also)
 
 
-def name_matches(pattern: Pattern, name: str) -> bool:
-    """Does a pattern select the module of this name? (not for "all-linear" and "all-layers", which depend on the model)"""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in pattern)
+def name_matches(entries: tuple[str, ...], name: str) -> bool:
+    """Does an entry of a list select the module of this name?"""
+    return any(name == entry or name.endswith("." + entry) for entry in entries)
 
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Linear layers whose own forward PyTorch does not call, so that an adapter there would do nothing: `out_proj` of an attention
     that is not adapted itself."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.MultiheadAttention):
             fix = f"adapt {name.split('.')[-1] or 'the attention'} itself, or use all-layers"
             found[f"{name}.out_proj" if name else "out_proj"] = (
@@ -120,10 +119,10 @@ def _is_expert_weight(module) -> bool:
 def output_head(model: nn.Module) -> str | None:
     """Name of the output head: what `get_output_embeddings` returns, else a linear layer called lm_head, score or so."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if module is head and head is not None:
             return name
-    return next((n for n, _ in model.named_modules() if n.split(".")[-1] in ("lm_head", "embed_out", "score")), None)
+    return next((n for n, _ in named_modules(model) if n.split(".")[-1] in ("lm_head", "embed_out", "score")), None)
 
 
 def _select(pattern: Pattern, setting, model, modules, config: AdapterConfig, left_out) -> set[str]:
@@ -183,10 +182,8 @@ def _undefined(kind, module, config: AdapterConfig) -> str | None:
 def _matching(pattern: Pattern, modules, setting: str) -> set[str]:
     """Names that a pattern selects; every entry must select at least one."""
     if isinstance(pattern, str):
-        try:
-            found = {name for name in modules if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise UserError(f"{setting}: {pattern!r} is not a valid regular expression: {error}") from None
+        expression = NamePattern(pattern, setting)
+        found = {name for name in modules if expression.matches(name)}
         if not found:
             hint = near_misses(pattern, {n.split(".")[-1] for n in modules} | {ALL_LINEAR, ALL_LAYERS} | set(modules))
             raise UserError(f"{setting}: the regex {pattern!r} matches no whole module name{hint}")
@@ -237,7 +234,7 @@ def _check_ranks(config: AdapterConfig, modules, ranks: dict[str, int], left_out
 def _refuse_whole(modules, names) -> None:
     """Modules that are trained whole need weights that can be trained."""
     for name in names:
-        for inner, module in modules[name].named_modules() if name in modules else ():
+        for inner, module in named_modules(modules[name]) if name in modules else ():
             kind = kind_of(module)
             base = None if kind is None else kind.base(module)
             if kind is not None and (base is None or not base.writable):
@@ -247,7 +244,7 @@ def _refuse_whole(modules, names) -> None:
                 )
 
 
-def _memory(parameter: nn.Parameter) -> int:
+def memory_of(parameter: nn.Parameter) -> int:
     """Where a parameter's numbers are; of one without memory, which object it is."""
     plain = type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel() > 0
     return parameter.data_ptr() if plain else id(parameter)
@@ -257,13 +254,13 @@ def _tied(model: nn.Module, modules, chosen: set[str]) -> dict[str, str]:
     """Weights shared with another module, with why they are refused: merging one view would silently change the other."""
     owners: dict[int, list[str]] = {}
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_memory(parameter), []).append(name)
+    for name, parameter in named_parameters(model, remove_duplicate=False):
+        owners.setdefault(memory_of(parameter), []).append(name)
     for name in sorted(chosen):
         kind = kind_of(modules[name])
         key = kind.key(name)
         weight = getattr(modules[name], kind.weight_name, None)
-        others = [o for o in owners.get(_memory(weight), ()) if o != key] if isinstance(weight, nn.Parameter) else []
+        others = [o for o in owners.get(memory_of(weight), ()) if o != key] if isinstance(weight, nn.Parameter) else []
         if others:
             found[name] = f"{key} is tied to {listed(others)}"
     return found

@@ -1,11 +1,14 @@
 """`verify`: is every target really DoRA? What is checked is what silently went wrong elsewhere.
 
 Every target wrapped, A, B and m trainable and in fp32, finite, the step-0 identity while B = 0, rows without direction, rows whose
-norm had to be clamped, and, with an example, modules that never ran and the model's output bit for bit.
+norm had to be clamped, parameters that no file holds, weights that are read past their layer's forward (`running.py`), and, with an
+example, modules that never ran and the model's output bit for bit. Without one the model runs on an input made from its config, if
+it has one, which need not reach all of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +18,20 @@ from torch import Tensor, nn
 
 from ..errors import UserError, listed
 from ..layers.adapted import become, own_parameters
+from ..layers.wrappers import module_at, named_parameters, unwrapped
+from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
-from .layer import never_trained
+from .fresh import unsaved
+from .layer import altered, never_trained
+from .running import Running, watchable
 
 
 @dataclass
 class Report:
-    """What `verify` found; `problems` is empty when all is well."""
+    """What `verify` found; `problems` is empty when all is well.
+
+    `never_ran`: layers that the example did not reach; `bypassed`: layer → why its adapter does nothing, or not all; `ran`: was the
+    model run?"""
 
     adapted: int = 0
     trainable: int = 0
@@ -30,6 +40,8 @@ class Report:
     zero_rows: dict[str, int] = field(default_factory=dict)
     clamped_rows: dict[str, int] = field(default_factory=dict)
     never_ran: list[str] = field(default_factory=list)
+    bypassed: dict[str, str] = field(default_factory=dict)
+    ran: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -40,7 +52,8 @@ class Report:
         lines = [f"{self.adapted} layers adapted, {self.trainable:,} trainable parameters"]
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         lines += self.notes + [f"problem: {problem}" for problem in self.problems]
-        return "\n".join(lines + ([] if self.problems else ["all checks passed"]))
+        passed = "all checks passed" if self.ran else "all checks passed that need no example; running was not checked"
+        return "\n".join(lines + ([] if self.problems else [passed]))
 
 
 @torch.no_grad()
@@ -49,12 +62,12 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
 
     Args:
         example: input of the model (a tensor, positional arguments, or keyword arguments): also run it, once with the
-            adapters and once without.
+            adapters and once without. None: it runs once, on an input made from its config, if it can be made.
 
     Raises:
         UserError: nothing is attached, or the adapter is merged.
     """
-    record = record_of(model)
+    record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before doratune.verify")
     layers = dict(adapters(model))
@@ -63,10 +76,11 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     if lost := [name for name in record.names if name not in layers]:
         report.problems.append(f"{listed(lost)}: attached, but no longer adapted (was the module replaced?)")
     frozen_adapter = not report.trainable
+    report.problems += [f"{name}: {problem}" for name, layer in layers.items() if (problem := altered(layer, layer.adapted))]
     for name, layer in layers.items():
         _check_layer(name, layer, frozen_adapter, report)
     for name in record.also_train:
-        for parameter, p in model.get_submodule(name).named_parameters():
+        for parameter, p in named_parameters(module_at(model, name)):
             _check_values(f"{name}.{parameter}", p, report)
     if frozen_adapter:
         report.notes.append("nothing is trainable: the adapter is attached for inference")
@@ -77,8 +91,16 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
         report.problems.append(f"norm close to 0 (|W + s·B·A| < 1e-6·|W|), clamped, in {listed(report.clamped_rows)}")
     if record.config.magnitude_from == "original":
         report.notes.append(_offset(layers.values()))
+    report.notes += [f"{name}: {reason}, trained whole and saved" for name, reason in record.fresh.items()]
+    if lost := unsaved(model, record.also_train):
+        shown = [f"{name} ({reason})" for name, reason in lost.items()]
+        report.problems.append(f"in no file, and not trained: {listed(shown, 4)}; name their modules in also_train")
     if example is not None:
         _run(model, layers, example, report)
+    elif not watchable(model):
+        report.notes.append("running was not checked: give verify an example of the model's input")
+    else:
+        _run_own(model, report)
     return report
 
 
@@ -127,21 +149,59 @@ def _clamped(weight) -> int:
     return int((terms.clamped & ~weight.facts.directionless).sum())
 
 
-def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
-    """Which layers run, and whether an untrained adapter leaves the output as it was."""
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """In evaluation mode, and without a trace in the random numbers of training."""
     modes = {module: module.training for module in model.modules()}
-    before = {name: layer.adapted.calls for name, layer in layers.items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
     try:
-        _compare(model, layers, example, before, report)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], report: Report) -> None:
-    with_adapter = _call(model, example)
-    report.never_ran = [name for name, layer in layers.items() if layer.adapted.calls == before[name]]
+def _run(model: nn.Module, layers: dict, example, report: Report) -> None:
+    """Which layers run, and whether an untrained adapter leaves the output as it was."""
+    with evaluating(model):
+        _compare(model, layers, example, report)
+
+
+def _run_own(model: nn.Module, report: Report) -> None:
+    """Run on an input made from the config: what it does not reach is said, and is no problem."""
+    with evaluating(model):
+        for example in candidates(model):
+            seen = Running(model)
+            try:
+                with seen:
+                    model(**example)
+            except Exception:  # of any model: no config says all that a forward asks for
+                continue
+            _take(seen, report, own=True)
+            idle = [name for name in report.never_ran if name not in report.bypassed]
+            if idle:
+                report.notes.append(f"not reached by an input made from the config, so not checked: {listed(idle)}")
+            return
+    report.notes.append("running was not checked: no input could be made from the config; give verify an example")
+
+
+def _take(seen: Running, report: Report, own: bool = False) -> None:
+    """own: of an input that nobody gave, which may just not be one that a layer is for."""
+    report.ran, report.never_ran = True, seen.never_ran
+    report.bypassed = {name: why for name, why in seen.problems().items() if name in seen.reads or not own}
+    for reason in dict.fromkeys(report.bypassed.values()):
+        names = [name for name, why in report.bypassed.items() if why == reason]
+        report.problems.append(f"{listed(names)}: {reason}; an adapter there does nothing: exclude it")
+
+
+def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
+    seen = Running(model)
+    with seen if watchable(model) else contextlib.nullcontext():
+        _call(model, example)
+    _take(seen, report)
+    with_adapter = _call(model, example)  # unwatched: PyTorch's fast paths are others while it is watched
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
     untouched = all(_untouched(part) for layer in layers.values() for part in layer.adapted.matrices())
@@ -154,7 +214,7 @@ def _compare(model: nn.Module, layers: dict, example, before: dict[str, int], re
         finally:
             for name, layer in layers.items():
                 become(layer, classes[name])
-        if not all(torch.equal(a, b) for a, b in zip(_tensors(with_adapter), _tensors(without), strict=True)):
+        if not all(torch.equal(a, b) for a, b in zip(flat_tensors(with_adapter), flat_tensors(without), strict=True)):
             report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
 
 
@@ -171,10 +231,3 @@ def _call(model: nn.Module, example):
     if isinstance(example, Mapping):
         return model(**example)
     return model(*((example,) if torch.is_tensor(example) else example))
-
-
-def _tensors(output) -> list[Tensor]:
-    if torch.is_tensor(output):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return [t for value in values for t in _tensors(value)]

@@ -23,6 +23,7 @@ from ..bases import accumulation_dtype
 from ..errors import UserError
 from ..layers.adapted import Adapted, become
 from ..layers.kind import calls_its_class
+from ..layers.wrappers import module_at, named_modules, named_parameters
 
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Classes whose forward reads the weights of the modules in it."""
@@ -146,9 +147,9 @@ def train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
     """Give modules that are trained whole fp32 parameters of their own; the originals (perhaps tied elsewhere) are returned."""
     replaced, own = {}, {}
     for name in names:
-        for path, p in list(modules[name].named_parameters(remove_duplicate=False)):
+        for path, p in list(named_parameters(modules[name], remove_duplicate=False)):
             owner, _, leaf = path.rpartition(".")
-            module = modules[name].get_submodule(owner)
+            module = module_at(modules[name], owner)
             if id(p) not in own:  # a tie inside the module stays a tie
                 wide = accumulation_dtype(p.dtype) if p.is_floating_point() and _casts(module) else p.dtype
                 own[id(p)] = nn.Parameter(p.detach().to(wide, copy=True), requires_grad=trainable and p.is_floating_point())
@@ -162,6 +163,15 @@ def train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
                     module._parameters[leaf] = own[id(p)]
             _seen(module)
     return replaced
+
+
+def put_values(model: nn.Module, parameters: dict[str, nn.Parameter], trainable: dict[str, bool]) -> None:
+    """Give modules that `train_whole` has just prepared parameters that were trained before, where the model is now."""
+    for path, p in parameters.items():
+        now = model.get_parameter(path)
+        p.data = p.data.to(now.device, now.dtype)
+        p.requires_grad_(trainable[path])
+    _set(model, parameters)
 
 
 def _put_on(module: nn.Module) -> None:
@@ -190,7 +200,7 @@ def give_back(model: nn.Module, replaced: dict[str, nn.Parameter]) -> None:
     """Undo `train_whole` and `cover_readers`: the very originals, where the model is now, in the dtype it computes in."""
     for path, p in replaced.items():
         owner, _, leaf = path.rpartition(".")
-        module = model.get_submodule(owner)
+        module = module_at(model, owner)
         now = module._parameters[leaf]
         dtype = vars(module).get("computes_in", {}).get(leaf, now.dtype)
         p.data = p.data.to(now.device, dtype)
@@ -205,7 +215,7 @@ def give_back(model: nn.Module, replaced: dict[str, nn.Parameter]) -> None:
 def _all_own(model: nn.Module) -> list[tuple[str, nn.Module, str, torch.dtype]]:
     """(path, module, leaf, dtype it computes in) of every floating-point parameter that is trained whole."""
     found = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         leaves = module.computes_in.items() if isinstance(module, Whole) else ()
         found += [(f"{path}.{leaf}" if path else leaf, module, leaf, dtype) for leaf, dtype in leaves]
     return [each for each in found if each[1]._parameters.get(each[2]) is not None]
@@ -246,7 +256,8 @@ def narrow(model: nn.Module) -> dict[str, nn.Parameter]:
 def widen(model: nn.Module, wide: dict[str, nn.Parameter]) -> None:
     """Undo `narrow`; a move meanwhile is kept."""
     for path, p in wide.items():
-        now = model.get_parameter(path)
+        owner, _, leaf = path.rpartition(".")
+        now = module_at(model, owner)._parameters[leaf]
         p.data = p.data.to(now.device, accumulation_dtype(now.dtype))
     _set(model, wide)
 
@@ -254,6 +265,6 @@ def widen(model: nn.Module, wide: dict[str, nn.Parameter]) -> None:
 def _set(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     for path, p in parameters.items():
         owner, _, leaf = path.rpartition(".")
-        module = model.get_submodule(owner)
+        module = module_at(model, owner)
         module._parameters[leaf] = p
         _seen(module)

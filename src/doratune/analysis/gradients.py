@@ -155,9 +155,11 @@ def batch_of(data: str, model: nn.Module, tokenizer, count: int = 16, max_length
     """
     from ..data import encoder, load_items
     from ..data.encode import AnswerCollator, encode_all
+    from ..data.limits import check_tokens
 
     if count < 1:
         raise UserError(f"gradient_items is {count}; give 1 or more")
     items, kind = load_items(data)
     rows, _ = encode_all(items[:count], encoder(kind), tokenizer, max_length)
+    check_tokens(model, tokenizer, (row["input_ids"] for row in rows))
     return AnswerCollator(tokenizer.pad_token_id, model)(rows)

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, near_misses
-from ..support.files import new_folder, write_json
+from ..support.files import write_json
+from ..support.folders import new_folder
 from . import figures
 from .measure import SPECTRA, Measured, Wanted, measure, one_line
 from .points import Line, regression
@@ -91,7 +92,7 @@ def analyze(
     wanted = Wanted(modules, axis, spectrum, batch)
     measured: dict[str, Measured] = {}
     problems: dict[str, str] = {}
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, key="points.json") as folder:
         for run in runs:
             try:
                 measured[run] = measure(base, run, wanted)

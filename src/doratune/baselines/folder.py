@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError, listed, near_misses
 from ..support.files import read_json, read_tensors, write_json, write_tensors
+from ..support.folders import generation, recover, steady
 from .attach import attach_shapes, parameters, record_of, refuse_attached, shapes
 from .config import BaselineConfig
 
@@ -29,9 +30,10 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     record, folder = record_of(model), Path(folder)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    write_tensors(folder / TENSORS, dict(parameters(model)))
     described = {"doratune_version": __version__, "base_model_name_or_path": base, "baseline": record.config.to_dict()}
-    write_json(folder / CONFIG, described)
+    with generation(folder, lambda name: name not in (CONFIG, TENSORS), key=CONFIG) as stage:
+        write_tensors(stage / TENSORS, dict(parameters(model)))
+        write_json(stage / CONFIG, described)
 
 
 def base_model_of(folder: str | Path) -> str:
@@ -84,6 +86,11 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def read_folder(folder: Path) -> tuple[BaselineConfig, dict[str, Tensor]]:
     """(config, tensors) of a folder, nothing checked against a model."""
+    recover(folder)
+    return steady(folder, lambda: _read(folder))
+
+
+def _read(folder: Path) -> tuple[BaselineConfig, dict[str, Tensor]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one with {CONFIG}")
     settings = read_json(folder / CONFIG, "a baseline's folder needs it").get("baseline")

@@ -72,6 +72,10 @@ class Base:
         """The dtype in which products with W are computed."""
         raise NotImplementedError
 
+    def model_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The dtype of the model around it, where the storage tells it."""
+        return self.dtype(module)
+
     @abstractmethod
     def device(self, module: nn.Module) -> torch.device:
         raise NotImplementedError

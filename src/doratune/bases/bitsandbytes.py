@@ -138,6 +138,9 @@ class Bnb8bit(QuantizedBase):
         """The bias's, since nothing else tells what the model computes in; without one the dtype that the kernel rounds to."""
         return torch.float16 if module.bias is None else module.bias.dtype
 
+    def model_dtype(self, module: nn.Module) -> torch.dtype | None:
+        return None if module.bias is None else module.bias.dtype
+
     def device(self, module: nn.Module) -> torch.device:
         return module.weight.device
 

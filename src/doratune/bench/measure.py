@@ -10,6 +10,8 @@ import torch
 import doratune
 
 from ..errors import UserError
+from ..support.folders import refuse_no_folder
+from ..support.outputs import refuse_inputs
 from . import decode, host, layer, memory, norm, record, sizes, train_step
 from .allocator import hold_still
 from .arms import pattern, share
@@ -39,6 +41,8 @@ def run_all(settings: BenchSettings, say: Callable[[str], None] = print, progres
     folder, facts, results = Path(settings.output), record.facts(settings), {}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file; give --output the name of a folder")
+    refuse_no_folder(folder)
+    refuse_inputs(folder, {"the model": settings.model})
 
     def done(what: str, result: dict, variant: str = "", threads: int = 0) -> None:
         key = record.with_threads(what, threads)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Literal
 
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError
+from ..support.values import check_values, choices, number
 
 ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
 MEASUREMENTS = ("train_step", "decode", "memory", "norm", "layer", "sizes", "host")
@@ -48,34 +50,34 @@ class BenchSettings:
         output: folder of the JSON files
     """
 
-    what: list[str] = field(default_factory=lambda: list(MEASUREMENTS))
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    what: list[str] = choices(list(MEASUREMENTS), MEASUREMENTS)
+    arms: list[str] = choices(list(ARMS), ARMS)
     model: str = "smollm2-135m-instruct"
-    quantize: str = "none"
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
-    ranks: list[int] = field(default_factory=lambda: [16, 64])
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    batch_size: int = 4
-    length: int = 256
-    accumulation: int = 8
-    new_tokens: int = 64
-    rounds: int = 20
-    warm_up: int = 3
-    threads: list[int] = field(default_factory=lambda: [0])
-    tokens: int = 512
-    layer_sizes: list[int] = field(default_factory=lambda: [2048, 4096])
-    hidden_sizes: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    size_ranks: list[int] = field(default_factory=lambda: [4, 16, 64, 256, 512])
-    norm_size: int = 8192
-    norm_rank: int = 384
-    host_layers: int = 24
-    host_width: int = 64
-    host_tokens: int = 4
-    host_rank: int = 8
-    host_rounds: int = 250
-    attach_layers: int = 200
-    device: str = "auto"
-    kernel: str = "auto"
+    ranks: list[int] = number([16, 64], least=1)
+    dtypes: list[Literal["float32", "bfloat16", "float16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
+    batch_size: int = number(4, least=1)
+    length: int = number(256, least=2)
+    accumulation: int = number(8, least=1)
+    new_tokens: int = number(64, least=1)
+    rounds: int = number(20, least=1)
+    warm_up: int = number(3, least=0)
+    threads: list[int] = number([0], least=0)
+    tokens: int = number(512, least=1)
+    layer_sizes: list[int] = number([2048, 4096], least=1)
+    hidden_sizes: list[int] = number([512, 1024, 2048, 4096], least=1)
+    size_ranks: list[int] = number([4, 16, 64, 256, 512], least=1)
+    norm_size: int = number(8192, least=1)
+    norm_rank: int = number(384, least=1)
+    host_layers: int = number(24, least=1)
+    host_width: int = number(64, least=1)
+    host_tokens: int = number(4, least=1)
+    host_rank: int = number(8, least=1)
+    host_rounds: int = number(250, least=1)
+    attach_layers: int = number(200, least=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernel: Literal["auto", "torch", "triton"] = "auto"
     output: str = "benchmarks/results"
 
     @property
@@ -92,25 +94,16 @@ class BenchSettings:
         for name in ("what", "arms", "targets", "ranks", "dtypes", "threads", "layer_sizes", "hidden_sizes", "size_ranks"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty; give --{name} at least one value, or leave it out for the default")
-        for what in self.what:
-            _known("measurement", what, MEASUREMENTS)
-        _known("device", self.device, ("auto", "cpu", "cuda"))
-        self._check_numbers()
+        check_values(self)
         from ..layers import passes
-        from ..support.models import torch_dtype
 
         self._check_arms()
         self._check_quantized()
-        for dtype in self.dtypes:
-            torch_dtype(dtype)
         self.torch_device()
         passes.use(self.kernel)
         return self
 
     def _check_arms(self) -> None:
-        for name in self.arms:
-            if name not in ARMS:
-                raise UserError(f"unknown arm {name!r}{near_misses(name, ARMS)}; arms are {listed(ARMS)}")
         if any(name.endswith("_peft") for name in self.arms) and importlib.util.find_spec("peft") is None:
             raise UserError("the arms lora_peft and dora_peft need peft: pip install peft, or leave them out of --arms")
 
@@ -125,21 +118,6 @@ class BenchSettings:
         if bad := sorted(set(self.what) - {"train_step", "memory"}):
             raise UserError(f"{', '.join(bad)}: measured on dense bases only; with --quantize give --what train_step memory")
 
-    def _check_numbers(self) -> None:
-        whole = ["batch_size", "length", "accumulation", "new_tokens", "rounds", "tokens", "norm_size", "norm_rank"]
-        whole += ["host_layers", "host_width", "host_tokens", "host_rank", "host_rounds", "attach_layers"]
-        for name in whole + ["ranks", "layer_sizes", "hidden_sizes", "size_ranks"]:
-            value = getattr(self, name)
-            for number in value if isinstance(value, list) else [value]:
-                if number < 1:
-                    raise UserError(f"{name} is {number}; expected a whole number of at least 1")
-        if min(self.threads) < 0:
-            raise UserError(f"threads is {min(self.threads)}; expected 0, for as many as the machine gives, or a number of threads")
-        if self.warm_up < 0:
-            raise UserError(f"warm_up is {self.warm_up}; expected 0 or more")
-        if self.length < 2:
-            raise UserError(f"length is {self.length}; expected at least 2, since each token is predicted from those before it")
-
     def torch_device(self):
         """The device that `device` means here."""
         import torch
@@ -148,8 +126,3 @@ class BenchSettings:
         if self.device == "cuda" and not present:
             raise UserError("--device cuda, but PyTorch sees no CUDA device; use --device cpu")
         return torch.device("cuda" if present and self.device != "cpu" else "cpu")
-
-
-def _known(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"unknown {what} {value!r}{near_misses(value, known)}; expected {', '.join(known)}")

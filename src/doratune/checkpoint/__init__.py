@@ -3,6 +3,11 @@
 adapter.py     save and load
 peft.py        PEFT's configuration, both ways
 tensors.py     one layer's tensors in a file
+foreign.py     other programs' files, as an adapter folder is read
+convert.py     an adapter into another format
+names.py       module names in a file, without what wrappers put into them
+values.py      are a file's numbers an adapter's?
+base_weights.py   base weights that a folder holds, and tied ones
 fitting.py     does a folder fit a model, and putting its values in
 merge.py       base + adapter → a model folder, shard by shard
 quantized.py   the same for an adapter of a quantized base, three ways

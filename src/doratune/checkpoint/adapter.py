@@ -6,29 +6,47 @@ modules); a folder without it is PEFT's own. Everything is checked against the m
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
-from ..adapter.targets import Selection
+from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.foreign import refuse_foreign
+from ..adapter.fresh import unsaved
+from ..adapter.layer import refuse_altered
+from ..adapter.several import room_for
+from ..adapter.targets import Selection, name_matches
 from ..config import AdapterConfig
 from ..directions import direction_of
-from ..errors import UserError
-from ..layers.layouts import layer_at
+from ..errors import UserError, listed
+from ..formats import recognized
+from ..layers.layouts import layer_at, named_layers
+from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
-from ..support.files import read_json, read_tensors, write_json, write_tensors
+from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
+from ..support.folders import generation, recover, steady
+from ..support.model_folders import class_record
 from . import peft
-from .fitting import STARTS, check, put, put_starts, resolve
-from .tensors import Key, file_key, parse_key, to_file
+from .base_weights import base_tensors, put_in, split, take_out
+from .fitting import check, fit, put, put_starts
+from .foreign import read_foreign
+from .names import plain_names
+from .tensors import Key, file_key, parse_keys, to_file
+from .values import STARTS, read_starts
 
-CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "doratune.json"
+CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", peft.OWN_FILE
+FINGERPRINT = "doratune_fingerprint"
 FORMATS = ("auto", "peft", "doratune")
 
 
 def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
-    """Write the adapter of an attached or merged model; A, B, m in fp32.
+    """Write the adapter of an attached or merged model; A, B, m in fp32. The folder then holds this adapter, or, should the process
+    be killed, the one that it held; what else lies in it stays.
 
     Args:
         format: "peft" loads in PEFT; "doratune" is the same layout under our own type; "auto" takes "peft" where
@@ -39,16 +57,23 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    record, folder, layers = record_of(model), Path(folder), dict(adapters(model))
+    record, folder, model = record_of(model), Path(folder), unwrapped(model)
+    refuse_foreign(model, "doratune.save")
+    layers = dict(adapters(model))
+    refuse_altered([(name, layer, layer.adapted) for name, layer in layers.items() if record.merged is None], "saved")
     config = record.config
     modules = {name: layer_at(model, name) for name in layers}
     problem = peft.cannot_say(config, {name: (layer.adapted.kind, modules[name]) for name, layer in layers.items()})
+    whole = peft.modules_to_save(config.also_train, record.also_train, [name for name, _ in named_layers(model) if name])
+    if whole is None and problem is None:
+        problem = f"PEFT would train more modules whole than {listed(record.also_train, 3)}: it goes by the end of a name"
     if format == "peft" and problem:
         raise UserError(f'{problem}; save with format="doratune"')
     ranks = {name: layer.adapted.rank for name, layer in layers.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     transposed = all(layer.adapted.kind.transposed and not layer.adapted.kind.stacked for layer in layers.values())
-    described = peft.describe(config, ranks, record.alphas, base, transposed, own=format == "doratune" or problem is not None)
+    own_type = format == "doratune" or problem is not None
+    described = peft.describe(config, ranks, record.alphas, base, transposed, own_type, None if own_type else whole)
     tensors: dict[Key, Tensor] = {}
     for name, layer in layers.items():
         with no_autocast(layer.adapted.base.device(modules[name])):
@@ -56,18 +81,52 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         tensors |= {(name, parameter): t for parameter, t in exported.items()}
     for direction in {id(layer.adapted.direction): layer.adapted.direction for layer in layers.values()}.values():
         tensors |= {("", name): t.clone() for name, t in direction.shared_tensors().items()}
-    whole = model.state_dict(keep_vars=True) | record.wide
+    tensors |= {("", key): t for key, t in base_tensors(model, record).items()}
     for name in record.also_train:
-        tensors |= {("", key): t.detach().clone() for key, t in whole.items() if key.startswith(name + ".")}
-    write_tensors(folder / TENSORS, {file_key(key, direction_of(config.method)): t for key, t in tensors.items()})
-    write_json(folder / CONFIG, described | {"task_type": _task_type(model)})
+        state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
+        state |= {key: t for key, t in record.wide.items() if key in state}
+        tensors |= {("", key): t.detach().clone() for key, t in state.items()}
+    described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
+    if trained_class := class_record(model):
+        own["model"] = trained_class
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
+    files = {TENSORS: {file_key(key, direction_of(config.method)): t for key, t in tensors.items()}}
     if config.magnitude_form == "relative":
         starts = {name: getattr(layer, "magnitude_start", None) for name, layer in layers.items()}
-        write_tensors(folder / STARTS, {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()})
-    write_json(folder / OWN, own)
+        files[STARTS] = {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()}
+    _write(folder, described, own, files)
+
+
+def _write(folder: Path, described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> None:
+    """One generation of an adapter folder; a fingerprint of all that it says binds the files to one another."""
+    fingerprint = _fingerprint(described, own, files)
+    with generation(folder, lambda name: name not in (CONFIG, TENSORS, OWN, STARTS), key=CONFIG) as stage:
+        for name, tensors in files.items():
+            write_tensors(stage / name, tensors, {FINGERPRINT: fingerprint})
+        write_json(stage / CONFIG, described)
+        write_json(stage / OWN, own | {"fingerprint": fingerprint})
+
+
+def _fingerprint(described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> str:
+    """Digest of settings and tensors: the same adapter has the same one, wherever it is saved."""
+    digest = hashlib.blake2b(json.dumps([described, own], sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensors in files.items():
+        for key, t in sorted(tensors.items()):
+            digest.update(f"{name} {key} {t.dtype} {tuple(t.shape)}".encode())
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _refuse_mixed(folder: Path, fingerprint) -> None:
+    """Raise UserError where files of two saves lie in one folder; files without a fingerprint are PEFT's, or older."""
+    for name in (TENSORS, STARTS):
+        if (folder / name).is_file() and fingerprint is not None:
+            with open_tensors(folder / name) as file:
+                other = (file.metadata() or {}).get(FINGERPRINT)
+            if other is not None and other != fingerprint:
+                raise UserError(f"{folder}: {name} and {OWN} are of two different saves; copy or save the adapter again, whole")
 
 
 def _quantization(model: nn.Module) -> dict | None:
@@ -91,6 +150,8 @@ def base_model_of(folder: str | Path) -> str:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
+        if recognized(Path(folder)) is not None:
+            raise UserError(f"{folder} records no base model; give --model")
         read_folder(Path(folder))  # says what is wrong
     name = read_json(path, "an adapter folder needs it").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -98,24 +159,49 @@ def base_model_of(folder: str | Path) -> str:
     return name
 
 
-def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Module:
-    """Attach the adapter in `folder` to a model, in place; ours or PEFT's own (DoRA or LoRA). Returns the model.
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    trainable: bool = False,
+    *,
+    name: str = "default",
+    magnitude_axis: str | None = None,
+    alpha: float | None = None,
+) -> nn.Module:
+    """Attach the adapter in `folder` to a model, in place; ours, PEFT's own (DoRA or LoRA), or a file or folder of another program
+    (`formats/`: kohya, LyCORIS, diffusers, torchtune, mlx-lm, ai-toolkit, the authors'). Returns the model.
 
     Args:
         trainable: leave A, B and m trainable (to go on training); False for inference.
+        name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
+        magnitude_axis: output or input, where another program's file leaves it open; alpha: likewise.
 
     Raises:
         UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
             (all mismatches in one message). The model is then unchanged.
     """
-    config, raw, tensors = read_folder(Path(folder))
-    if vars(model).get(RECORD) is not None or BASELINE in vars(model):
-        raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
-    selection, config = resolve(model, config, raw, tensors)
-    check(model, config, selection, tensors, str(folder), raw)
-    attach_selection(model, config, selection, trainable, loading=True)
-    put(model, tensors)
-    put_starts(model, Path(folder))
+    config, raw, tensors = read_folder(Path(folder), unwrapped(model), magnitude_axis, alpha)
+    plain = unwrapped(model)
+    if BASELINE in vars(plain):
+        raise UserError("this model has an adapter already, a baseline's; load the base model again")
+    refuse_foreign(plain, "doratune.load")
+    with room_for(plain, name):
+        read = fit(plain, Path(folder), config, raw, tensors)
+        originals = put_in(plain, read.base, read.selection.ranks)
+        try:
+            attach_selection(plain, read.config, read.selection, trainable, loading=True)
+        except BaseException:
+            take_out(plain, originals)
+            raise
+        record = record_of(plain)
+        record.replaced |= originals
+        record.base = tuple(path for path in originals if path in read.base)
+        record.name = name
+        put(plain, read.tensors)
+        put_starts(plain, read.starts)
+    if lost := unsaved(plain, record.also_train):
+        shown = [f"{name} ({reason})" for name, reason in lost.items()]
+        warnings.warn(f"{folder} does not hold {listed(shown, 4)}, which no file holds: they are random here", stacklevel=2)
     return model
 
 
@@ -125,16 +211,30 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         UserError: as `load`.
     """
-    _, raw, tensors = read_folder(Path(folder))
-    record = record_of(model)
-    ranks = {name: layer.adapted.rank for name, layer in adapters(model)}
-    check(model, record.config, Selection(ranks, {}, {}, record.also_train), tensors, str(folder), raw)
+    record, model, where = record_of(model), unwrapped(model), str(folder)
+    config, raw, tensors = read_folder(Path(folder))
+    _, raw, tensors = plain_names(model, config, raw, tensors, where)
+    layers = dict(adapters(model))
+    selection = Selection({name: layer.adapted.rank for name, layer in layers.items()}, {}, {}, record.also_train)
+    base, tensors = split(model, layers, record.also_train, tensors)
+    starts = read_starts(Path(folder), layers, record.config)
+    check(model, record.config, selection, tensors, where, raw, base, starts)
     put(model, tensors)
-    put_starts(model, Path(folder))
+    put_starts(model, starts)
 
 
-def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
-    """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model."""
+def read_folder(
+    folder: Path, model: nn.Module | None = None, magnitude_axis: str | None = None, alpha: float | None = None
+) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
+    """(config, PEFT's raw fields, {(module, parameter): tensor}) of an adapter folder, nothing checked against a model; of another
+    program's file too, whose names of modules, axis or alpha may have to be taken from the model or be said."""
+    recover(folder)
+    if (foreign := read_foreign(folder, model, magnitude_axis, alpha)) is not None:
+        return foreign
+    return steady(folder, lambda: _read(folder))
+
+
+def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tensor]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
     if (folder / "baseline_config.json").is_file():
@@ -143,21 +243,25 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str]
     raw = read_json(folder / CONFIG, f"an adapter folder needs it{inner}")
     config = peft.from_peft(raw, str(folder / CONFIG))
     if (folder / OWN).is_file():
-        own = read_json(folder / OWN, "it belongs to the adapter folder").get("adapter", {})
+        own = read_json(folder / OWN, "it belongs to the adapter folder")
+        _refuse_mixed(folder, own.get("fingerprint"))
         try:
-            config = _agreeing(AdapterConfig.from_dict(own), config, folder, raw["peft_type"] == peft.OWN_TYPE)
+            adapter = own.get("adapter", {})
+            config = _agreeing(AdapterConfig.from_dict(adapter), config, folder, raw["peft_type"] == peft.OWN_TYPE)
+            raw = raw | {OWN: adapter}
         except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
-    tensors = {parse_key(key, direction_of(config.method)): t for key, t in read_tensors(folder / TENSORS).items()}
+    tensors = parse_keys(read_tensors(folder / TENSORS), direction_of(config.method), str(folder / TENSORS))
     return config, raw, tensors
 
 
 def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: bool) -> AdapterConfig:
     """doratune.json, if adapter_config.json (ours: of our type) says the same; PEFT or a hand may have changed the latter since."""
     written = peft.as_written(own)
-    compared = ["method", "rank", "also_train"]
+    compared = ["method", "rank"]
+    compared += [] if _same_modules(written.also_train, theirs.also_train) else ["also_train"]
     compared += [] if not direction_of(theirs.method).scaled else ["alpha", "rank_scaling"]
     compared += ["magnitude_axis", "embedding_magnitude"] if ours else []
     for name in compared:
@@ -167,3 +271,9 @@ def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: boo
                 f"{CONFIG} is right"
             )
     return own
+
+
+def _same_modules(entries: tuple[str, ...], written: tuple[str, ...]) -> bool:
+    """Does `modules_to_save` say what `also_train` does? It may hold full names where PEFT would take entries otherwise."""
+    each = all(any(name_matches((entry,), name) for name in written) for entry in entries)
+    return entries == written or (each and all(name_matches(entries, name) for name in written))

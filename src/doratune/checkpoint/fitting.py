@@ -6,7 +6,7 @@ VeRA's shared pair, convolutions whose filters PEFT keeps in a form of its own.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,40 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
-from ..support.files import read_tensors
-from . import peft
-from .tensors import Key, expected, fitted, of_file
+from ..layers.wrappers import module_at, plain_state
+from ..support.model_folders import embeddings_of
+from ..support.patterns import NamePattern
+from . import base_weights, peft, values
+from .names import both_halves, plain_names
+from .tensors import Key, expected, fitted, of_file, shown
+from .values import read_starts
 
-STARTS = "doratune_starts.safetensors"
-"""m₀ of relative magnitudes, which decay pulls m to."""
+
+@dataclass
+class Fit:
+    """An adapter folder, resolved and checked against a model."""
+
+    config: AdapterConfig
+    selection: Selection
+    tensors: dict[Key, Tensor]
+    base: dict[str, Tensor]
+    """Base weights that the folder holds, by their paths in the model."""
+    starts: dict[str, Tensor]
+    """Layer → m₀, of relative magnitudes."""
+
+
+def fit(model: nn.Module, folder: Path, config: AdapterConfig, raw: dict, tensors: dict[Key, Tensor]) -> Fit:
+    """Resolve and check what `read_folder` returned; the model is not touched.
+
+    Raises:
+        UserError: what does not fit, all mismatches in one message.
+    """
+    config, raw, tensors = plain_names(model, config, raw, tensors, str(folder))
+    selection, config = resolve(model, config, raw, tensors, str(folder))
+    base, tensors = base_weights.split(model, selection.ranks, selection.also_train, tensors)
+    starts = read_starts(folder, {name: layer_at(model, name) for name in selection.ranks}, config)
+    check(model, config, selection, tensors, str(folder), raw, base, starts)
+    return Fit(config, selection, tensors, base, starts)
 
 
 def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -36,17 +64,21 @@ def _present(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
         pattern = getattr(config, setting)
         if isinstance(pattern, tuple):
             patterns[setting] = tuple(e for e in pattern if any(name_matches((e,), name) for name in names))
-        elif setting == "exclude" and not any(name_matches(pattern, name) for name in names):
-            patterns[setting] = ()
+        elif setting == "exclude":
+            expression = NamePattern(pattern, "exclude_modules")
+            patterns[setting] = pattern if any(expression.matches(name) for name in names) else ()
     if not patterns.get("targets", True) and not config.magnitude_only:
         del patterns["targets"]  # nothing left: let the selection say what is near
     return replace(config, **patterns)
 
 
-def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection, AdapterConfig]:
+def resolve(model, config: AdapterConfig, raw: dict, tensors, where: str) -> tuple[Selection, AdapterConfig]:
     """Which modules of the model the folder speaks of, with their ranks and alphas."""
-    config = _present(config, model)
-    selection = select(model, config, loading=True)
+    config = _present(_as_peft_saves(config, raw, model, tensors), model)
+    try:
+        selection = select(model, config, loading=True)
+    except UserError as error:
+        raise UserError(f"{where} does not fit this model: {error}{both_halves(model, tensors)}") from None
     ranks, alphas = dict(selection.ranks), dict(selection.alphas)
     if config.targets in (ALL_LINEAR, ALL_LAYERS) and isinstance(raw.get("target_modules"), list):  # less may have been left
         ranks = {name: rank for name, rank in ranks.items() if name_matches(tuple(raw["target_modules"]), name)}
@@ -56,11 +88,17 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
         config = replace(config, targets=tuple(ranks))
     if raw.get("peft_type") != peft.OWN_TYPE:  # PEFT's names select modules, never batched expert weights
         ranks = {name: rank for name, rank in ranks.items() if not kind_of(layer_at(model, name)).stacked}
+    if raw.get("ensure_weight_tying"):
+        held = {name for name, _ in tensors} - set(ranks)
+        if shared := base_weights.sharing(model, ranks, held):
+            ranks |= dict.fromkeys(shared, config.rank)
+            alphas |= dict.fromkeys(shared, config.alpha)
+            config = replace(config, targets=tuple(ranks))
+    written, rank_of, alpha_of = peft.as_written(config), *(peft.PatternValues(raw, f"{n}_pattern") for n in ("rank", "alpha"))
     for name in ranks:
         if ranks[name]:
-            written = peft.as_written(config)
-            ranks[name] = int(peft.pattern_value(raw.get("rank_pattern"), name, written.rank)) * config.rank // written.rank
-            alphas[name] = peft.pattern_value(raw.get("alpha_pattern"), name, written.alpha) * config.alpha / written.alpha
+            ranks[name] = int(rank_of.of(name, written.rank)) * config.rank // written.rank
+            alphas[name] = alpha_of.of(name, written.alpha) * config.alpha / written.alpha
     overrides = {n: r for n, r in ranks.items() if r not in (0, config.rank)}
     config = replace(
         config,
@@ -68,6 +106,18 @@ def resolve(model, config: AdapterConfig, raw: dict, tensors) -> tuple[Selection
         alpha_overrides={n: alphas[n] for n in ranks if ranks[n] and alphas[n] != config.alpha},
     )
     return Selection(ranks, alphas, selection.left_out, selection.also_train), config
+
+
+def _as_peft_saves(config: AdapterConfig, raw: dict, model: nn.Module, tensors) -> AdapterConfig:
+    """With `also_train` as PEFT means it, where the folder is PEFT's own: every module whose name ends so, and with
+    `ensure_weight_tying` those tied to them."""
+    if not config.also_train or raw.get("peft_type") == peft.OWN_TYPE or peft.OWN_FILE in raw:
+        return config
+    names = peft.ending_so(config.also_train, [name for name, _ in named_layers(model) if name])
+    if raw.get("ensure_weight_tying"):
+        held = {key.rpartition(".")[0] for name, key in tensors if not name}
+        names += base_weights.sharing(model, names, held - set(names))
+    return replace(config, also_train=tuple(names) or config.also_train)
 
 
 def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tuple[int, ...]]:
@@ -80,38 +130,53 @@ def needed(model, config: AdapterConfig, selection: Selection) -> dict[Key, tupl
         wanted = expected(kind, base, module, direction, rank, config.has_magnitude, kind.axis(config))
         shapes |= {(name, parameter): shape for parameter, shape in wanted.items()}
     for name in selection.also_train:
-        for key, t in modules[name].state_dict().items():
+        for key, t in plain_state(modules[name]).items():
             shapes["", f"{name}.{key}"] = tuple(t.shape)
     return shapes
 
 
-def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict) -> None:
-    """Every tensor the model needs is there, fits, and none is left over: all mismatches in one message."""
+def check(model, config: AdapterConfig, selection: Selection, tensors, where: str, raw: dict, base=None, starts=None) -> None:
+    """Every tensor the model needs is there, fits, is what it may be, and none is left over: all mismatches in one message."""
     shapes = needed(model, config, selection)
     direction = direction_of(config.method)
     shared = [("", name) for name in direction.shared_names]
-    problems = [f"{_shown(k)} is missing" for k in shapes if k not in tensors]
-    problems += [f"{_shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared]
-    for key, shape in shapes.items():
-        if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape):
-            problems.append(f"{_shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
+    layers = {name: layer_at(model, name) for name in selection.ranks}
+    whole = {f"{n}.{k}": t for n in selection.also_train for k, t in plain_state(module_at(model, n)).items()}
+    misfits = [
+        f"{shown(key)} has shape {tuple(tensors[key].shape)}, the model needs {shape}{_resize(model, key, tensors)}"
+        for key, shape in shapes.items()
+        if key in tensors and fitted(tensors[key], shape).shape != torch.Size(shape)
+    ]
     sizes = list(needed_sizes(model, selection).values())
-    if problem := direction.shared_problem(shared_of(tensors, direction), sizes, config.rank):
-        problems.append(problem)
-    if raw.get("peft_type") == peft.PEFT_TYPE:
-        problems += peft.filter_problems({name: layer_at(model, name) for name in selection.ranks})
-    if problems:
-        raise UserError(f"{where} does not fit this model: " + listed(problems, 12))
+    groups = [
+        [f"{shown(k)} is missing" for k in shapes if k not in tensors],
+        [f"{shown(k)} fits nothing in the model" for k in tensors if k not in shapes and k not in shared],
+        misfits,
+        values.problems({key: t for key, t in tensors.items() if key in shapes or key in shared}, whole),
+        values.relative_problems(config, tensors, layers, starts or {}),
+        base_weights.problems(model, base or {}),
+        [problem for problem in [direction.shared_problem(shared_of(tensors, direction), sizes, config.rank)] if problem],
+        peft.filter_problems(layers) if raw.get("peft_type") == peft.PEFT_TYPE else [],
+        peft.axis_problems(config, layers) if raw.get("peft_type") != peft.OWN_TYPE else [],
+    ]
+    if problems := [listed(group, 4) for group in groups if group]:
+        raise UserError(f"{where} does not fit this model: {', '.join(problems)}{both_halves(model, tensors)}")
+
+
+def _resize(model, key: Key, tensors) -> str:
+    """What to call first where a vocabulary of another size was saved."""
+    table = embeddings_of(model)
+    weight = getattr(table, "weight", None)
+    names = {name for name, module in model.named_modules() if module is table}
+    if weight is None or key[1].rpartition(".")[0] not in names:
+        return ""
+    return f"; call model.resize_token_embeddings({len(tensors[key])}) first"
 
 
 def needed_sizes(model, selection: Selection) -> dict[str, tuple[int, int]]:
     """(O, I) of every selected layer, or of its experts."""
     modules = dict(named_layers(model))
     return {name: tuple(kind_of(modules[name]).base(modules[name]).shape(modules[name])[-2:]) for name in selection.ranks}
-
-
-def _shown(key: tuple[str, str]) -> str:
-    return ".".join(part for part in key if part)
 
 
 @torch.no_grad()
@@ -121,17 +186,16 @@ def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
     for name, module in adapters(model):
         put_layer(name, module, tensors)
     for name in record.also_train:
-        for key, t in model.get_submodule(name).state_dict(keep_vars=True).items():
+        for key, t in plain_state(module_at(model, name)).items():
             t.detach().copy_(tensors["", f"{name}.{key}"])
 
 
 @torch.no_grad()
-def put_starts(model: nn.Module, folder: Path) -> None:
+def put_starts(model: nn.Module, starts: dict[str, Tensor]) -> None:
     """m₀ of relative magnitudes as it was when they were saved, m as it is."""
-    starts = read_tensors(folder / STARTS) if (folder / STARTS).is_file() else {}
     for name, layer in adapters(model):
-        m0 = starts.get(f"{name}.magnitude_start")
-        if m0 is not None and layer.adapted.relative and m0.shape == layer.magnitude_start.shape:
+        m0 = starts.get(name)
+        if m0 is not None and layer.adapted.relative:
             m = layer.magnitude.clone()
             layer.magnitude_start.copy_(m0)
             ratio = torch.where((m > 0) & (layer.magnitude_start > 0), m / layer.magnitude_start, 1.0)

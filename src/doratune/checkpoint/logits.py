@@ -1,5 +1,6 @@
-"""Does the merged model say what base + adapter says? Logits on a few sentences, against the dtype's own floor.
+"""Does the merged model say what base + adapter says? Its outputs on an input, against the dtype's own floor.
 
+A language model with a tokenizer reads a few sentences, any other class an input made from its config (`support/examples.py`).
 Reference: base + adapter in fp32. The floor is the error of base + adapter in the result's dtype; merging is right when the merged
 model's error is at most twice that. Three models are loaded one after the other.
 """
@@ -11,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..support.models import load_model, load_tokenizer
-from .adapter import load
+from ..errors import UserError
+from ..support.examples import candidates, flat_tensors
+from ..support.model_folders import TrainedClass, is_causal, load_folder
+from ..support.models import load_tokenizer, model_path, torch_dtype
+from .adapter import load, read_folder
+from .merge import base_folder, trained_shapes, wanted_of
 
 SENTENCES = (
     "The capital of France is",
@@ -27,12 +32,12 @@ FP32_FLOOR = 1e-5
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative RMS errors of the logits, and the share of positions with the same most probable token."""
+    """Relative RMS errors of the outputs, and of a language model the share of positions with the same most probable token."""
 
     merged_error: float
     unmerged_error: float
     merged_to_unmerged: float
-    same_top_token: float
+    same_top_token: float | None
 
     @property
     def ok(self) -> bool:
@@ -40,41 +45,87 @@ class Agreement:
 
     def __str__(self) -> str:
         verdict = "agree to the dtype's floor" if self.ok else "DISAGREE beyond the dtype's floor"
+        what, top = "outputs", ""
+        if self.same_top_token is not None:
+            what, top = "logits", f"; same top token at {100 * self.same_top_token:.1f} % of positions"
         return (
-            f"merged and unmerged logits {verdict}: relative difference {self.merged_to_unmerged:.2g}; against fp32 merged "
-            f"{self.merged_error:.2g}, unmerged {self.unmerged_error:.2g}; same top token at {100 * self.same_top_token:.1f} % "
-            "of positions"
+            f"merged and unmerged {what} {verdict}: relative difference {self.merged_to_unmerged:.2g}; against fp32 merged "
+            f"{self.merged_error:.2g}, unmerged {self.unmerged_error:.2g}{top}"
         )
 
 
-def agreement(base: str, adapter: str | Path, merged: str | Path, dtype: str) -> Agreement:
-    """Compare the merged folder with base + adapter, all in `dtype`, and both with fp32.
+def agreement(base: str, adapter: str | Path, merged: str | Path, dtype: str) -> Agreement | None:
+    """Compare the merged folder with base + adapter, all in `dtype`, and both with fp32; None where no input could be made.
 
     Raises:
         UserError: one of the three cannot be loaded.
     """
-    tokenizer = load_tokenizer(base)
-    ids = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
-    reference = _logits(base, adapter, "float32", ids)
-    unmerged = reference if dtype == "float32" else _logits(base, adapter, dtype, ids)
-    result = _logits(str(merged), None, dtype, ids)
+    folder, want = base_folder(base), wanted_of(Path(adapter))
+    ids = _sentences(base) if is_causal(folder, want) else None
+    model = _loaded(folder, "float32", want, adapter)
+    if ids is None and (example := next((one for one in candidates(model) if _tried(model, one)), None)) is None:
+        return None
+
+    def outputs(model: nn.Module) -> Tensor:
+        return _outputs(model, example) if ids is None else _logits(model, ids)
+
+    reference = unmerged = outputs(model)
+    if dtype != "float32":
+        del model
+        gc.collect()
+        model = _loaded(folder, dtype, want, adapter)
+        unmerged = outputs(model)
+    del model
+    gc.collect()
+    result = outputs(_loaded(Path(merged), dtype, want, None))
+    same = None if ids is None else (result.argmax(-1) == unmerged.argmax(-1)).double().mean().item()
     return Agreement(
         merged_error=distance(result, reference),
         unmerged_error=distance(unmerged, reference),
         merged_to_unmerged=distance(result, unmerged),
-        same_top_token=(result.argmax(-1) == unmerged.argmax(-1)).double().mean().item(),
+        same_top_token=same,
     )
 
 
+def _sentences(base: str) -> list[Tensor] | None:
+    """Ids of the sentences, or None where the folder has no tokenizer."""
+    folder = Path(model_path(base))
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        return None
+    tokenizer = load_tokenizer(base)
+    return [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
+
+
 @torch.no_grad()
-def _logits(model_name: str, adapter, dtype: str, ids: list[Tensor]) -> Tensor:
-    model = load_model(model_name, dtype)
-    if adapter is not None:
-        load(model, adapter)
-    logits = torch.cat([model(input_ids=row).logits[0].float() for row in ids])
-    del model
-    gc.collect()
-    return logits
+def _logits(model: nn.Module, ids: list[Tensor]) -> Tensor:
+    return torch.cat([model(input_ids=row).logits[0].float() for row in ids])
+
+
+def _loaded(folder: Path, dtype: str, want: TrainedClass, adapter) -> nn.Module:
+    shapes = None if adapter is None else trained_shapes(read_folder(Path(adapter))[2])
+    model = load_folder(folder, torch_dtype(dtype), want, shapes)
+    return model if adapter is None else load(model, adapter)
+
+
+def _tried(model: nn.Module, example: dict[str, Tensor]) -> bool:
+    """Does the model take this input?"""
+    try:
+        return _outputs(model, example).numel() > 0
+    except UserError:
+        raise
+    except Exception:  # of any model: no config says all that a forward asks for
+        return False
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
+    """All floating-point outputs in one row, in fp32."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model(**{name: t.to(dtype) if t.is_floating_point() else t for name, t in example.items()})
+    parts = [t.float().flatten() for t in flat_tensors(output) if t.is_floating_point()]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

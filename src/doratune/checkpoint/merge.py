@@ -1,4 +1,4 @@
-"""Merge an adapter into a model folder, shard by shard: base + adapter → an ordinary transformers folder (safetensors).
+"""Merge an adapter into a model folder, shard by shard: base + adapter → an ordinary folder of transformers or diffusers.
 
 Each weight is read, merged in row tiles of fp32 by the same code as in memory, cast and put into its shard; memory stays near one
 copy of the largest shard. The model itself is built on the meta device only, to learn names, shapes and layer kinds.
@@ -20,16 +20,19 @@ from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import all_shared
 from ..errors import UserError, listed
+from ..formats import recognized
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
-from ..support.files import new_folder, open_tensors, read_json, write_json, write_tensors
+from ..support.files import open_tensors, read_json, write_json, write_tensors
+from ..support.folders import new_folder
+from ..support.headers import Keys
+from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
 from ..support.models import model_path, readable_errors, torch_dtype
-from .adapter import read_folder
-from .fitting import check, put_layer, resolve
+from .adapter import CONFIG, OWN, read_folder
+from .fitting import fit, put_layer
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_LEFT_BEHIND = {INDEX, "adapter_config.json", "doratune.json"}
+_LEFT_BEHIND = {"adapter_config.json", "doratune.json"}
 
 
 @dataclass
@@ -45,6 +48,15 @@ class Plan:
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
     untied: dict[str, str]  # a weight that was tied to one of those → the key of their common tensor in the checkpoint
     like: dict[str, str]  # a trained parameter that the checkpoint lacks → a key in it that has the dtype of the base's
+    base: dict[str, Tensor]  # key in the checkpoint → base weight that came with the adapter
+    new: set[str]  # trained parameters that the checkpoint lacks and that are tied to nothing in it: a new head
+    names: dict[str, str]  # key in the checkpoint → name in the model
+
+    def name_in_result(self, key: str) -> str:
+        """A key of the checkpoint as the result has it: with the base model's prefix, once a head stands beside it."""
+        prefix = f"{getattr(self.skeleton, 'base_model_prefix', '')}."
+        lacks = self.new and self.names.get(key, "").startswith(prefix) and not key.startswith(prefix)
+        return prefix + key if lacks else key
 
 
 def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -63,21 +75,46 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
+    untied = bool(extra.keys() - plan.new)
     weight_map, size = {}, 0
-    with new_folder(output, overwrite) as temporary:
+    with new_folder(output, overwrite, key="config.json") as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
             whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
             if number == len(shards) - 1:
                 whole |= {k: _cast(t, out_dtype or dtypes.get(k, t.dtype)) for k, t in extra.items()}
+            whole = {plan.name_in_result(key): t for key, t in whole.items()}
             write_tensors(temporary / shard, whole)
             weight_map |= {key: shard for key in whole}
             size += sum(t.nbytes for t in whole.values())
             del whole
         if len(shards) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(temporary / INDEX, index)
-        copy_rest(folder, temporary, out_dtype, untied=bool(extra))
+            write_json(temporary / f"{weights_name(folder_config(folder))}.index.json", index)
+        copy_rest(folder, temporary, out_dtype, untied, changed_config(folder, plan.skeleton, bool(plan.new)))
     return output
+
+
+def wanted_of(adapter: Path) -> TrainedClass:
+    """The class that an adapter folder was trained on, as far as it says so."""
+    own = read_json(adapter / OWN, "it belongs to the adapter folder") if (adapter / OWN).is_file() else {}
+    return wanted(read_json(adapter / CONFIG, "an adapter folder needs it"), own)
+
+
+def trained_shapes(tensors: dict[tuple[str, str], Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what an adapter folder holds whole."""
+    return {key: tuple(t.shape) for (name, key), t in tensors.items() if not name}
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of a model folder: what its config says, else that of its largest tensor."""
+    config = folder_config(folder)
+    said = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(said, str):
+        return said
+    file, keys = next(iter(list_shards(folder).items()))
+    with open_tensors(folder / file) as tensors:
+        sizes = {key: torch.Size(tensors.get_slice(key).get_shape()).numel() for key in keys}
+        return str(tensors.get_tensor(max(sizes, key=sizes.get)).dtype).removeprefix("torch.")
 
 
 def base_folder(base: str) -> Path:
@@ -93,15 +130,18 @@ def base_folder(base: str) -> Path:
 
 def list_shards(folder: Path) -> dict[str, list[str]]:
     """File → its tensor names, for one file or an index."""
-    if read_json(folder / "config.json", "a model folder needs it").get("quantization_config"):
+    config = folder_config(folder)
+    single = weights_name(config)
+    index = f"{single}.index.json"
+    if config.get("quantization_config"):
         raise UserError(f"{folder} is quantized; merge into the unquantized base model")
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, "it lists the shards").get("weight_map", {})
+    if (folder / index).is_file():
+        weight_map = read_json(folder / index, "it lists the shards").get("weight_map", {})
         files = sorted(set(weight_map.values()))
     else:
-        files = [SINGLE]
+        files = [single]
     if not files or not (folder / files[0]).is_file():
-        raise UserError(f"{folder} has no {SINGLE} or {INDEX}; save the base model as safetensors first")
+        raise UserError(f"{folder} has no {single} or {index}; save the base model as safetensors first")
     shards = {}
     for file in files:
         with open_tensors(folder / file) as tensors:
@@ -111,14 +151,15 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
 
 def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     """Resolve the adapter against the checkpoint's names; every problem is found here."""
-    config, raw, tensors = read_folder(adapter)
-    skeleton = meta_model(folder)
-    selection, config = resolve(skeleton, config, raw, tensors)
-    check(skeleton, config, selection, tensors, str(adapter), raw)
-    prefix = getattr(skeleton, "base_model_prefix", "")
+    foreign = recognized(adapter) is not None
+    config, raw, tensors = read_folder(adapter, meta_model(folder) if foreign else None)
+    skeleton = meta_model(folder, None if foreign else wanted_of(adapter), trained_shapes(tensors))
+    read = fit(skeleton, adapter, config, raw, tensors)
+    config, selection, tensors = read.config, read.selection, read.tensors
+    files = Keys(skeleton, keys)
     merged, missing = {}, []
     for name in selection.ranks:
-        key = _key_in(f"{name}.{kind_of(layer_at(skeleton, name)).weight_name}", keys, prefix)
+        key = files.find(f"{name}.{kind_of(layer_at(skeleton, name)).weight_name}")
         merged |= {key: name} if key else {}
         missing += [] if key else [name]
     if missing:
@@ -127,14 +168,30 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
             "doratune.load the adapter, doratune.merge and save_pretrained instead"
         )
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in all_shared()}
-    replaced = {_key_in(key, keys, prefix) or key: t for key, t in whole.items()}
+    replaced = {files.find(key) or key: t for key, t in whole.items()}
     untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
-    untied = {peer: stored_key for peer, key in untied.items() if (stored_key := _key_in(key, keys, prefix))}
+    untied = {peer: stored_key for peer, key in untied.items() if (stored_key := files.find(key))}
+    _keep_ties(skeleton, replaced, keys)
     lacking = [key for key, _ in skeleton.named_parameters(remove_duplicate=False) if key in replaced and key not in keys]
-    like = {key: _like(key, skeleton, keys, prefix) or next(iter(merged)) for key in lacking}
+    like = {key: _like(key, skeleton, files) or next(iter(merged)) for key in lacking}
+    new = {key for key in lacking if _like(key, skeleton, files) is None}
+    names = {key: name for name in skeleton.state_dict() if (key := files.find(name))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
-    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like)
+    base = {files.find(path) or path: t for path, t in read.base.items()}
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like, base, new, names)
+
+
+def _keep_ties(skeleton: nn.Module, replaced: dict[str, Tensor], keys: set[str]) -> None:
+    """Drop trained parameters that the checkpoint lacks where they are tied to one that it has, and were trained as one with it."""
+    names: dict[int, list[str]] = {}
+    for name, p in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    for same in names.values():
+        stored = next((name for name in same if name in replaced and name in keys), None)
+        for name in same:
+            if stored and name not in keys and name in replaced and torch.equal(replaced[name], replaced[stored]):
+                del replaced[name]
 
 
 def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -145,11 +202,11 @@ def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[st
     return {key: [n for n in same if n not in whole] for same in names.values() for key in same if key in whole}
 
 
-def _like(key: str, skeleton: nn.Module, keys: set[str], prefix: str) -> str | None:
+def _like(key: str, skeleton: nn.Module, files: Keys) -> str | None:
     """The checkpoint's key for what this parameter is tied to in the base."""
     p = skeleton.get_parameter(key)
     tied = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is p]
-    return next((found for name in tied if (found := _key_in(name, keys, prefix))), None)
+    return next((found for name in tied if (found := files.find(name))), None)
 
 
 def _read(folder: Path, shards: dict[str, list[str]], key: str) -> Tensor:
@@ -158,19 +215,12 @@ def _read(folder: Path, shards: dict[str, list[str]], key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def meta_model(folder: Path) -> nn.Module:
-    """The model's modules without any memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with readable_errors(str(folder)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
-
 def merged_shard(path: Path, keys: list[str], plan: Plan, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of one shard of the result."""
     with open_tensors(path) as file:
         for key in keys:
             tensor = file.get_tensor(key)
+            tensor = plan.base.get(key, tensor).to(tensor.dtype)
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             if key in plan.merged:
                 tensor = merged_weight(plan, plan.merged[key], tensor, wanted)
@@ -203,27 +253,24 @@ def merged_weight(plan: Plan, name: str, weight: Tensor, dtype: torch.dtype) -> 
     return result
 
 
-def copy_rest(folder: Path, output: Path, dtype: torch.dtype | None, untied: bool) -> None:
-    """Configuration, tokenizer and the like; the config says the new dtype."""
+def copy_rest(folder: Path, output: Path, dtype: torch.dtype | None, untied: bool, changes: dict) -> None:
+    """Configuration, tokenizer, processors and the like; the config says the new dtype and what else is another's now."""
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken", ".md"):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken", ".md", ".vocab", ".bpe", ".py"):
             if path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, output / path.name)
-    config = read_json(output / "config.json", "a model folder needs it")
+    if (folder / "modules.json").is_file():  # of sentence-transformers: what comes behind the model has folders of its own
+        for name in [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (path / "config.json").is_file()]:
+            shutil.copytree(folder / name, output / name)
+    config = read_json(output / "config.json", "a model folder needs it") | changes
     config.pop("_name_or_path", None)
     config.pop("_model_name_or_path", None)
     if dtype is not None:
         config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config |= {} if is_diffusers(config) else {"dtype": str(dtype).removeprefix("torch.")}
     if untied:
         config["tie_word_embeddings"] = False
     write_json(output / "config.json", config)
-
-
-def _key_in(name: str, keys: set[str], prefix: str) -> str | None:
-    """The checkpoint's key for a parameter name: itself, or without or with the base model's prefix (`transformer.h.0`)."""
-    candidates = (name, name.removeprefix(prefix + "."), f"{prefix}.{name}")
-    return next((candidate for candidate in candidates if candidate in keys), None)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,11 @@ from ..adapter.targets import ALL_LAYERS, ALL_LINEAR
 from ..config import AdapterConfig
 from ..directions import direction_for, direction_of
 from ..errors import UserError, listed
+from ..layers import kind_of
+from ..support.patterns import NamePattern
 
 PEFT_TYPE, VERA_TYPE, OWN_TYPE = "LORA", "VERA", "DORATUNE"
+OWN_FILE = "doratune.json"
 PEFT_KINDS = ("Linear", "Conv1D", "Conv", "Embedding")
 
 _HONOURED = {
@@ -26,15 +29,20 @@ _HONOURED = {
 _HARMLESS = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "fan_in_fan_out",
     "init_lora_weights", "megatron_core", "runtime_config", "qalora_group_size", "loftq_config",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "eva_config",
 }  # fmt: skip
 _HONOURED_VERA = {
     "peft_type", "r", "target_modules", "exclude_modules", "projection_prng_key", "vera_dropout", "modules_to_save",
     "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _HARMLESS_VERA = {"save_projection", "d_initial", "init_weights"}
-_PLAIN_STARTS = (True, False, "gaussian", None)
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+"""Starts that give A and B values and leave the base weights alone."""
+_BASE_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts (by how their names begin) that take what A and B start from out of the base weights."""
 
+
+_PREFIX = "base_model.model."
 
 Alphas = dict[str, float]
 Ranks = dict[str, int]
@@ -72,6 +80,28 @@ def filter_problem(module) -> str | None:
     return f"padding_mode={module.padding_mode!r}" if module.padding_mode != "zeros" else None
 
 
+def ending_so(entries, names: list[str]) -> list[str]:
+    """Modules that PEFT trains whole for `modules_to_save`: every one whose name, behind PEFT's own prefix, ends so."""
+    return [name for name in names if any(f"{_PREFIX}{name}".endswith(entry) for entry in entries)]
+
+
+def modules_to_save(entries, trained: tuple[str, ...], names: list[str]) -> list[str] | None:
+    """What makes PEFT train just these modules whole: the configured entries, else their full names; None: nothing does."""
+    spellings = list(entries), list(trained), [_PREFIX + name for name in trained]
+    return next((list(words) for words in spellings if set(ending_so(words, names)) == set(trained)), None)
+
+
+def axis_problems(config: AdapterConfig, layers: dict) -> list[str]:
+    """Magnitudes on an axis that a folder of PEFT's type does not have: doratune.json contradicts adapter_config.json."""
+    kinds = {name: kind_of(layer) for name, layer in layers.items()} if config.has_magnitude else {}
+    return [
+        f"{name}: {OWN_FILE} says one magnitude per {kind.axis(config)}, in a folder of PEFT's type it is per {kind.peft_axis}; "
+        f"delete {OWN_FILE} if adapter_config.json is right"
+        for name, kind in kinds.items()
+        if kind.axis(config) != kind.peft_axis
+    ]
+
+
 def filter_problems(modules: dict) -> list[str]:
     """What is wrong with PEFT's own adapters on such convolutions (a folder of our type holds ΔW = B·A)."""
     problems = {name: filter_problem(module) for name, module in modules.items() if hasattr(module, "padding_mode")}
@@ -99,15 +129,22 @@ def as_written(config: AdapterConfig) -> AdapterConfig:
 
 
 def describe(
-    config: AdapterConfig, names: Ranks, alphas: Alphas, base_model: str | None, transposed: bool = False, own: bool = False
+    config: AdapterConfig,
+    names: Ranks,
+    alphas: Alphas,
+    base_model: str | None,
+    transposed: bool = False,
+    own: bool = False,
+    also_train: list[str] | None = None,
 ) -> dict[str, Any]:
-    """adapter_config.json for `names` (module → rank, 0: magnitude only); transposed: weights are stored (I, O); own: our type."""
+    """adapter_config.json for `names` (module → rank, 0: magnitude only); transposed: weights are stored (I, O); own: our type;
+    also_train: what to write for modules trained whole."""
     written = as_written(config)
     factor = written.rank // config.rank
     ranks = {name: rank * factor or 1 for name, rank in names.items() if (rank * factor or 1) != written.rank}
     factor = written.alpha / config.alpha
     alphas = {name: alpha * factor for name, alpha in alphas.items() if alpha * factor != written.alpha}
-    common = _common(written, names, base_model, transposed)
+    common = _common(written, names, base_model, transposed, written.also_train if also_train is None else also_train)
     if direction_of(config.method).peft_type == VERA_TYPE and not own:
         return common | {
             "peft_type": VERA_TYPE,
@@ -131,7 +168,7 @@ def describe(
     return described | (ours | {"embedding_magnitude": config.embedding_magnitude} if own else {})
 
 
-def _common(config: AdapterConfig, names: Ranks, base_model: str | None, transposed: bool) -> dict[str, Any]:
+def _common(config: AdapterConfig, names: Ranks, base_model: str | None, transposed: bool, also_train) -> dict[str, Any]:
     plain = not (config.magnitude_only or config.exclude) and config.targets not in (ALL_LINEAR, ALL_LAYERS)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     return {
@@ -140,7 +177,7 @@ def _common(config: AdapterConfig, names: Ranks, base_model: str | None, transpo
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "modules_to_save": list(config.also_train) or None,
+        "modules_to_save": list(also_train) or None,
         "r": config.rank,
         "revision": None,
         "target_modules": targets if plain else list(names),
@@ -154,7 +191,7 @@ def _anchored(name: str) -> str:
 
 
 def from_peft(raw: dict[str, Any], where: str) -> AdapterConfig:
-    """An AdapterConfig from adapter_config.json, rank and alpha patterns not yet resolved (see `pattern_value`).
+    """An AdapterConfig from adapter_config.json, rank and alpha patterns not yet resolved (see `PatternValues`).
 
     Raises:
         UserError: a field of the wrong type, or a non-default field that is not honoured.
@@ -196,8 +233,10 @@ def _refuse_unknown(raw: dict[str, Any], where: str) -> None:
     known = _HARMLESS | (_HONOURED_VERA | _HARMLESS_VERA if kind == VERA_TYPE else _HONOURED | ours)
     bad = [f"{k}={raw[k]!r}" for k in sorted(set(raw) - known) if raw[k] and raw[k] != "none"]
     start = raw.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if str(start).lower().startswith(_BASE_STARTS):
         bad.append(f"init_lora_weights={start!r} (it changes the base weights; convert the adapter to plain LoRA first)")
+    elif start not in _PLAIN_STARTS:
+        bad.append(f"init_lora_weights={start!r}")
     if raw.get("loftq_config"):
         bad.append(f"loftq_config={raw['loftq_config']!r}")
     if bad:
@@ -227,15 +266,25 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
         bad_flag = isinstance(value, bool) and bool not in types
         if name in raw and (bad_flag or not isinstance(value, types)):
             raise UserError(f"{where}: {name} is {value!r}; expected {expected}")
-        if name.endswith("_pattern") and any(
-            isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in (value or {}).values()
-        ):
-            raise UserError(f"{where}: {name} is {value!r}; expected positive numbers")
+        if name.endswith("_pattern") and not all(_is_positive(v, name == "rank_pattern") for v in (value or {}).values()):
+            raise UserError(f"{where}: {name} is {value!r}; expected positive {'whole ' * (name == 'rank_pattern')}numbers")
+        for entry in value if isinstance(value, list) else ():
+            if not isinstance(entry, str) or not entry:
+                raise UserError(f"{where}: {name} holds {entry!r}; expected names of modules")
 
 
-def pattern_value(patterns: dict[str, Any] | None, name: str, default):
-    """PEFT's rule: the first key that matches the end of the name as a regex, at a dot or at its start."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+def _is_positive(value, whole: bool) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < float("inf") and (not whole or value == int(value))
+
+
+class PatternValues:
+    """`rank_pattern` or `alpha_pattern`; PEFT's rule: the first key that matches the end of a name as a regex, at a dot or at its
+    start."""
+
+    def __init__(self, raw: dict[str, Any], setting: str):
+        values = (raw.get(setting) or {}).items()
+        self.values = [(NamePattern(rf"(.*\.)?({key})", f"{setting} {key!r}"), value) for key, value in values]
+
+    def of(self, name: str, default):
+        return next((value for pattern, value in self.values if pattern.matches(name)), default)

@@ -21,7 +21,8 @@ from ..adapter.stored import Stored
 from ..bases import dense_weight
 from ..errors import UserError
 from ..layers import kind_of
-from ..support.files import new_folder, read_json, refuse_existing
+from ..support.files import read_json
+from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_model, load_tokenizer, quiet_loading
 from .adapter import OWN, load
 from .logits import SENTENCES, distance
@@ -87,7 +88,7 @@ def _merge_in_memory(base: str, adapter, output: Path, into: str, dtype: str, ov
     merge(model, keep="none", quantized="same" if into == "same" else "dense")
     if into == "dequantized":
         dequantize(model)
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, key="config.json") as folder:
         _write(model, load_tokenizer(base), folder, dense=into == "dequantized")
 
 

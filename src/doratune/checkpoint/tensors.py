@@ -1,6 +1,6 @@
 """One layer's tensors in an adapter file, by direction and layer kind, both ways. Keys and shapes are PEFT's where PEFT has them.
 
-    Linear       lora_A.weight (R, I), lora_B.weight (O, R), lora_magnitude_vector (O,)
+    Linear       lora_A.weight (R, I), lora_B.weight (O, R), lora_magnitude_vector.weight (O,)
     Conv         the same as filters: (R, I, k…), (O, R, 1…), (1, O, 1…)
     Embedding    lora_embedding_A (R, tokens) = Bᵀ, lora_embedding_B (dimensions, R) = Aᵀ
     VeRA         vera_lambda_b (O,), vera_lambda_d (R,), and once vera_A, vera_B
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..directions import Direction, all_shared, file_names
+from ..errors import UserError
 
 PREFIX = "base_model.model."
 
 _OF_KINDS = {
-    "magnitude": "lora_magnitude_vector",
+    "magnitude": "lora_magnitude_vector.weight",  # PEFT's files have no .weight, and all but transformers' loader read both
     "embedding_A": "lora_embedding_A",
     "embedding_B": "lora_embedding_B",
 }
@@ -32,6 +33,9 @@ def _spellings(direction: Direction) -> dict[str, str]:
     """Parameter → its name in a file."""
     return file_names(direction) | _OF_KINDS
 
+
+_SPECK = 1e-20
+"""Of a factor that is 0 altogether."""
 
 Key = tuple[str, str]
 """(module, parameter); ("", key) for tensors of no adapted module."""
@@ -44,6 +48,27 @@ def file_key(key: Key, direction: Direction) -> str:
     return f"{PREFIX}{name}.{_spellings(direction).get(parameter, parameter)}"
 
 
+def shown(key: Key) -> str:
+    """For a message, on one line."""
+    name = ".".join(part for part in key if part)
+    return name if name.isprintable() else repr(name)
+
+
+def parse_keys(tensors: dict[str, Tensor], direction: Direction, where: str) -> dict[Key, Tensor]:
+    """A file's tensors by (module, parameter).
+
+    Raises:
+        UserError: two of its keys mean one tensor.
+    """
+    parsed: dict[Key, tuple[str, Tensor]] = {}
+    for spelled, t in tensors.items():
+        key = parse_key(spelled, direction)
+        if key in parsed:
+            raise UserError(f"{where} holds {shown(key)} twice, as {parsed[key][0]!r} and {spelled!r}; save the adapter again")
+        parsed[key] = spelled, t
+    return {key: t for key, (_, t) in parsed.items()}
+
+
 def parse_key(key: str, direction: Direction) -> Key:
     """A key in the file → (module, parameter). Both spellings of the magnitude are read: `lora_magnitude_vector` and
     `lora_magnitude_vector.weight`."""
@@ -51,7 +76,7 @@ def parse_key(key: str, direction: Direction) -> Key:
         return "", shared
     key = key.removeprefix(PREFIX)
     names = {spelled.removesuffix(".weight"): name for name, spelled in _spellings(direction).items()}
-    if match := re.match(rf"^(.*)\.({'|'.join(map(re.escape, names))})(?:\.default)?(?:\.weight)?$", key):
+    if match := re.fullmatch(rf"(.*)\.({'|'.join(map(re.escape, names))})(?:\.default)?(?:\.weight)?", key):
         return match[1], names[match[2]]
     return "", key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 
@@ -93,24 +118,38 @@ def to_file(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, T
 
 def _rows_without_direction(layer, module: nn.Module, frozen: Tensor, get: dict[str, Tensor], s: float) -> None:
     """m = |W + s·B·A| on rows without direction, where PEFT has no g = 1 of its own. A row that is 0 altogether would be 0/0 in
-    PEFT: its B gets 1e-12."""
+    PEFT: its ΔV gets the length 1e-12."""
     base = layer.adapted.base
     W = torch.cat([tile for _, tile in base.row_tiles(module, frozen)]) if layer is module else 0.0
     A, B = get["lora_A"], get["lora_B"]
     nothing = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1) < 1e-12
-    B[frozen[nothing], 0] += 1e-12 / (abs(s) * torch.linalg.vector_norm(A[0]))
+    if nothing.any():
+        lengths = torch.linalg.vector_norm(A, dim=1)
+        used = int(lengths.argmax())
+        if not lengths[used]:  # all of A is 0: a number so small that B times it is nothing on the other rows
+            A[used, 0] = lengths[used] = _SPECK
+        B[frozen[nothing], used] += 1e-12 / (abs(s) * lengths[used])
     get["magnitude"][frozen] = torch.linalg.vector_norm(W + s * B[frozen] @ A, dim=1)
 
 
 def _columns_without_direction(layer, module: nn.Module, frozen: Tensor, get: dict[str, Tensor], s: float) -> None:
     """The same for an embedding's dimensions."""
     A, B = get["lora_A"], get["lora_B"]
-    if not B.any():
-        B[0, 0] = 1e-12 / abs(s)
-    total = torch.zeros(len(frozen), dtype=torch.float64, device=A.device)
-    for rows, tile in layer.adapted.base.row_tiles(module):
-        total += (tile[:, frozen] * (layer is module) + s * B[rows] @ A[:, frozen]).double().square().sum(0)
-    get["magnitude"][frozen] = total.sqrt().to(A.dtype)
+
+    def lengths_now() -> Tensor:
+        total = torch.zeros(len(frozen), dtype=torch.float64, device=A.device)
+        for rows, tile in layer.adapted.base.row_tiles(module):
+            total += (tile[:, frozen] * (layer is module) + s * B[rows] @ A[:, frozen]).double().square().sum(0)
+        return total.sqrt()
+
+    nothing = lengths_now() < 1e-12
+    if nothing.any():
+        lengths = torch.linalg.vector_norm(B, dim=0)
+        used = int(lengths.argmax())
+        if not lengths[used]:
+            B[0, used] = lengths[used] = _SPECK
+        A[used, frozen[nothing]] += 1e-12 / (abs(s) * lengths[used])
+    get["magnitude"][frozen] = lengths_now().to(A.dtype)
 
 
 def frozen_rows(layer, module: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ train.py       doratune train: one run of a recipe
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
 merge.py       doratune merge: base + adapter → a model folder
+convert.py     doratune convert: an adapter into another program's format
 export.py      doratune export: GGUF and other forms for engines without DoRA
 extract.py     doratune extract: an adapter out of a fully fine-tuned model
 generate.py    doratune generate: answers to many prompts, as JSON lines

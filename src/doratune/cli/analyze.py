@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say
 
@@ -26,7 +27,8 @@ class AnalyzeSettings:
         dtype: dtype of the base model
         format: of the figures: png or svg
         output: folder for points.json and the figures
-        overwrite: replace an output folder that exists
+        trust_remote_code: run the Python code that the model's folder or repository brings
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
@@ -35,10 +37,11 @@ class AnalyzeSettings:
     magnitude_axis: Literal["output", "input"] = "output"
     spectrum: Literal["all", "adapters", "none"] = "all"
     gradient_data: str | None = None
-    gradient_items: int = 16
+    gradient_items: int = number(16, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     format: Literal["png", "svg"] = "png"
     output: str = "runs/analysis"
+    trust_remote_code: bool = False
     overwrite: bool = False
 
 
@@ -50,20 +53,24 @@ def main(argv: list[str]) -> int:
     from ..analysis.gradients import batch_of
     from ..analysis.summary import analyze
     from ..errors import UserError
-    from ..support.files import refuse_existing
+    from ..support.folders import refuse_existing
     from ..support.models import load_model, load_tokenizer
+    from ..support.outputs import refuse_inputs
 
     if not settings.runs:
         raise UserError("runs is not set; give doratune analyze RUN, or several")
     if twice := {name for name in settings.runs if settings.runs.count(name) > 1}:
         raise UserError(f"runs names {', '.join(sorted(twice))} twice; name each run once")
     output = Path(settings.output)
+    refuse_inputs(output, {"the model": settings.model, "the data": settings.gradient_data}, settings.runs)
     refuse_existing(output, settings.overwrite)
     name = settings.model or base_of(settings.runs)
-    base = load_model(name, settings.dtype)
+    refuse_inputs(output, {"the model": name})
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    base = load_model(name, settings.dtype, **trusted)
     batch = None
     if settings.gradient_data is not None:
-        batch = batch_of(settings.gradient_data, base, load_tokenizer(name), settings.gradient_items)
+        batch = batch_of(settings.gradient_data, base, load_tokenizer(name, **trusted), settings.gradient_items)
     places = (output, settings.format, settings.overwrite)
     result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, settings.spectrum, batch)
     say(result.table())

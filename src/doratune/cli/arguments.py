@@ -1,19 +1,24 @@
 """Options of a command from a dataclass, by jsonargparse: defaults < YAML file < flags; types from the annotations.
 
-Unknown keys and flags are found here first, so that the message can name near misses; a boolean flag needs no value, a
-list takes words (`--arms lora dora`), commas (`--arms lora,dora`) or YAML (`--arms '[lora, dora]'`).
+Every value is held against its setting's type and range first (`support.values`), so that all commands refuse in the same words;
+unknown keys and flags are named with their near misses. A boolean flag needs no value, a word after any other flag is its value
+(`--lr -1e-4`), a list takes words (`--arms lora dora`), commas (`--arms lora,dora`) or YAML (`--arms '[lora, dora]'`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from ..errors import UserError, near_misses
+from ..support.values import check_value, check_values, rule_of, shown
+from ..support.yaml_text import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -34,61 +39,92 @@ def parse(
         UserError: an unknown key, a value of the wrong type, a recipe file that is not there.
         SystemExit: after --help.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
-    before = "[RECIPE.yaml] " if recipe else f"{words.removesuffix('s').upper()}… " if words else ""
-    usage = f"doratune {command} {before}[--SETTING VALUE …] [--json]"
-    parser = ArgumentParser(prog=f"doratune {command}", usage=usage, epilog=f"example: {example}", exit_on_error=False)
-    if recipe:
-        parser.add_argument("--config", action="config", help="a YAML file of settings; also the first argument")
-    parser.add_class_arguments(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     as_json = "--json" in argv
     argv = [a for a in argv if a != "--json"]
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    parser = _parser(cls, command, example, recipe, words)
     if recipe and argv and not argv[0].startswith("-"):
-        _check_recipe(Path(argv[0]), fields)
         argv = ["--config", *argv]
     argv, loose = _loose_words(argv, fields) if words else (argv, [])
     argv = _one_word_lists(_plain_flags(argv, fields, {"config"} if recipe else set()), fields)
-    try:
-        namespace = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise UserError(_in_words(" ".join(str(error).split()), fields)) from None
+    hints = typing.get_type_hints(cls)
+    for name, value in _values(argv, fields):
+        _check_given(name, value, hints[name], rule_of(fields[name]))
+    namespace = _parse(parser, argv)
     values = {name: namespace[name] for name in fields}
     if loose:
         values[words] = [*loose, *values[words]]
-    return cls(**values), as_json
+    settings = cls(**values)
+    check_values(settings)
+    return settings, as_json
 
 
-def _in_words(message: str, fields) -> str:
-    """jsonargparse's message about a value of the wrong type, as: which setting, which value, what is expected."""
-    match = re.search(r'key "(\w+)":.*Got value: (.*?)(?: Given value type.*)?$', message)
-    if not match or match[1] not in fields:
-        return message
-    name, value = match[1], match[2].strip()
-    text = str(fields[name].type)
-    if choices := re.search(r"Literal\[([^\]]*)\]", text):
-        known = [choice.strip().strip("'\"") for choice in choices[1].split(",")]
-        return f"{name} is {value!r}; expected one of {', '.join(known)}{near_misses(value, known)}"
-    words = (("bool", "true or false"), ("list", "a list"), ("dict", "a mapping"), ("int", "a whole number"), ("float", "a number"))
-    return f"{name} is {value!r}; expected {next((word for key, word in words if key in text), text)}"
+def _parser(cls: type, command: str, example: str, recipe: bool, words: str | None):
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_loader("settings", parse_yaml, (yaml.YAMLError,))
+    before = "[RECIPE.yaml] " if recipe else f"{words.removesuffix('s').upper()}… " if words else ""
+    usage = f"doratune {command} {before}[--SETTING VALUE …] [--json]"
+    parser = ArgumentParser(
+        prog=f"doratune {command}", usage=usage, epilog=f"example: {example}", exit_on_error=False, parser_mode="settings"
+    )
+    if recipe:
+        parser.add_argument("--config", action="config", help="a YAML file of settings; also the first argument")
+    parser.add_class_arguments(cls)
+    return parser
 
 
-def _check_recipe(path: Path, fields) -> None:
+def _parse(parser, argv: list[str]):
+    from jsonargparse import ArgumentError
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; see recipes/ for examples") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not a readable YAML file ({getattr(error, 'problem', None) or error})") from None
+        return parser.parse_args(argv)
+    except ArgumentError as error:  # of the whole line: a word that belongs to no flag
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _values(argv: list[str], fields) -> Iterator[tuple[str, Any]]:
+    """(setting, value) of each recipe and flag, in the order in which they count."""
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name == "config":
+            yield from _settings_of(Path(value), fields).items()
+        elif name in fields and equals:
+            yield name, value
+        elif name in fields:
+            raise UserError(f"--{name} has no value; give --{name} VALUE")
+
+
+def _check_given(name: str, value: Any, hint: Any, rule) -> None:
+    """Hold a value against its setting, as it is written and, where it is text, as YAML reads it."""
+    read = value
+    if isinstance(value, str):
+        try:
+            read = parse_yaml(value)
+        except yaml.YAMLError:
+            read = value
+    try:
+        check_value(name, value, hint, rule)
+    except UserError:
+        check_value(name, read, hint, rule)
+
+
+def _settings_of(path: Path, fields) -> dict:
+    """The settings in a recipe.
+
+    Raises:
+        UserError: no such file, not readable, or with a key that is no setting.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such recipe; see recipes/ for examples")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; expected lines of the form key: value")
     for key in content:
         if key not in fields:
-            raise UserError(f"{path}: unknown setting {key!r}{near_misses(key, fields)}")
+            raise UserError(f"{path}: unknown setting {shown(key)}{near_misses(key, fields)}")
+    return content
 
 
 def _loose_words(argv: list[str], fields) -> tuple[list[str], list[str]]:
@@ -109,18 +145,24 @@ def _loose_words(argv: list[str], fields) -> tuple[list[str], list[str]]:
 
 
 def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:
-    """Refuse unknown flags, and give boolean flags without a value the value true."""
-    out = []
-    for position, argument in enumerate(argv):
-        if argument.startswith("--") and argument != "--help":
-            name = argument[2:].split("=")[0].replace("-", "_")
-            if name not in fields and name not in extra:
-                raise UserError(f"unknown setting --{name}{near_misses(name, fields)}")
-            argument = f"--{name}" + argument[2 + len(name) :]
-            following = argv[position + 1] if position + 1 < len(argv) else "--"
-            if name in fields and fields[name].type in (bool, "bool") and "=" not in argument and following.startswith("--"):
-                argument += "=true"
-        out.append(argument)
+    """Refuse unknown flags; a boolean flag without a value is true, and any other flag takes the word behind it, whatever it
+    begins with: argparse would take -1e-4 for a flag."""
+    out, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument == "--help":
+            out.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in fields and name not in extra:
+            raise UserError(f"unknown setting --{name}{near_misses(name, fields)}")
+        has_value = bool(rest) and not rest[0].startswith("--")
+        if name in fields and fields[name].type in (bool, "bool") and not equals and not has_value:
+            equals, value = "=", "true"
+        elif not equals and has_value and not (name in fields and "list[" in str(fields[name].type)):
+            equals, value = "=", rest.pop(0)
+        out.append(f"--{name}{equals}{value}")
     return out
 
 
@@ -136,9 +178,9 @@ def _one_word_lists(argv: list[str], fields) -> list[str]:
                 words.append(rest.pop(0))
             value = words[0] if len(words) == 1 and words[0].startswith("[") else f"[{','.join(words)}]"
             equals = "="
-        elif field and "list[" in str(field.type) and not equals and rest and _NAMES.fullmatch(rest[0]):
-            equals, value = "=", f"[{rest.pop(0)}]"
-        elif field and "list[" in str(field.type) and equals and _NAMES.fullmatch(value):
-            value = f"[{value}]"
+        elif field and "list[" in str(field.type):
+            if not equals and rest and not rest[0].startswith("--"):
+                equals, value = "=", rest.pop(0)
+            value = f"[{value}]" if _NAMES.fullmatch(value) else value
         out.append(name + equals + value)
     return out

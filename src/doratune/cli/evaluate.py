@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
@@ -28,21 +29,23 @@ class EvaluateSettings:
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         output: folder for results.json and every item with its verdict
         mirror: base address of a mirror of the published data sets
-        overwrite: replace an output folder that exists
+        trust_remote_code: run the Python code that the model's folder or repository brings
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
     protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
-    beams: int | None = None
-    max_new_tokens: int | None = None
-    batch_size: int = 32
-    limit: int | None = None
+    beams: int | None = number(None, least=1)
+    max_new_tokens: int | None = number(None, least=1)
+    batch_size: int = number(32, least=1)
+    limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     output: str = "runs/evaluate"
     mirror: str | None = None
+    trust_remote_code: bool = False
     overwrite: bool = False
 
 
@@ -59,29 +62,30 @@ def main(argv: list[str]) -> int:
     from ..evaluation.evaluate import evaluate, load_tasks, show
     from ..evaluation.paper import check_fixed
     from ..evaluation.protocols import protocols_of
-    from ..support.files import refuse_existing
+    from ..support.folders import refuse_existing
     from ..support.models import load_model, load_tokenizer
+    from ..support.outputs import refuse_inputs, run_of
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
-    for name in ("batch_size", "beams", "max_new_tokens", "limit"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; expected at least 1")
     protocols = protocols_of(settings.protocol)
     if "paper" in protocols:
         check_fixed(beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
-    tasks = load_tasks(names, settings.mirror, settings.limit)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
+    inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
+    refuse_inputs(settings.output, inputs, run_of(settings.adapter))
+    tasks = load_tasks(names, settings.mirror, settings.limit)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     if settings.dtype != "float32" and settings.batch_size > 1:
         say(f"note: in {settings.dtype} rounding makes single verdicts depend on the batch size; in float32 they do not")
-    tokenizer, model = load_tokenizer(name), load_model(name, settings.dtype, quantize)
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer, model = load_tokenizer(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
     facts = name, None, None
     if baseline:
         facts = name, baselines.attached(baselines.load(model, settings.adapter)).method, None

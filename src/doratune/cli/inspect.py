@@ -26,12 +26,14 @@ class InspectSettings:
         adapter: show this adapter folder instead of the settings below
         quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8; with an adapter, none is what it was trained on
         dtype: dtype of the model
+        trust_remote_code: run the Python code that the model's folder or repository brings
     """
 
     model: str | None = None
     adapter: str | None = None
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    trust_remote_code: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +54,8 @@ def main(argv: list[str]) -> int:
         config = AdapterConfig(**{name: getattr(settings, name) for name in OF_A_CONFIG})
     name = settings.model or base_model_of(settings.adapter)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
-    model = load_model(name, settings.dtype, (recorded if settings.quantize == "none" else None) or settings.quantize)
+    quantize = (recorded if settings.quantize == "none" else None) or settings.quantize
+    model = load_model(name, settings.dtype, quantize, trust_remote_code=settings.trust_remote_code)
     if settings.adapter:
         load(model, settings.adapter, trainable=True)
     else:

@@ -1,11 +1,13 @@
 """`doratune COMMAND …`: a table of names; each command's file is imported only when it runs, so --help is instant.
 
-User errors are one line on standard error and exit status 2; signals exit with 128 + their number; no traceback for either.
+User errors are one line on standard error and exit status 2, as are those of the system (a full disk, no permission); signals exit
+with 128 + their number; no traceback for any of them. Of several processes, the first speaks.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -13,6 +15,7 @@ COMMANDS = {
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
+    "convert": "an adapter into another program's format: PEFT, kohya, diffusers, torchtune, mlx-lm …",
     "export": "for engines without DoRA: GGUF, LoRA + output scale, plain LoRA by truncated SVD",
     "extract": "a DoRA adapter out of a base and a fully fine-tuned model",
     "generate": "answers to many prompts, as JSON lines",
@@ -23,6 +26,9 @@ COMMANDS = {
     "inspect": "what an adapter adapts in a model, what is left out, rows without direction",
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
+
+OF_SEVERAL = ("train", "inspect")
+"""Commands that several processes of one launch may run: training together, or writing nothing."""
 
 USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
 USAGE += "\n\n  doratune COMMAND --help shows a command's options and an example.\n"
@@ -51,9 +57,26 @@ def _run(command: str, arguments: list[str]) -> int:
     from ..errors import UserError
 
     try:
-        return importlib.import_module(f".{command}", __package__).main(arguments) or 0
+        if command not in OF_SEVERAL and not {"-h", "--help"} & set(arguments):
+            _refuse_several(command)
+        status = importlib.import_module(f".{command}", __package__).main(arguments) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"doratune {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        if type(error).__name__ != "SaidByFirst":
+            _say(command, str(error))
+        return 2
+    except BrokenPipeError:  # the reader of standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, RuntimeError) as error:
+        from ..support.durable import write_problem
+
+        reason = write_problem(error) or (error.strerror if isinstance(error, OSError) else None)
+        if reason is None:
+            raise
+        where = getattr(error, "filename", None)
+        _say(command, f"{where}: {reason}" if where else reason)
         return 2
     except KeyboardInterrupt:
         print(f"doratune {command}: interrupted", file=sys.stderr)
@@ -63,6 +86,21 @@ def _run(command: str, arguments: list[str]) -> int:
             raise
         print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots,report]'", file=sys.stderr)
         return 2
+
+
+def _refuse_several(command: str) -> None:
+    if any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
+        from ..support.processes import refuse_several
+
+        refuse_several(f"doratune {command}")
+
+
+def _say(command: str, text: str) -> None:
+    """One line on standard error, of the first process, or of another where it alone has something to say."""
+    from ..support.processes import is_first, rank
+
+    name = f"doratune {command}" if is_first() else f"doratune {command} (process {rank()})"
+    print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def entry() -> None:

@@ -14,7 +14,7 @@ EXAMPLE = "doratune merge --model smollm2-135m-instruct --adapter runs/demo/adap
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """Merge an adapter into its base model: an ordinary transformers folder, no adapter code needed to run it.
+    """Merge an adapter into its base model: an ordinary folder of transformers or diffusers, no adapter code needed to run it.
 
     Args:
         model: base model: hub id, local folder, or smollm2-135m-instruct; default: the one that the adapter records
@@ -24,7 +24,7 @@ class MergeSettings:
         into: for adapters trained on a quantized base: dequantized (16 bit, what was trained; the default), original (the base
             before quantization), or same (quantized again)
         check: compare logits of base + adapter and of the result (loads both models, one after the other)
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str | None = None
@@ -41,24 +41,28 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..checkpoint.adapter import base_model_of
     from ..checkpoint.logits import agreement
-    from ..checkpoint.merge import base_folder, merge_checkpoint
+    from ..checkpoint.merge import base_folder, merge_checkpoint, stored_dtype
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
-    from ..support.files import read_json
+    from ..support.outputs import refuse_inputs, run_of
 
     for name in ("adapter", "output"):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} FOLDER")
     base = settings.model or base_model_of(settings.adapter)
+    refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(settings.adapter))
     if settings.into or recorded_quantization(settings.adapter):
         return _merge_quantized(base, settings, as_json)
     output = merge_checkpoint(base, settings.adapter, settings.output, settings.dtype, settings.overwrite)
     say(f"merged model written to {output}")
     result = {"output": str(output)}
     if settings.check:
-        config = read_json(base_folder(base) / "config.json", "a model folder needs it")
-        dtype = settings.dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-        compared = agreement(base, settings.adapter, output, dtype)
+        compared = agreement(base, settings.adapter, output, settings.dtype or stored_dtype(base_folder(base)))
+        if compared is None:
+            say("not compared: no input could be made from the model's config; run base + adapter and the result on one of yours")
+            if as_json:
+                print_json(result | {"ok": None})
+            return 0
         say(str(compared))
         result |= {**compared.__dict__, "ok": compared.ok}
         if not compared.ok:

@@ -20,7 +20,7 @@ class ReportSettings:
         title: of the page; default: the names of the runs
         analysis: ΔM and ΔD: auto measures them (loads the base model), none leaves them out, else a folder of doratune analyze
         modules: last names of the weights that are measured (the paper takes query and value); none: all
-        overwrite: replace a page that exists
+        overwrite: replace a page that doratune report wrote
     """
 
     runs: list[str] = field(default_factory=list)

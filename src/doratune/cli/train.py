@@ -16,17 +16,19 @@ def main(argv: list[str]) -> int:
     recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
     recipe.check()
     keep_freed_memory()
-    import yaml
-
     from ..evaluation.evaluate import after_training
+    from ..support.processes import is_first
+    from ..support.yaml_text import to_yaml
     from ..training.train import Interrupted, dataclasses, train
 
-    say(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+    if is_first():
+        say(to_yaml(dataclasses.asdict(recipe)))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
-        print(f"doratune train: {stop}", file=sys.stderr)
+        if is_first():
+            print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
-    if as_json:
+    if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0

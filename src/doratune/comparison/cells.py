@@ -13,9 +13,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ..errors import UserError
+from ..support.yaml_text import to_yaml
 from ..training.recipe import TrainRecipe
 from .recipe import RANKLESS, CompareRecipe
 
@@ -74,7 +73,7 @@ def command(cell: Cell, grid: CompareRecipe, shared: TrainRecipe, *extra: str) -
 def _word(value) -> str:
     """A setting's value as doratune train reads it back: text and numbers as they are, the rest as YAML on one line."""
     if isinstance(value, list | dict | bool) or value is None:
-        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=2**31).removesuffix("...\n").strip()
+        return to_yaml(value, flow=True)
     return str(value)
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ..errors import UserError, listed
 from ..evaluation.protocols import protocols_of
 from ..support.files import read_json
+from ..support.text import lines, read_text
+from ..support.yaml_text import as_read_back, read_yaml
 from ..training.recipe import TrainRecipe
 from .cells import Cell, folder_of, recipe_of
 from .recipe import CompareRecipe
@@ -80,7 +81,7 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
     if not protocols >= set(protocols_of(shared.tasks_protocol)):
         raise UserError(f"{scores / 'results.json'} holds no whole results; delete the cell's metrics.json, and it runs again")
     for task, protocol, total in named:
-        verdicts, items[f"{task} ({protocol})"] = _verdicts(scores / f"{task}.{protocol}.jsonl", total)
+        verdicts, items[f"{task} ({protocol})"] = read_verdicts(scores / f"{task}.{protocol}.jsonl", total)
         right.setdefault(protocol, {})[task] = verdicts
     accuracy = {protocol: float(np.mean([v.mean() for v in tasks.values()])) for protocol, tasks in right.items()}
     return Result(cell, metrics, accuracy, right, items)
@@ -90,33 +91,32 @@ def _finite(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
+def read_verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
     """(1 where right, digest of the questions and their answers)."""
     try:
-        lines, digest = [], hashlib.sha256()
-        for line in path.read_text(encoding="utf-8").splitlines():
+        verdicts, digest = [], hashlib.sha256()
+        for line in lines(read_text(path)):
             item = json.loads(line)
-            lines.append({True: 1.0, False: 0.0}[item["correct"]])
+            verdicts.append({True: 1.0, False: 0.0}[item["correct"]])
             digest.update(json.dumps([item["prompt"], item["gold"]]).encode())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"
         ) from None
-    if len(lines) != count:
-        raise UserError(f"{path} holds {len(lines)} items, its results {count}; delete the cell's folder, and it runs again")
-    return np.asarray(lines, dtype=np.float64), digest.hexdigest()
+    if len(verdicts) != count:
+        raise UserError(f"{path} holds {len(verdicts)} items, its results {count}; delete the cell's folder, and it runs again")
+    return np.asarray(verdicts, dtype=np.float64), digest.hexdigest()
 
 
 def same_recipe(path: Path, wanted: TrainRecipe) -> None:
     """A finished run counts only for the recipe that made it; settings that a newer version added count as their defaults."""
     try:
-        had = yaml.safe_load(path.read_text(encoding="utf-8"))
-        had = dataclasses.asdict(TrainRecipe()) | dict(had)
-    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        had = dataclasses.asdict(TrainRecipe()) | dict(read_yaml(path))
+    except (TypeError, ValueError) as error:  # UserError is one
         raise UserError(
             f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"
         ) from None
-    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(wanted)))
+    now = as_read_back(dataclasses.asdict(wanted))
     differing = [f"{name} {had[name]!r} there, {now[name]!r} here" for name in now if name not in PLACES and had[name] != now[name]]
     if differing:
         raise UserError(f"{path.parent} was run with another recipe ({listed(differing, 3)}); give another output, or delete it")

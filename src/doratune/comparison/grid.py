@@ -14,15 +14,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from ..analysis.summary import analyze
 from ..baselines.config import METHODS as BASELINES
 from ..errors import UserError, listed
 from ..support.files import read_json, replacing, write_json
+from ..support.folders import refuse_no_folder
 from ..support.models import load_model
+from ..support.outputs import refuse_inputs
+from ..support.text import read_text
+from ..support.yaml_text import as_read_back, read_yaml, to_yaml
+from ..training.checkpoints import last_checkpoint
 from ..training.recipe import TrainRecipe
-from ..training.train import last_checkpoint, write_recipe
+from ..training.train import write_recipe
 from .cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
 from .collect import Result, collect, finished, same_recipe
 from .launch import Job, only_one, run_local, run_on_ray
@@ -43,6 +46,9 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
     shared = grid.check()
     refuse_mixed(grid, shared)
     output = Path(grid.output)
+    inputs = {"the model": shared.model, "the data": shared.data, "the evaluation data": shared.eval_data, "a task": shared.tasks}
+    refuse_inputs(output, inputs | {"the recipe": grid.recipe})
+    refuse_no_folder(output)
     if grid.dry_run:
         return plan(grid, shared, say)
     with only_one(output):
@@ -229,13 +235,15 @@ def _first_lrs(grid: CompareRecipe, shared: TrainRecipe) -> dict[str, float]:
 def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
     """Write the grid and its training recipe, or refuse to go on in the folder of another one."""
     output = Path(grid.output)
-    path, own = output / "grid.yaml", yaml.safe_load(yaml.safe_dump(dataclasses.asdict(grid)))
+    path, own = output / "grid.yaml", as_read_back(dataclasses.asdict(grid))
     if path.is_file():
         try:
-            before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError, ValueError, UnicodeDecodeError):
+            before = dict(read_yaml(path))
+        except (TypeError, ValueError):  # UserError is one
             raise UserError(f"{path} is corrupt; give another output, or delete it") from None
         changed = [f"{k} {before[k]!r} -> {own[k]!r}" for k in ("settings", "recipe") if k in before and before[k] != own[k]]
+        if path.read_text(encoding="utf-8") != to_yaml(before):
+            raise UserError(f"{path} was not written by doratune compare; give another output, or move it away")
         if changed and list((output / "cells").glob("*/metrics.json")):
             raise UserError(f"{output} holds another grid ({listed(changed, 2)}); give another output, or the grid that it was")
         if changed:
@@ -243,7 +251,7 @@ def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:
     elif output.is_dir() and any(p.name != ".lock" for p in output.iterdir()):
         raise UserError(f"{output} exists and holds no grid; give another output")
     with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(to_yaml(own), encoding="utf-8")
     write_recipe(output / "recipe.yaml", shared)
 
 
@@ -255,7 +263,7 @@ def _forget_optimizer(folder: Path) -> None:
 
 def _last_line(log: Path) -> str:
     try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        printed = [line for line in read_text(log, errors="replace").splitlines() if line.strip()]
     except OSError:
-        lines = []
-    return lines[-1][:300] if lines else "it printed nothing"
+        printed = []
+    return printed[-1][:300] if printed else "it printed nothing"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from ..errors import UserError, listed, near_misses
 from ..evaluation.protocols import protocols_of
+from ..support.values import Range, check_value, check_values, number
+from ..support.yaml_text import read_yaml
 from ..training.recipe import TrainRecipe, methods
 
 PRESETS: dict[str, dict] = {
@@ -80,20 +80,20 @@ class CompareRecipe:
     expected: str = ""
     methods: list[str] = field(default_factory=lambda: ["full", "lora", "dora"])
     variants: dict = field(default_factory=dict)
-    ranks: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    ranks: list[int] = number([], above=0)
+    sizes: list[int] = number([], above=0)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    lrs: list[float] = field(default_factory=list)
+    lrs: list[float] = number([], above=0)
     method_lrs: dict = field(default_factory=dict)
-    tune_seeds: int = 1
+    tune_seeds: int = number(1, least=1)
     score: Literal["likelihood", "generate", "paper", "eval_loss"] = "likelihood"
-    confidence: float = 0.95
-    resamples: int = 10_000
+    confidence: float = number(0.95, above=0, below=1)
+    resamples: int = number(10_000, least=100)
     analyze: list[str] = field(default_factory=list)
     launcher: Literal["local", "ray"] = "local"
     address: str | None = None
-    cell_cpus: float = 1.0
-    cell_gpus: float = 0.0
+    cell_cpus: float = number(1.0, least=0)
+    cell_gpus: float = number(0.0, least=0)
     dry_run: bool = False
     output: str = "runs/compare"
 
@@ -103,6 +103,7 @@ class CompareRecipe:
         Raises:
             UserError: a value outside its range, a recipe that is not usable, an unfair sweep.
         """
+        check_values(self)
         if not self.recipe and not self.settings:
             raise UserError("neither recipe nor settings are set; give a grid, such as recipes/compare_demo.yaml")
         for name in ("methods", "seeds"):
@@ -112,15 +113,8 @@ class CompareRecipe:
             values = getattr(self, name)
             if twice := [v for v in dict.fromkeys(values) if values.count(v) > 1]:
                 raise UserError(f"{name} holds {listed(map(str, twice))} twice; name each once")
-        for name in ("ranks", "sizes", "lrs"):
-            if wrong := [v for v in getattr(self, name) if not v > 0]:
-                raise UserError(f"{name} holds {wrong[0]}; expected positive numbers")
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence is {self.confidence}; expected a number between 0 and 1, such as 0.95")
-        for name, least, most in (("resamples", 100, None), ("tune_seeds", 1, len(self.seeds))):
-            if getattr(self, name) < least or (most is not None and getattr(self, name) > most):
-                expected = f"at least {least}" if most is None else f"{least} to {most} (the number of seeds)"
-                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+        if self.tune_seeds > len(self.seeds):
+            raise UserError(f"tune_seeds is {self.tune_seeds}; expected 1 to {len(self.seeds)} (the number of seeds)")
         shared = self.shared()
         for method in self.methods:
             self.settings_of(method)
@@ -138,12 +132,7 @@ class CompareRecipe:
             if name not in fields:
                 raise UserError(f"unknown setting {name!r} of doratune train{near_misses(name, fields)}")
         shared = TrainRecipe(**_numbers(values))
-        try:
-            shared.check()
-        except TypeError as error:  # a value of another type
-            raise UserError(f"settings: {error}; see doratune train --help") from None
-        if not isinstance(shared.tasks, list):
-            raise UserError(f"settings: tasks is {shared.tasks!r}; expected a list")
+        shared.check()
         if self.score != "eval_loss" and not shared.tasks:
             raise UserError(f"score is {self.score}, but no tasks are scored; set settings: {{tasks: […]}}, or score: eval_loss")
         if self.score != "eval_loss" and self.score not in protocols_of(shared.tasks_protocol):
@@ -173,9 +162,7 @@ class CompareRecipe:
                 raise UserError(f"variants: {method}: {name!r} is no setting of a method{near_misses(name, fields)}")
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", method):
             raise UserError(f"variants: {method!r} names folders; give it letters, digits, _, -, + and . alone")
-        factor = settings.get("rank_factor", 1)
-        if not isinstance(factor, int | float) or not factor > 0:
-            raise UserError(f"variants: {method}: rank_factor is {factor!r}; expected a positive number")
+        check_value(f"variants: {method}: rank_factor", settings.get("rank_factor", 1), float, Range(above=0))
         return _numbers(settings)
 
     def lrs_of(self, method: str, shared: TrainRecipe) -> list[float]:
@@ -210,9 +197,9 @@ def _read(path: str) -> dict:
     if not path:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe is {path}: not a readable YAML file ({type(error).__name__})") from None
+        values = read_yaml(Path(path))
+    except UserError as error:
+        raise UserError(f"recipe is {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe is {path}, which holds no settings; give a recipe of doratune train")
     return values

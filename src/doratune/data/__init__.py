@@ -7,6 +7,7 @@ published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
 encode.py              answer and prompt, the length limit, batches
+limits.py              tokens and lengths against what a model has
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import re
 from pathlib import Path
 
 from ..errors import UserError, listed
+from ..support.values import check_choice
 from . import chat, facts, instruction, published, published_prompts
-from .files import read_examples
+from .files import Item, read_examples
 
 FORMATS = {"instruction": instruction, "chat": chat}
 DEMO = "demo"
@@ -36,35 +38,40 @@ def encoder(kind, prompt: str = "plain"):
     return published_prompts.encode
 
 
-def load_items(data: str | list[str], mirror: str | None = None, data_format: str = "auto"):
+def load_items(data: str | list[str], mirror: str | None = None, data_format: str = "auto", unusable: list[str] | None = None):
     """(items, format module) of one or several sources, in order; every item checked.
 
     A source is a local .json/.jsonl file, a published name, `demo` (the demonstration's training half) or a hub id;
     `source[:N]` takes its first N items.
+
+    Args:
+        unusable: takes a line for each item without what its format needs, and the item is skipped; None: the first stops.
 
     Raises:
         UserError: nothing of that name, a malformed file, an item without what its format needs, formats that differ.
     """
     items, kinds = [], set()
     for source in [data] if isinstance(data, str) else data:
-        part, kind = _load_one(source, mirror, data_format)
+        part, kind = _load_one(source, mirror, data_format, unusable)
         items += part
         kinds.add(kind)
     if len(kinds) > 1:
         raise UserError(f"data mixes {' and '.join(sorted(kinds))} items; convert them to one format")
+    if not items:
+        raise UserError(f"{data} holds no item that can be used; the first: {unusable[0]}")
     return items, FORMATS[kinds.pop()]
 
 
-def _load_one(source: str, mirror: str | None, data_format: str) -> tuple[list[dict], str]:
+def _load_one(source: str, mirror: str | None, data_format: str, unusable: list[str] | None) -> tuple[list[Item], str]:
     name, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
     path = Path(name)
     if name == DEMO:
         items = facts.items("train")
     elif name in published.ALL:
         path = published.fetch(name, **({"base_url": mirror} if mirror else {}))
-        items = read_examples(path)
+        items = read_examples(path, unusable)
     elif path.suffix in (".json", ".jsonl") or path.exists():
-        items = read_examples(path)
+        items = read_examples(path, unusable)
     elif name.count("/") == 1:
         items = _from_hub(name)
     else:
@@ -73,17 +80,27 @@ def _load_one(source: str, mirror: str | None, data_format: str) -> tuple[list[d
     items = items[:first]
     if not items:
         raise UserError(f"{source} selects no item")
+    check_choice("data_format", data_format, ("auto", *FORMATS))
     kind = ("chat" if "messages" in items[0] else "instruction") if data_format == "auto" else data_format
-    if kind not in FORMATS:
-        raise UserError(f"data_format is {kind!r}; expected auto, {' or '.join(FORMATS)}")
+    usable = []
     for number, item in enumerate(items, 1):
-        FORMATS[kind].check(item, f"{path}: item {number}")
-    return items, kind
+        whole = item if isinstance(item, Item) else Item(item, f"{path}: item {number}")
+        try:
+            FORMATS[kind].check(whole, whole.where)
+            usable.append(whole)
+        except UserError as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
+    return usable, kind
 
 
 def _from_hub(name: str) -> list[dict]:
     from datasets import load_dataset
 
+    from ..support.hub import hub_settings
+
+    hub_settings(name, "dataset")
     try:
         return load_dataset(name, split="train").to_list()
     except Exception as error:  # the hub client raises a dozen unrelated types

@@ -1,6 +1,7 @@
 """From examples to batches: what is answer and what is prompt, what happens to an example that is too long, padding.
 
-Batches are padded on the left, so that all answers end in the last column and the output head needs to run on the last
+A token is answer if it holds any character of an answer: also one that merges the prompt's last character with the answer's
+first. Batches are padded on the left, so that all answers end in the last column and the output head needs to run on the last
 few positions only (`logits_to_keep`): with a vocabulary of 49,152 that is a fifth of a small model's training step.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,19 +26,71 @@ class Encoded(NamedTuple):
     answer: list[bool]
     last_answer: int
 
+    @classmethod
+    def of_mask(cls, ids: list[int], answer: list[bool]) -> Encoded:
+        """The last answer is the last unbroken run of answer tokens.
+
+        Raises:
+            UserError: no token is answer.
+        """
+        starts = [i for i, a in enumerate(answer) if a and (i == 0 or not answer[i - 1])]
+        if not starts:
+            raise UserError("no token of it is answer, so there is nothing to learn")
+        return cls(list(ids), answer, starts[-1])
+
 
 @dataclass
-class LengthReport:
-    """What the length limit did to a data set."""
+class DataReport:
+    """What the length limit did to a data set, and which of its items could not be used."""
 
     examples: int = 0
     cut: int = 0
     skipped: int = 0
+    unusable: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        if not self.cut and not self.skipped:
-            return f"{self.examples} examples, none too long"
-        return f"{self.examples} examples: {self.cut} cut on the prompt's left, {self.skipped} skipped as too long"
+        text = f"{self.examples} examples"
+        text += f": {self.cut} cut on the prompt's left, {self.skipped} skipped as too long" if self.cut or self.skipped else ""
+        text += "" if self.cut or self.skipped else ", none too long"
+        if self.unusable:
+            text += f"; {len(self.unusable)} unusable items skipped (the first: {self.unusable[0]})"
+        return text
+
+    def counts(self) -> dict[str, int]:
+        return {"examples": self.examples, "cut": self.cut, "too_long": self.skipped, "unusable": len(self.unusable)}
+
+
+def encoded(tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+    """The tokens of a text, answer where they hold a character of a span; spans in order, (first, behind the last).
+
+    A tokenizer without offsets (a slow one) is asked for the tokens of the text up to each border: what they share with the
+    tokens of the whole text lies before the border, the next token holds it.
+    """
+    if not tokenizer.is_fast:
+        return _encoded_by_prefix(tokenizer, text, spans)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    answer, first, behind = [], [], 0
+    for start, end in whole["offset_mapping"]:
+        start = behind if start == end else start  # white space that a tokenizer trims off its offsets
+        behind = max(behind, end)
+        answer.append(any(start < last and end > begin for begin, last in spans))
+        first.append(end > spans[-1][0])
+    return Encoded(list(whole["input_ids"]), answer, first.index(True) if True in first else len(answer))
+
+
+def _encoded_by_prefix(tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def border(position: int, after: bool) -> int:
+        part = tokenizer(text[:position], add_special_tokens=False)["input_ids"]
+        same = next((i for i, (a, b) in enumerate(zip(part, ids)) if a != b), min(len(part), len(ids)))
+        return min(len(ids), same + (after and same < len(part)))
+
+    answer, start = [False] * len(ids), 0
+    for begin, last in spans:
+        start, end = border(begin, False), border(last, True)
+        answer[start:end] = [True] * (end - start)
+    return Encoded(ids, answer, start)
 
 
 def fit(example: Encoded, max_length: int, too_long: str, bos: int | None) -> Encoded | None:
@@ -56,15 +109,33 @@ def fit(example: Encoded, max_length: int, too_long: str, bos: int | None) -> En
     return Encoded(ids, answer, example.last_answer - excess)
 
 
-def encode_all(items: Sequence, encode, tokenizer, max_length: int, too_long: str = "cut", on_prompt: bool = False):
-    """([{input_ids, labels, length}], LengthReport) for a list of checked items.
+def encode_all(
+    items: Sequence,
+    encode,
+    tokenizer,
+    max_length: int,
+    too_long: str = "cut",
+    on_prompt: bool = False,
+    unusable: list[str] | None = None,
+):
+    """([{input_ids, labels, length}], DataReport) for a list of checked items.
+
+    Args:
+        unusable: takes a line for each item whose template or tokenizer fails, and the item is skipped; None: the first stops.
 
     Raises:
-        UserError: no example fits.
+        UserError: no example fits, or an item that cannot be tokenized or masked.
     """
-    report, rows = LengthReport(len(items)), []
-    for item in items:
-        whole = encode(item, tokenizer)
+    report, rows = DataReport(len(items)), []
+    report.unusable = [] if unusable is None else unusable
+    for number, item in enumerate(items, 1):
+        try:
+            whole = _encode_one(item, encode, tokenizer, number)
+        except UserError as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
+            continue
         example = fit(whole, max_length, too_long, tokenizer.bos_token_id)
         if example is None:
             report.skipped += 1
@@ -72,9 +143,28 @@ def encode_all(items: Sequence, encode, tokenizer, max_length: int, too_long: st
         report.cut += len(example.ids) < len(whole.ids)
         labels = [i if a or on_prompt else IGNORED for i, a in zip(example.ids, example.answer)]
         rows.append({"input_ids": example.ids, "labels": labels, "length": len(labels)})
-    if not rows:
+    report.examples -= len(items) - len(rows) - report.skipped
+    if not rows and report.skipped:
         raise UserError(f"all {len(items)} examples are longer than max_length {max_length}; raise max_length")
+    if not rows:
+        raise UserError(f"none of {len(items)} items can be used; the first: {report.unusable[0]}")
     return rows, report
+
+
+def _encode_one(item, encode, tokenizer, number: int) -> Encoded:
+    where = getattr(item, "where", f"item {number}")
+    try:
+        example = encode(item, tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # a template or a tokenizer is a program of others: jinja2's, Rust's and Python's own types
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise UserError(
+            f"{where} cannot be put into tokens ({type(error).__name__}: {reason[:200]}); mend or remove it, or set bad_items: skip"
+        ) from None
+    if not any(example.answer[1:]):
+        raise UserError(f"{where}: no token of it is answer, so there is nothing to learn; remove it, or set bad_items: skip")
+    return example
 
 
 class AnswerCollator:

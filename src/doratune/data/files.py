@@ -6,10 +6,22 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
+from ..support.text import lines, read_text
 
 
-def read_examples(path: Path) -> list[dict]:
-    """A list of JSON objects from a .json (one list) or .jsonl (one object a line) file.
+class Item(dict):
+    """One example as its file has it, with where it stands there, for messages."""
+
+    def __init__(self, values: dict, where: str):
+        super().__init__(values)
+        self.where = where
+
+
+def read_examples(path: Path, unusable: list[str] | None = None) -> list[Item]:
+    """A list of JSON objects from a .json (one list) or .jsonl (one object a line, lines end in a line feed) file.
+
+    Args:
+        unusable: takes a line for each item that is no object, and the item is skipped; None: the first stops.
 
     Raises:
         UserError: missing, empty or malformed file, with file and line.
@@ -17,18 +29,26 @@ def read_examples(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path}: no such data file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 JSON") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that you may read") from None
     if not text.strip():
         raise UserError(f"{path} is empty; expected a JSON list or one JSON object a line")
     examples = _lines(path, text) if path.suffix == ".jsonl" or not text.lstrip().startswith("[") else _whole(path, text)
     if not examples:
         raise UserError(f"{path} holds no examples")
+    items = []
     for number, example in enumerate(examples, 1):
-        if not isinstance(example, dict):
-            raise UserError(f"{path}: item {number} is a {type(example).__name__}, expected a JSON object")
-    return examples
+        if isinstance(example, dict):
+            items.append(Item(example, f"{path}: item {number}"))
+            continue
+        problem = f"{path}: item {number} is a {type(example).__name__}, expected a JSON object"
+        if unusable is None:
+            raise UserError(problem)
+        unusable.append(problem)
+    return items
 
 
 def _whole(path: Path, text: str) -> list:
@@ -36,15 +56,19 @@ def _whole(path: Path, text: str) -> list:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: malformed JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise UserError(f"{path}: JSON that cannot be read ({str(error)[:100]})") from None
 
 
 def _lines(path: Path, text: str) -> list:
     examples = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         if not line.strip():
             continue
         try:
             examples.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: malformed JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: JSON that cannot be read ({str(error)[:100]})") from None
     return examples

@@ -26,10 +26,12 @@ def prompt_of(item: Mapping) -> str:
 
 
 def check(item: Mapping, where: str) -> None:
-    """Raise for an item without a text `instruction` or `output`."""
+    """Raise for an item without a text `instruction` or `output`, or whose `input` is no text."""
     for key in ("instruction", "output"):
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise UserError(f"{where} has no text under {key!r}; every item needs instruction and output")
+    if not isinstance(item.get("input") or "", str):
+        raise UserError(f"{where} has a {type(item['input']).__name__} under 'input'; expected text or nothing")
 
 
 def encode(item: Mapping, tokenizer) -> Encoded:

@@ -20,11 +20,13 @@ from ..adapter.attach import detach
 from ..checkpoint.logits import agreement
 from ..checkpoint.merge import merge_checkpoint
 from ..data import facts
-from ..errors import UserError
 from ..evaluation.evaluate import evaluate, show
 from ..evaluation.tasks import load_task
-from ..support.files import refuse_existing, replacing, write_json
+from ..support.files import replacing, write_json
 from ..support.models import WHEEL_MODEL, load_model, load_tokenizer
+from ..support.outputs import refuse_inputs
+from ..support.values import check_values, number
+from ..training.folder import WRITTEN, RunFolder
 from ..training.recipe import TrainRecipe
 from ..training.train import train, write_recipe
 
@@ -39,14 +41,14 @@ class DemoSettings:
         recipe: settings of the training; none takes the ones that ship with the package (recipes/demo.yaml)
         items: use only the first so many test items
         max_steps: stop training early (for a quick look); -1 for never
-        overwrite: replace an output folder that exists
+        overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
 
     model: str = WHEEL_MODEL
     output: str = "runs/demo"
     recipe: str | None = None
-    items: int | None = None
-    max_steps: int = -1
+    items: int | None = number(None, least=1)
+    max_steps: int = number(-1, least=1, also={-1: "for no limit"})
     overwrite: bool = False
 
 
@@ -68,17 +70,18 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     Raises:
         UserError: a setting, the model or the output folder is not usable.
     """
+    check_values(settings)
     output, watch = Path(settings.output), Stopwatch()
-    refuse_existing(output, settings.overwrite)
-    if settings.items is not None and settings.items < 1:
-        raise UserError(f"items is {settings.items}; expected at least 1")
-    tokenizer = load_tokenizer(settings.model)
+    run = RunFolder(output, (*WRITTEN, "data", "merged", "loss.png", "report.md"))
+    refuse_inputs(output, {"the model": settings.model, "the recipe": settings.recipe})
+    run.check(settings.overwrite)
+    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, recipe.dtype)
+    run.begin()
     for half in ("train", "test"):
         write_json(output / "data" / f"{half}.json", facts.items(half))
     recipe.model, recipe.data, recipe.output = settings.model, str(output / "data" / "train.json"), str(output)
     recipe.max_steps, recipe.overwrite = settings.max_steps, True
     tasks = [("demo", load_task(str(output / "data" / "test.json"), limit=settings.items)[1])]
-    model = load_model(settings.model, recipe.dtype)
     watch.lap("load")
 
     say(f"\n1/4 scoring {settings.model} on {len(tasks[0][1])} test items")
@@ -86,7 +89,7 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     say(show(before))
     watch.lap("score before")
     say(f"\n2/4 training DoRA, rank {recipe.rank}")
-    training = train(recipe, say, model, tokenizer)
+    training = train(recipe, say, model, tokenizer, folder=run)
     watch.lap("train")
     say("\n3/4 scoring again")
     after = evaluate(model, tokenizer, tasks, batch_size=40, output=output / "scores" / "after", progress=progress)
@@ -110,6 +113,7 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     write_recipe(output / "recipe.yaml", recipe)
     with replacing(output / "report.md") as temporary:
         temporary.write_text(report(metrics, before, after, compared), encoding="utf-8")
+    run.finish()
     say(f"\nreport: {output / 'report.md'}")
     return metrics
 

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..data.instruction import prompt_of
+from ..data.limits import check_tokens
 from ..errors import UserError, near_misses
 from ..support.environment import peak_bytes
-from ..support.files import replacing, write_json
+from ..support.files import write_json
+from ..support.folders import whole_folder
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
-from .likelihood import likelihood
+from .likelihood import continuation_tokens, likelihood
 from .paper import check_fixed, paper
 from .protocols import BOTH, PROTOCOLS, protocols_of
 from .summary import add_published, overall, summarize, table
@@ -41,7 +44,7 @@ def evaluate(
     Args:
         tasks: (name, items) pairs, see `tasks.load_task`.
         beams, max_new_tokens: of protocol `generate`, 1 and 32 by default; `paper` has its own.
-        output: folder for the item files and results.json; None writes nothing.
+        output: folder for the item files and results.json, whole or as it was; None writes nothing.
         facts: (base model, method, rank), to find the published figure.
         progress: (label, number of items) → (advance, close).
 
@@ -53,6 +56,20 @@ def evaluate(
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
     if "paper" in protocols:
         check_fixed(beams=beams, max_new_tokens=max_new_tokens)
+    prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
+    answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
+    check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
+    if output is not None:
+        with whole_folder(output, key="results.json") as folder:
+            summary = _score(model, tokenizer, tasks, protocols, (batch_size, beams, max_new_tokens), folder, facts, progress)
+            write_json(folder / "results.json", summary)
+        return summary
+    return _score(model, tokenizer, tasks, protocols, (batch_size, beams, max_new_tokens), None, facts, progress)
+
+
+def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts, progress) -> dict:
+    """What `evaluate` returns; the item files go into `output`."""
+    batch_size, beams, max_new_tokens = sizes
     was_training = model.training
     model.eval()
     results = []
@@ -74,10 +91,7 @@ def evaluate(
                 _write_items(output / f"{name}.{protocol}.jsonl", records)
     model.train(was_training)
     averages = [a for p in protocols if (a := overall([r for r in results if r["protocol"] == p]))]
-    summary = {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
-    if output is not None:
-        write_json(output / "results.json", summary)
-    return summary
+    return {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
 
 
 def show(summary: dict) -> str:
@@ -121,7 +135,6 @@ def after_training(recipe: TrainRecipe, say, progress):
 
 
 def _write_items(path: Path, records: Sequence[dict]) -> None:
-    with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

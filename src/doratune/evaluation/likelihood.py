@@ -13,7 +13,7 @@ import torch
 
 from ..data.instruction import prompt_of
 from .generate import left_pad
-from .tasks import choices
+from .tasks import ANSWERS, choices
 
 CONTINUATION = "the correct answer is {}"
 
@@ -39,6 +39,12 @@ def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: C
                 scored[index, tuple(a)] = logp[torch.arange(len(a)), torch.tensor(a, device=logp.device)].sum().cpu()
         done(len(batch) / max(1, len(work)) * len(items))
     return [_record(item, plans[i][0], [scored[i, tuple(a)].item() for a in plans[i][0]]) for i, item in enumerate(items)]
+
+
+def continuation_tokens(tokenizer) -> int:
+    """Tokens of the longest continuation that any task asks for."""
+    texts = {CONTINUATION.format(answer) for answers in ANSWERS.values() for answer in answers}
+    return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
 def _last_logits(model, tokenizer, batch) -> torch.Tensor:

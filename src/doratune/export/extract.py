@@ -20,10 +20,11 @@ from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.layouts import named_layers
-from ..support.files import new_folder, read_json, refuse_existing, write_json
+from ..support.files import read_json, write_json
+from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_model
 from ..support.tables import aligned
-from .fit import Fit, fit
+from .fit import LowRankFit, fit
 from .weights import Weights
 
 
@@ -80,7 +81,7 @@ def extract(
     elsewhere = dict(_changed(model, theirs, keys))
     targets = tuple(targets) if isinstance(targets, list) else targets
     attach(model, _config(model, AdapterConfig(rank=rank, alpha=rank, targets=targets, also_train=tuple(also_train))))
-    fits: dict[str, Fit] = {}
+    fits: dict[str, LowRankFit] = {}
     for name, layer in adapters(model):
         fits[name] = _fitted(name, layer, theirs, keys, rank)
         done(1)
@@ -148,8 +149,8 @@ def _changed(model: nn.Module, theirs: Weights, keys: dict[str, str]) -> Iterato
 
 
 @torch.no_grad()
-def _fitted(name: str, layer: nn.Module, theirs: Weights, keys: dict[str, str], rank: int) -> Fit:
-    """Fit one layer and put the result into its parameters."""
+def _fitted(name: str, layer: nn.Module, theirs: Weights, keys: dict[str, str], rank: int) -> LowRankFit:
+    """LowRankFit one layer and put the result into its parameters."""
     kind = kind_of(layer)
     if kind.stacked:
         raise UserError(f"{name} is a batch of expert matrices, which extraction does not fit; leave it out of --targets")

@@ -28,7 +28,7 @@ ENOUGH = 1e-4
 
 
 @dataclass(frozen=True)
-class Fit:
+class LowRankFit:
     """A (R, I), B (O, R), m (O,) with scaling 1; errors are Frobenius norms: what is missing, and the plain way's."""
 
     A: Tensor
@@ -50,7 +50,7 @@ class Fit:
 
 
 @torch.no_grad()
-def fit(W: Tensor, tuned: Tensor, rank: int) -> Fit:
+def fit(W: Tensor, tuned: Tensor, rank: int) -> LowRankFit:
     """The fit of `tuned` (O, I) on W (O, I), both in fp32.
 
     Rows of W without direction are plain LoRA rows (gain 1), as everywhere: their row of B·A is fitted to W' − W itself."""
@@ -62,7 +62,7 @@ def fit(W: Tensor, tuned: Tensor, rank: int) -> Fit:
     ends.append(alternate(W, tuned, low_rank(tuned - d[:, None] * W, rank), d, free))
     missing = [(tuned - composed(W, *factors, m, free)).double().norm().item() for factors in ends]
     A, B = balanced(*ends[missing.index(min(missing))])
-    return Fit(A, B, m, min(missing), missing[0], (tuned - W).double().norm().item(), tuned.double().norm().item())
+    return LowRankFit(A, B, m, min(missing), missing[0], (tuned - W).double().norm().item(), tuned.double().norm().item())
 
 
 def composed(W: Tensor, A: Tensor, B: Tensor, m: Tensor, free: Tensor) -> Tensor:

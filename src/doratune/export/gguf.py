@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import check_choice
 from ..errors import UserError
-from ..support.files import new_folder, refuse_existing
+from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_tokenizer, readable_errors
 from .families import Family, as_stored, describe, extra_tensors, family_of
 from .ollama import modelfile
@@ -61,7 +61,7 @@ def export_gguf(
     refuse_existing(output, overwrite)
     weights = Weights(base, adapter)
     with readable_errors(base):
-        config = AutoConfig.from_pretrained(weights.folder)
+        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     family = family_of(config, base)
     tokenizer = load_tokenizer(base)
     names = tensor_names(weights, config, family)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
-from ..support.files import new_folder, write_json, write_tensors
+from ..support.files import write_json, write_tensors
+from ..support.folders import new_folder
 from .layers import AdaptedMatrix, adapted_layers
 from .weights import Weights
 

@@ -21,7 +21,8 @@ from .. import __version__
 from ..checkpoint import peft
 from ..config import AdapterConfig
 from ..errors import UserError
-from ..support.files import new_folder, refuse_existing, write_json, write_tensors
+from ..support.files import write_json, write_tensors
+from ..support.folders import new_folder, refuse_existing
 from ..support.tables import aligned
 from .layers import AdaptedMatrix, adapted_layers
 from .output_scale import refuse_whole

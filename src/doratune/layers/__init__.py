@@ -11,6 +11,7 @@
     experts.py     batched expert weights of mixture-of-experts models
     parts.py       an expert as a layer of its own
     layouts.py     names of layers that are no module of their own
+    wrappers.py    what torch.compile and the like put around modules, and the names without it
     adapted.py     an adapted layer: a subclass made on demand
     weight.py      an adapted weight, and how a call of it runs
     frozen.py      its frozen weight W, as the maths asks for it

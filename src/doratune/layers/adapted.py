@@ -130,7 +130,8 @@ def keep_precision(module: nn.Module, apply):
     if w_before is not None and base.dtype(module) != dtype and base.device(module).type != "meta":
         m = getattr(module, start)
         w = a.facts.w2.sqrt().to(m.dtype)
-        m.data = torch.where(before[start][0].to(m.device) == w_before.to(m), w, m.data)
+        m_before = before[start][0].to(m.device)
+        m.data = torch.where(m_before == w_before.to(m_before), w, m.data)
     return result
 
 

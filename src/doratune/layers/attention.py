@@ -30,6 +30,7 @@ class AttentionKind(LayerKind):
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
     linear = False
+    batch_first = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)

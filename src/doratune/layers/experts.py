@@ -61,6 +61,7 @@ class ExpertsKind(LayerKind):
     name = "Experts"
     linear = False
     stacked = True
+    batch_first = False
     expert_kind = LinearKind()
 
     def matches(self, module: nn.Module) -> bool:

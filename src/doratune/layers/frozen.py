@@ -84,6 +84,13 @@ class FrozenWeight:
         with torch.no_grad(), no_autocast(A.device):
             return norm.terms(self, A, B, self.scaling, self.facts.w2, self.axis, self.kept_product(A))
 
+    def norm_of(self, A: Tensor | None, B: Tensor | None) -> Tensor:
+        """|W + B·A| of any pair, rounded as calls in W's dtype round it."""
+        if A is None:
+            return self.facts.w2.sqrt()
+        with torch.no_grad(), no_autocast(A.device):
+            return norm.terms(self, A.to(self.dtype), B.to(self.dtype), 1.0, self.facts.w2, self.axis).n
+
     def kept_product(self, A: Tensor) -> Tensor | None:
         """U = W·Aᵀ (O, R), computed once per W and dtype; None where it is not to be kept."""
         if not self.keep_product:

@@ -32,6 +32,8 @@ class LayerKind:
     """Is its weight a batch of matrices (E, O, I)?"""
     transposed = False
     """Is its weight stored (I, O)?"""
+    batch_first = True
+    """Is the first dimension of its input, where it has more than the last, the batch?"""
 
     def matches(self, module: nn.Module) -> bool:
         raise NotImplementedError

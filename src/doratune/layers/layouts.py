@@ -13,6 +13,7 @@ from torch import nn
 
 from .experts import CHILD, AdaptedExperts, ExpertWeight
 from .kind import calls_its_class
+from .wrappers import module_at, named_modules
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _FACTS = ("has_gate", "has_bias", "is_transposed", "num_experts")
@@ -52,8 +53,8 @@ def layout_problem(owner: nn.Module) -> str | None:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, with the batched weights of experts as layers `<module>.<weight>`, adapted or not."""
-    for name, module in model.named_modules():
+    """`named_modules` of the plain model, with the batched weights of experts as layers `<module>.<weight>`, adapted or not."""
+    for name, module in named_modules(model):
         if isinstance(module, ExpertWeight):
             continue
         yield name, module
@@ -62,10 +63,10 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_at(model: nn.Module, name: str) -> nn.Module:
-    """The layer of this name: a module, or a batched weight of experts."""
+    """The layer of this name in the plain model: a module, or a batched weight of experts."""
     owner, _, part = name.rpartition(".")
     if part in WEIGHTS:
-        module = model.get_submodule(owner)
+        module = module_at(model, owner)
         if is_experts(module):
             return next(layer for layer in expert_weights(module) if layer.part == part)
-    return model.get_submodule(name)
+    return module_at(model, name)

@@ -139,7 +139,7 @@ class AdaptedWeight(FrozenWeight):
         if not self.magnitude:
             return grads
         if self.relative:
-            return *grads, dm * self.m(tensors) if needed[-2] else None, None
+            return *grads, None if dm is None or not needed[-2] else dm * self.m(tensors), None
         return *grads, dm if needed[-1] else None
 
     def changed(self) -> None:

@@ -5,6 +5,7 @@ tag without any `<`; plotly.js (4.8 MB) stands in the file. The page's own polic
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from .. import __version__
 from ..analysis.runs import names
 from ..errors import UserError, listed
 from ..support.files import read_json, replacing
+from ..support.outputs import refuse_inputs
 from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
 from .points import PagePoints
@@ -21,6 +23,9 @@ from .samples import sample_sets
 from .scores import score_tables, unparsable
 from .settings import blocks, differences, groups
 from .tables import Table, shown
+
+MARK = b'<meta name="generator" content="doratune">'
+"""What each page holds near its beginning, and nobody else's."""
 
 
 def build(
@@ -56,10 +61,7 @@ def build(
         UserError: a path that is no run, a run named twice, an output that exists, a package that is missing.
     """
     template, plotly = _tools()
-    if output.is_dir():
-        raise UserError(f"{output} is a folder; give the name of a file, such as {output / 'report.html'}")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists; give another name or pass --overwrite")
+    _refuse_output(output, runs, overwrite)
     warnings: list[str] = []
 
     def warn(line: str) -> None:
@@ -79,6 +81,22 @@ def build(
         temporary.write_bytes(content)
     facts = {"runs": [run.name for run in records], "points": len(drawn.points), "warnings": warnings, "bytes": len(content)}
     return {"output": str(output)} | facts
+
+
+def _refuse_output(output: Path, runs: Sequence[Path], overwrite: bool) -> None:
+    """Raise UserError where the page would take the place of something that is no page, or lie among what it reads."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give the name of a file, such as {output / 'report.html'}")
+    if output.exists() and not output.is_file():
+        raise UserError(f"{output} is a device; give the name of a file")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; give another name or pass --overwrite")
+    if output.exists() and MARK not in output.read_bytes()[:2000]:
+        raise UserError(f"{output} is no page of doratune report, so --overwrite does not replace it; give another name")
+    refuse_inputs(output, {}, [cell for run in runs for cell in [run, *run.glob("cells/*")]])
+    inside = any(os.path.realpath(output).startswith(os.path.realpath(run) + os.sep) for run in runs)
+    if inside and output.suffix not in (".html", ".htm"):
+        raise UserError(f"{output} lies in a run, where a page's name ends in .html; give {output.name}.html, or another place")
 
 
 def _parts(runs: Sequence[Run], drawn: PagePoints, grids: list[dict], warn: Warn) -> dict:

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from ..checkpoint.adapter import TENSORS
 from ..errors import UserError
 from ..support.files import open_tensors, read_json
+from ..support.yaml_text import read_yaml
 
 MARKS = ("recipe.yaml", "metrics.json", "adapter", "model")
 Warn = Callable[[str], None]
@@ -115,11 +114,9 @@ def read_run(folder: Path, name: str, base: Path | None, warn: Warn) -> Run:
 
 def _read_recipe(path: Path, name: str, warn: Warn) -> dict:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        recipe, problem = None, "is missing"
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        recipe, problem = None, "is not a readable YAML file"
+        recipe = read_yaml(path)
+    except UserError:
+        recipe, problem = None, "is not a readable YAML file" if path.exists() else "is missing"
     else:
         problem = "holds no settings"
     if isinstance(recipe, dict) and not _shallow(recipe):

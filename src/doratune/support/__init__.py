@@ -1,8 +1,20 @@
-"""What every part needs: files, models, the machine, tables, settings that are declared once.
+"""What every part needs: files, models, the machine, tables, text and YAML, settings that are declared and checked once.
 
 files.py         files that are whole or absent
+folders.py       folders that are one generation, the old one or the new one
+durable.py       what both stand on: locked staging names, syncing, an exchange in one act
+outputs.py       an output that is, holds or lies in an input is refused
+processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
+hub.py           whether a hub answers, asked once
+model_folders.py   model folders of transformers and diffusers: class, modules, config
+headers.py       names and shapes in the files a model came from
+examples.py      an input for any model, from its config
 environment.py   machine, versions, commit, peak memory
 tables.py        text tables: aligned, Markdown
+text.py          UTF-8 text and its lines
+yaml_text.py     YAML, counted before it is built
+values.py        what a setting may be: range and choices, declared beside it
+patterns.py      regular expressions that come to an end
 fields.py        settings of one dataclass, offered by another
 """

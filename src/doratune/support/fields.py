@@ -1,4 +1,4 @@
-"""Settings that one dataclass declares and others offer too: fields, types, defaults and documentation, taken over as they are.
+"""Settings that one dataclass declares and others offer too: types, defaults, ranges and documentation, taken over as they are.
 
     @dataclass(kw_only=True)
     @with_settings_of(AdapterConfig)
@@ -74,11 +74,12 @@ def _as_yaml(source: type, field: dataclasses.Field):
 
 
 def _default(field: dataclasses.Field):
+    rule = field.metadata
     if field.default_factory is not dataclasses.MISSING:
-        return dataclasses.field(default_factory=field.default_factory)
+        return dataclasses.field(default_factory=field.default_factory, metadata=rule)
     if isinstance(field.default, tuple):
-        return dataclasses.field(default_factory=lambda: list(field.default))
-    return dataclasses.field(default=field.default)
+        return dataclasses.field(default_factory=lambda: list(field.default), metadata=rule)
+    return dataclasses.field(default=field.default, metadata=rule)
 
 
 def _described(doc: str, texts: dict[str, str], after: str | None) -> str:

@@ -1,6 +1,6 @@
 """Files that are whole or absent, and readable errors for those that are damaged or missing.
 
-Everything is written beside its final name and renamed; safetensors only, nothing is unpickled.
+Everything is written beside its final name, synced and renamed; safetensors only, nothing is unpickled. Folders: folders.py.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,53 +16,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from .durable import mode_like, one_line_errors, preparing, staged, sync, sync_folder
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well.
+    """A temporary name beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
     Raises:
-        UserError: `path` exists and `overwrite` is not set.
+        UserError: `path` is a folder or a device, or cannot be written, with the reason. It is then unchanged.
     """
-    refuse_existing(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a {'folder' if path.is_dir() else 'device'}; give the name of a file")
+    with preparing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = staged(path.parent, path.name, folder=False)
+        temporary = stage.__enter__()
     try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old)
+        with one_line_errors(path):
+            yield temporary
+            mode_like(temporary, path, 0o666)
+            sync(temporary)
+        with preparing(path):
             os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """A run never writes into a folder that holds something, unless told to."""
-    if path.is_file():
-        raise UserError(f"{path} is a file; give the name of a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists and is not empty; give another folder or pass --overwrite")
+        stage.__exit__(None, None, None)
 
 
 def write_json(path: Path, value) -> None:
@@ -86,7 +64,7 @@ def read_json(path: Path, what: str) -> dict:
         UserError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {what}") from None
     except (ValueError, RecursionError) as error:  # also half a letter, a number of 5000 digits, 10,000 brackets
@@ -113,9 +91,3 @@ def open_tensors(path: Path):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

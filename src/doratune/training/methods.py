@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .. import baselines
@@ -18,7 +19,8 @@ from ..adapter.verify import verify
 from ..baselines.config import METHODS as BASELINES
 from ..checkpoint.adapter import save
 from ..config import METHODS
-from ..support.files import new_folder
+from ..errors import UserError, listed
+from ..support.folders import whole_folder
 from ..support.models import load_model, torch_dtype
 from .movement import Movement, measure
 from .recipe import TrainRecipe
@@ -36,15 +38,20 @@ class AdapterMethod:
 
     def load(self) -> nn.Module:
         r = self.recipe
-        return load_model(r.model, r.dtype, r.quantize, r.double_quantization)
+        return load_model(r.model, r.dtype, r.quantize, r.double_quantization, r.trust_remote_code)
 
     def prepare(self, model: nn.Module) -> list[str]:
         """Make the model ready to train, in place; lines to say about it."""
         r = self.recipe
-        original = load_model(r.model, r.dtype) if r.start == "loftq" or r.magnitude_from == "original" else None
+        unquantized = r.start == "loftq" or r.magnitude_from == "original"
+        original = load_model(r.model, r.dtype, trust_remote_code=r.trust_remote_code) if unquantized else None
         attach(model, r.adapter(), original=original)
         share = _share(*self.counts(model))
-        return [f"{len(inspect(model).rows)} layers adapted, {share}", *verify(model).notes]
+        report = verify(model)
+        if report.bypassed and r.idle_layers == "stop":
+            shown = listed([f"{name} {reason}" for name, reason in report.bypassed.items()], 3)
+            raise UserError(f"adapted layers that would not train: {shown}; leave them out (exclude), or set idle_layers: warn")
+        return [f"{len(inspect(model).rows)} layers adapted, {share}", *report.notes, *report.problems]
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
         """(trainable numbers, the base model's numbers)."""
@@ -61,7 +68,7 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay"):
+        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -82,8 +89,13 @@ class FullMethod(AdapterMethod):
     result = "model"
     trainer = FullTrainer
 
+    def __init__(self, recipe: TrainRecipe):
+        if recipe.dtype == "float16" and not torch.cuda.is_available():
+            raise UserError("dtype is float16: full fine-tuning under autocast in float16 needs a GPU; set dtype: bfloat16")
+        super().__init__(recipe)
+
     def load(self) -> nn.Module:
-        return load_model(self.recipe.model, "float32")
+        return load_model(self.recipe.model, "float32", trust_remote_code=self.recipe.trust_remote_code)
 
     def prepare(self, model: nn.Module) -> list[str]:
         model.requires_grad_(True).float()
@@ -100,7 +112,7 @@ class FullMethod(AdapterMethod):
         pass
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        with new_folder(folder, overwrite=True) as temporary:
+        with whole_folder(folder, key="config.json") as temporary:
             model.save_pretrained(temporary)
 
     def scored(self, model: nn.Module) -> nn.Module:

@@ -11,9 +11,10 @@ from typing import Literal
 
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
-from ..config import METHODS, AdapterConfig, check_choice
+from ..config import METHODS, AdapterConfig
 from ..errors import UserError
 from ..support.fields import with_settings_of
+from ..support.values import check_choice, check_values, number
 
 
 def methods() -> list[str]:
@@ -34,6 +35,7 @@ class TrainRecipe:
         expected: the result to expect (for the reader)
         data_format: auto, instruction (instruction, input, output) or chat (messages)
         prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
+        bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
         eval_data: a second file to evaluate the loss on
@@ -62,6 +64,7 @@ class TrainRecipe:
         group_by_length: batches of like length, so that little is padding
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
+        idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
         tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
         tasks_protocol: generate, likelihood, both, paper or all
         tasks_limit: only the first so many items of each task
@@ -72,8 +75,9 @@ class TrainRecipe:
         save_steps: checkpoint every so many steps; 0 for once an epoch
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
-        resume: go on from the run's last checkpoint
-        overwrite: replace an output folder that exists
+        trust_remote_code: run the Python code that the model's folder or repository brings
+        resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
+        overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
 
     model: str = "smollm2-135m-instruct"
@@ -83,45 +87,48 @@ class TrainRecipe:
     expected: str = ""
     data_format: Literal["auto", "instruction", "chat"] = "auto"
     prompt: Literal["plain", "published"] = "plain"
+    bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
-    limit: int | None = None
+    limit: int | None = number(None, least=1)
     eval_data: str | None = None
-    eval_size: int = 0
+    eval_size: int = number(0, least=0)
 
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
 
-    baseline_size: int | None = None
+    baseline_size: int | None = number(None, least=1)
     baseline_targets: str | list[str] | None = None
 
-    lr: float = 1e-4
-    magnitude_lr_ratio: float = 1.0
-    output_factor_lr_ratio: float = 1.0
-    magnitude_decay: float = 0.0
-    weight_decay: float = 0.0
+    lr: float = number(1e-4, above=0)
+    magnitude_lr_ratio: float = number(1.0, least=0)
+    output_factor_lr_ratio: float = number(1.0, above=0)
+    magnitude_decay: float = number(0.0, least=0)
+    weight_decay: float = number(0.0, least=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
+    warmup_steps: int = number(0, least=0)
+    max_grad_norm: float = number(1.0, least=0)
     optimizer: str = "adamw_torch"
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    max_length: int = 512
+    epochs: float = number(1.0, above=0, most=1_000_000)
+    max_steps: int = number(-1, least=1, also={-1: "for no limit"})
+    batch_size: int = number(16, least=1)
+    gradient_accumulation: int = number(1, least=1)
+    max_length: int = number(512, least=1)
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
+    idle_layers: Literal["stop", "warn"] = "stop"
     tasks: list[str] = field(default_factory=list)
     tasks_protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
-    tasks_limit: int | None = None
-    tasks_batch_size: int = 32
-    log_steps: int = 10
-    eval_steps: int = 0
-    save_steps: int = 0
-    keep_checkpoints: int = 1
+    tasks_limit: int | None = number(None, least=1)
+    tasks_batch_size: int = number(32, least=1)
+    log_steps: int = number(10, least=1)
+    eval_steps: int = number(0, least=0)
+    save_steps: int = number(0, least=0)
+    keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
+    trust_remote_code: bool = False
     resume: bool = False
     overwrite: bool = False
 
@@ -146,21 +153,14 @@ class TrainRecipe:
             UserError: the value and what it should be.
         """
         check_choice("method", self.method, methods())
+        check_values(self)
         if self.method in METHODS:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
+        check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
-        for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps", "keep_checkpoints", "tasks_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("eval_size", "warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "magnitude_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("lr", "epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.double_quantization and self.quantize not in ("nf4", "fp4"):
             raise UserError(f"double_quantization is for quantize: nf4 or fp4, not {self.quantize}; drop it")
         if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):
@@ -170,10 +170,5 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
-        if self.prompt not in ("plain", "published"):
-            raise UserError(f"prompt is {self.prompt!r}; expected plain or published")
-        for name in ("limit", "tasks_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

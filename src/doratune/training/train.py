@@ -3,35 +3,36 @@
 OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result (full fine-tuning: model/)
 OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
 
-metrics.json is written last: a run without it is not finished.
+metrics.json is written last: a run without it is not finished. Of several processes, the first looks at the folder and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
-import random
-import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..config import AdapterConfig
-from ..data import encoder, load_items
-from ..data.encode import AnswerCollator, encode_all
-from ..errors import UserError, listed, near_misses
+from ..data.encode import AnswerCollator
+from ..data.limits import check_tokens
+from ..errors import UserError, near_misses
 from ..support.environment import environment
-from ..support.files import refuse_existing, replacing, write_json
+from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
+from ..support.outputs import refuse_inputs
+from ..support.processes import agree, connect, is_first, refuse_strangers
+from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
+from .checkpoints import last_checkpoint
+from .examples import datasets
+from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
 from .recipe import TrainRecipe
+from .resume import already_trained, check_same
 
 
 class Interrupted(Exception):
@@ -42,12 +43,13 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
-def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None) -> dict:
+def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None, folder: RunFolder | None = None) -> dict:
     """Train as the recipe says and leave the run's folder behind.
 
     Args:
         say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
         score: called with the trained model and the tokenizer before the run counts as finished.
+        folder: of a caller that has begun it and finishes it, because the run is a part of what it does.
 
     Returns:
         The contents of metrics.json.
@@ -58,27 +60,23 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     """
     recipe.check()
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
-        raise UserError(f"optimizer is {recipe.optimizer!r}{near_misses(recipe.optimizer, known)}; see transformers' names")
-    output = Path(recipe.output)
-    checkpoint = last_checkpoint(output) if recipe.resume else None
-    if recipe.resume and checkpoint is None:
-        raise UserError(f"{output} holds no complete checkpoint to resume from; run without --resume")
-    if recipe.resume:
-        check_same(recipe, output / "recipe.yaml")
-    else:
-        refuse_existing(output, recipe.overwrite)
-    tokenizer = tokenizer or load_tokenizer(recipe.model)
-    rows, eval_rows = datasets(recipe, tokenizer, say)
+        near = near_misses(recipe.optimizer, known)
+        raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
+    connect()
+    say = say if is_first() else lambda line: None
+    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
+    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
+    counts: dict[str, dict[str, int]] = {}
+    rows, eval_rows = datasets(recipe, tokenizer, say, counts)
     set_seed(recipe.seed)
     method = method_of(recipe)
     model = model or method.load()
+    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
+        say(note)
     for note in method.prepare(model):
         say(note)
-    if not recipe.resume:
-        clear_checkpoints(output)
-    (output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
-    output.mkdir(parents=True, exist_ok=True)
-    write_recipe(output / "recipe.yaml", recipe)
+    agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
     trainer.add_callback(bar)
@@ -91,31 +89,41 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
         trainer.evaluate()
     model.eval()
+    if not is_first():
+        return {}
     method.save(model, output / method.result)
     tokenizer.save_pretrained(output / method.result)
     if score is not None:
         score(method.scored(model), tokenizer)
-    return finish(method, trainer, clock, model, say)
+    metrics = finish(method, trainer, clock, model, counts, say)
+    if folder is None:
+        run.finish()
+    return metrics
 
 
-def datasets(recipe: TrainRecipe, tokenizer, say) -> tuple[list, list]:
-    """(training rows, evaluation rows), tokenized; what the length limit did is said."""
-    items, kind = load_items(recipe.data, recipe.mirror, recipe.data_format)
-    if recipe.limit is not None or recipe.eval_size:
-        random.Random(recipe.seed).shuffle(items)
-    eval_items, eval_kind = [], kind
-    if recipe.eval_data:
-        eval_items, eval_kind = load_items(recipe.eval_data, recipe.mirror, recipe.data_format)
-    elif recipe.eval_size:
-        if recipe.eval_size >= len(items):
-            raise UserError(f"eval_size is {recipe.eval_size}, but {recipe.data} holds {len(items)} examples; make it smaller")
-        eval_items, items = items[: recipe.eval_size], items[recipe.eval_size :]
-    items = items[: recipe.limit]
-    settings = tokenizer, recipe.max_length, recipe.too_long, recipe.train_on_prompt
-    rows, report = encode_all(items, encoder(kind, recipe.prompt), *settings)
-    say(f"training data: {recipe.data}: {report} (max_length {recipe.max_length})")
-    eval_rows = encode_all(eval_items, encoder(eval_kind, recipe.prompt), *settings)[0] if eval_items else []
-    return rows, eval_rows
+def _starting_point(recipe: TrainRecipe, run: RunFolder, own: bool, say) -> Path | None:
+    """The checkpoint to resume from, None for a new run; what is in the way is found here."""
+    if own:
+        refuse_inputs(run.output, {"the model": recipe.model, "the data": recipe.data, "the evaluation data": recipe.eval_data})
+    if not recipe.resume:
+        if own:
+            run.check(recipe.overwrite)
+        return None
+    if own:
+        run.restore()
+    checkpoint = last_checkpoint(run.output, say)
+    if checkpoint is None:
+        before = f"; the run before it is in {run.aside}" if run.aside.is_dir() else ""
+        raise UserError(f"{run.output} holds no complete checkpoint to resume from; run without --resume{before}")
+    check_same(recipe, run.output / RECIPE)
+    return checkpoint
+
+
+def _begin(recipe: TrainRecipe, run: RunFolder, own: bool) -> None:
+    if own and not recipe.resume:
+        run.begin()
+    (run.output / "metrics.json").unlink(missing_ok=True)  # unfinished from here on
+    write_recipe(run.output / RECIPE, recipe)
 
 
 def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
@@ -156,6 +164,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         **checkpointing_arguments(recipe.checkpointing),
         **method.settings(),
     )
+    refuse_strangers(arguments.world_size)
     clock = Clock(checkpoint)
     trainer = method.trainer(
         model,
@@ -165,6 +174,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         eval_dataset=eval_rows or None,
         callbacks=[clock],
     )
+    refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -180,7 +190,7 @@ def checkpointing_arguments(kind: str) -> dict:
     return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
 
 
-def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
+def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, say) -> dict:
     """Write metrics.json and say how far the adapter moved."""
     output, log = Path(method.recipe.output), trainer.state.log_history
     moved, (trainable, total) = method.moved(model), method.counts(model)
@@ -198,6 +208,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
         "total": total,
         "zero_rows": method.zero_rows(model),
         "examples": len(trainer.train_dataset),
+        "data": counts,
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
@@ -216,65 +227,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, say) -> dict:
     return metrics
 
 
-def already_trained(trainer, checkpoint: Path) -> bool:
-    """Does the checkpoint hold the whole training? Then it is loaded: transformers would train one step too many."""
-    arguments, state = trainer.args, TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
-    if state.global_step < steps:
-        return False
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = state
-    return True
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint; its state file is written last, so one without it broke off."""
-    checkpoints = []
-    for folder in output.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            checkpoints.append((int(folder.name.split("-")[1]), folder))
-        except (OSError, ValueError):
-            continue
-    return max(checkpoints)[1] if checkpoints else None
-
-
-def clear_checkpoints(output: Path) -> None:
-    """A new run in an old folder (--overwrite) must not leave checkpoints that a later --resume would take up."""
-    for folder in output.glob("checkpoint-*"):
-        shutil.rmtree(folder)
-
-
-def check_same(recipe: TrainRecipe, path: Path) -> None:
-    """A resumed run goes on with the base, the adapter and the examples that it had: none that it evaluates on is trained on.
-
-    Raises:
-        UserError: a setting of these that is another one now.
-    """
-    if not path.is_file():
-        return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = [
-        "model",
-        "data",
-        "limit",
-        "eval_data",
-        "eval_size",
-        "quantize",
-        "double_quantization",
-        "dtype",
-        "prompt",
-        "baseline_size",
-        "baseline_targets",
-        *AdapterConfig.__dataclass_fields__,
-    ]
-    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(recipe)))
-    if changed := [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if name in before and before[name] != now[name]]:
-        raise UserError(f"{path}: --resume with another {listed(changed)}; leave it as it was, or start a new run")
-
-
 def write_recipe(path: Path, recipe: TrainRecipe) -> None:
     """The resolved recipe as YAML."""
     with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+        temporary.write_text(to_yaml(dataclasses.asdict(recipe)), encoding="utf-8")

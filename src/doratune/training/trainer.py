@@ -4,7 +4,8 @@
     class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
 
 Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
-is not finite, length-grouped batches that are the same after a resume, and the quantized-model check passed.
+is not finite or at layers that do not train, length-grouped batches that are the same after a resume, and the quantized-model check
+passed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
+from .checkpoints import STATE, damage, remove_old, whole_checkpoint
+from .half import scale_loss
+from .idle import IdleWatch
+from .token_loss import TokenLoss
 
 
 class NonFiniteLoss(UserError):
@@ -28,8 +33,37 @@ class NonFiniteLoss(UserError):
 
 
 class SteadyMixin:
-    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, and length-grouped
-    batches that are the same after a resume."""
+    """What every run here wants of a Trainer, whatever it trains: a stop at the first loss that is not finite, checkpoints that are
+    complete in one act, length-grouped batches that are the same after a resume, an evaluation loss over tokens, and a scaled loss
+    over an fp16 base."""
+
+    _stage: Path | None = None
+    """Where a checkpoint is being written."""
+    _token_loss: TokenLoss | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        scale_loss(self.accelerator, self.model)
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._token_loss = TokenLoss()
+        try:
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            mean = self._token_loss.mean()
+        finally:
+            self._token_loss = None
+        if mean is not None and f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self._token_loss is None or not return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        labels = inputs.get("labels")
+        own = kwargs | {"num_items_in_batch": None}  # the mean of this process's batch, not its share of all processes' tokens
+        loss, outputs = super().compute_loss(model, inputs, True, **own)
+        self._token_loss.add(loss, outputs, labels, self.accelerator.gather_for_metrics)
+        return loss, outputs
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -46,7 +80,34 @@ class SteadyMixin:
                 f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
                 "the last good checkpoint: lower the learning rate, then --resume"
             )
-        super()._save_checkpoint(model, trial)
+        target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_checkpoint(target, self.args.should_save) as stage:
+            self._stage = stage
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
+                self.state.best_model_checkpoint = str(target)
+                self.state.save_to_json(str(stage / target.name / STATE))
+        if self.args.should_save:
+            remove_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(target))
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._stage is None else str(self._stage)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Not while it is being written."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -68,11 +129,25 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    idle_layers: str = "stop"
+    """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
+
     def __init__(self, model=None, *args, **kwargs):
         if record_of(model).merged is not None:
             raise UserError("this model is merged; call doratune.unmerge(model) before training")
         with _passes_as_adapted(model):
             super().__init__(model, *args, **kwargs)
+        self._idle = IdleWatch(self)
+        self.add_callback(self._idle)
+
+    def compute_loss(self, *args, **kwargs):
+        with self._idle.forward() if self.model.training else contextlib.nullcontext():
+            return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._idle.after_backward()
+        return loss
 
     def create_optimizer(self, model=None):
         """The trainer's own optimizer class over our parameter groups."""
@@ -139,6 +214,17 @@ class EpochLengthSampler(LengthGroupedSampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+@contextlib.contextmanager
+def _readable(checkpoint):
+    """A damaged checkpoint as one line, where a Trainer is resumed without `last_checkpoint`."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or (problem := damage(Path(checkpoint))) is None:
+            raise
+        raise UserError(f"{checkpoint} cannot be resumed from: {problem}; resume from another checkpoint") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,174 @@
+"""Calls that go another way than the adapter in use, in a block and in one thread: the base, or an adapter for each example.
+
+    disabled   the base, bit for bit                  mixed   an adapter, or none, for each example of a batch
+
+A `Route` stands in the `forward` of each layer while some thread is in such a block; other threads find the layer's own behind it.
+
+Cost: nothing outside of the blocks. `mixed` runs each layer once for each adapter of the batch, on that adapter's examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, listed
+from ..layers.kind import outside_compile
+from ..layers.layouts import layer_at
+from ..layers.wrappers import unwrapped
+from .attach import RECORD, adapters
+from .several import check_known, layers_of, record_named
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model, bit for bit, in the block and in this thread; other threads go on with the adapter. Blocks may be nested.
+
+    Raises:
+        UserError: the adapter is merged, or it trains whole modules.
+    """
+    with _routed(model, None):
+        yield
+
+
+@contextlib.contextmanager
+def mixed(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
+    """In the block and in this thread, example i of a batch goes through the adapter `chosen[i]`; None: through the base.
+
+    The first dimension of every adapted layer's input is the batch: linear layers, convolutions and embeddings.
+
+    Raises:
+        UserError: no adapter of a name, an attention's or experts' layers, modules that are trained whole; in the block: a batch
+            of another size.
+    """
+    for name in {name for name in chosen if name is not None}:
+        check_known(model, name)
+    if not chosen:
+        raise UserError("chosen is empty; give the name of an adapter, or None, for each example of the batch")
+    with _routed(model, list(chosen)):
+        yield
+
+
+@contextlib.contextmanager
+def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[None]:
+    """Send this thread's calls of adapted layers another way."""
+    model = unwrapped(model)
+    record = vars(model).get(RECORD)
+    if record is not None and record.merged is not None:
+        raise UserError("this model is merged; call doratune.unmerge(model) first")
+    used = sorted({name for name in chosen or () if name is not None}) or ([] if record is None else [record.name])
+    for name in used:
+        if record_named(model, name).also_train:
+            raise UserError(f"adapter {name!r} trains whole modules too (also_train); use doratune.use(model, None) for the base")
+    active = {} if record is None else dict(adapters(model))
+    shadows = {} if chosen is None else {name: layers_of(model, name) for name in used}
+    layers = set(active).union(*shadows.values())
+    if chosen is not None:
+        _check_mixable(model, layers)
+    way = Destination(chosen, {})
+    routes = []
+    try:
+        for layer in layers:
+            module = layer_at(model, layer)
+            kind = module.adapted.kind if hasattr(module, "adapted") else None
+            routes.append(Route.of(module if kind is None else kind.home(module)))
+            routes[-1].enter(way, {name: each[layer] for name, each in shadows.items() if layer in each})
+        yield
+    finally:
+        for route in routes:
+            route.leave()
+
+
+class Destination:
+    """Where the calls of one block go: to the base (None), or each example to an adapter. indices: device → who goes where."""
+
+    def __init__(self, chosen: list[str | None] | None, indices: dict):
+        self.chosen, self.indices = chosen, indices
+
+    def groups(self, x: Tensor) -> list[tuple[str | None, Tensor]]:
+        if len(x) != len(self.chosen):
+            raise UserError(f"the batch has {len(x)} examples, chosen names {len(self.chosen)}; give one name for each example")
+        if x.device not in self.indices:
+            every = dict.fromkeys(self.chosen)
+            self.indices[x.device] = [
+                (name, torch.tensor([i for i, other in enumerate(self.chosen) if other == name], device=x.device)) for name in every
+            ]
+        return self.indices[x.device]
+
+
+class Route:
+    """Stands in a layer's `forward` while some thread goes another way; other threads find the layer's own behind it."""
+
+    lock = threading.Lock()
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.before = vars(module).get(self.slot)
+        self.ways: dict[int, list] = {}
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Route:
+        with cls.lock:
+            held = next((vars(module)[s] for s in ("_old_forward", "forward") if isinstance(vars(module).get(s), Route)), None)
+            if held is None:
+                held = cls(module)
+                setattr(module, held.slot, held)
+            held.ways.setdefault(threading.get_ident(), [])
+            return held
+
+    def enter(self, way: Destination, shadows: dict) -> None:
+        self.ways[threading.get_ident()].append((way, shadows))
+
+    def leave(self) -> None:
+        with self.lock:
+            mine = self.ways.get(threading.get_ident(), [])
+            if mine:
+                mine.pop()
+            if not mine:
+                self.ways.pop(threading.get_ident(), None)
+            if not self.ways:
+                if self.before is None:
+                    delattr(self.module, self.slot)
+                else:
+                    setattr(self.module, self.slot, self.before)
+
+    def __call__(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
+    @outside_compile  # whose thread it is cannot be traced
+    def run(self, *args, **kwargs):
+        mine = self.ways.get(threading.get_ident())
+        if not mine:
+            own = self.before or type(self.module).forward.__get__(self.module)
+            return own(*args, **kwargs)
+        way, shadows = mine[-1]
+        if way.chosen is None:
+            return plain_forward(self.module, *args, **kwargs)
+        x, *rest = args or (kwargs.pop("input"),)
+        out = None
+        for name, index in way.groups(x):
+            layer = shadows.get(name)
+            part = x[index]
+            layer, forward = (self.module, plain_forward) if layer is None else (layer, type(layer).forward)
+            y = forward(layer, part, *rest, **kwargs)
+            out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
+            out = out.index_copy(0, index, y)
+        return out
+
+
+def plain_forward(module: nn.Module, *args, **kwargs):
+    """The layer's forward without an adapter."""
+    cls = getattr(type(module), "plain_class", type(module))
+    return cls.forward(module, *args, **kwargs)
+
+
+def _check_mixable(model: nn.Module, layers) -> None:
+    kinds = {name: getattr(layer_at(model, name), "adapted", None) for name in layers}
+    bad = [name for name, weight in kinds.items() if weight is not None and not weight.kind.batch_first]
+    if bad:
+        raise UserError(f"{listed(bad)}: its input need not have the batch in front; leave it out of adapters that are mixed")

@@ -1,0 +1,143 @@
+"""Several adapters on one model, by name: one is in use, the others are set aside with their own tensors; all share W.
+
+    names, use, delete        here                       combine, strength    `combine.py`
+    disabled, mixed           `routes.py`
+
+Cost: an adapter that is set aside has its A, B and m (and the modules that it trains whole), nothing of W's size. Switching
+moves no numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..errors import UserError, listed, near_misses
+from ..layers.adapted import Adapted, adapted_class
+from ..layers.layouts import layer_at
+from ..layers.weight import AdaptedWeight
+from ..layers.wrappers import unwrapped
+from .attach import RECORD, Attachment, SetAside, adapters, put_back, set_aside
+from .layer import follow
+
+ASIDE = "_doratune_aside"
+"""On a model with several adapters: name → `SetAside`, of those that are not in use."""
+
+
+def names(model: nn.Module) -> list[str]:
+    """The names of a model's adapters; the one in use, if there is one, comes first."""
+    model = unwrapped(model)
+    record = vars(model).get(RECORD)
+    return [*([] if record is None else [record.name]), *vars(model).get(ASIDE, {})]
+
+
+def use(model: nn.Module, name: str | None) -> nn.Module:
+    """Switch to another adapter of the model; None: to the base, with all adapters set aside. Optimizers keep their parameters.
+
+    Raises:
+        UserError: no adapter of this name, or the one in use is merged.
+    """
+    plain = unwrapped(model)
+    record = vars(plain).get(RECORD)
+    if (None if record is None else record.name) == name:
+        return model
+    if name is not None:
+        check_known(plain, name)
+    aside = dict(vars(plain).get(ASIDE, {}))
+    if record is not None:
+        aside[record.name] = set_aside(plain, "using another adapter")
+    if name is not None:
+        put_back(plain, aside.pop(name))
+    setattr(plain, ASIDE, aside)
+    return model
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Forget an adapter; if it is the one in use, the model is the base afterwards.
+
+    Raises:
+        UserError: no adapter of this name, or it is merged.
+    """
+    model = unwrapped(model)
+    check_known(model, name)
+    record = vars(model).get(RECORD)
+    if record is not None and record.name == name:
+        set_aside(model, f"deleting {name!r}")
+    else:
+        vars(model)[ASIDE] = {other: aside for other, aside in vars(model)[ASIDE].items() if other != name}
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    """Raise for a name that the model has no adapter of."""
+    if name not in (known := names(model)):
+        have = f"it has {listed(map(repr, known))}" if known else "it has none"
+        raise UserError(f"this model has no adapter {name!r}; {have}{near_misses(str(name), known)}")
+
+
+@contextlib.contextmanager
+def room_for(model: nn.Module, name: str) -> Iterator[None]:
+    """A plain model in the block, for another adapter of this name; the one that was in use is set aside, or in use again where
+    the block fails.
+
+    Raises:
+        UserError: an adapter of this name is there already, or the one in use is merged.
+    """
+    record, aside = vars(model).get(RECORD), vars(model).get(ASIDE, {})
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+        raise UserError(f"name is {name!r}; expected a name of letters, digits, _, -, + and .")
+    if record is not None and record.merged is not None:
+        raise UserError("this model is merged; call doratune.unmerge and doratune.detach before attaching again")
+    if record is not None and record.name == name:
+        raise UserError(
+            f"this model is attached already, with an adapter {name!r}; call doratune.detach(model) before attaching again, or "
+            "give another one a name of its own: name='…'"
+        )
+    if name in aside:
+        raise UserError(f"an adapter {name!r} is set aside already; call doratune.use(model, {name!r}), or give another name")
+    before = None if record is None else set_aside(model, "attaching another")
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            put_back(model, before)
+        raise
+    if before is not None:
+        setattr(model, ASIDE, aside | {before.record.name: before})
+
+
+def record_named(model: nn.Module, name: str) -> Attachment:
+    """The attachment of this adapter."""
+    record = vars(model).get(RECORD)
+    return record if record is not None and record.name == name else vars(model)[ASIDE][name].record
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """{layer: it, adapted with this adapter}: the layer itself if it is in use, else another object over the same W."""
+    record = vars(model).get(RECORD)
+    if record is not None and record.name == name:
+        return dict(adapters(model))
+    aside: SetAside = vars(model)[ASIDE][name]
+    return {layer: _shadow(layer_at(model, layer), weight, own) for layer, (weight, own) in aside.layers.items()}
+
+
+_OWN_PLACE = ("adapted", "forward", "_old_forward", "_hf_hook")
+"""Attributes of a layer that belong to its place in the model, or to the adapter in use."""
+
+
+def _shadow(module: nn.Module, weight: AdaptedWeight, own: dict) -> nn.Module:
+    """The layer as it is with another adapter: an object of its own over the same tensors."""
+    follow(module, weight, own)
+    plain, in_use = module._parameters, ()
+    if isinstance(module, Adapted):
+        in_use = (*module.adapted.names, "lora_A", "lora_B", "magnitude")
+    cls = adapted_class(getattr(type(module), "plain_class", type(module)), weight.magnitude and weight.relative)
+    shadow = cls.__new__(cls)
+    vars(shadow).update({key: value for key, value in vars(module).items() if key not in _OWN_PLACE})
+    shadow._parameters = {key: p for key, p in plain.items() if key not in in_use} | own
+    shadow.adapted = weight
+    weight.belongs_to(shadow)
+    weight.changed()
+    return shadow

@@ -1,0 +1,116 @@
+"""Several processes of one launch (torchrun, accelerate launch, mpirun): who is first, and what all of them agree on.
+
+The launcher says in the environment how many processes there are; accelerate connects them. Where it does not, each would train on
+all of the data and write into the same folder: refused. The first process looks at folders and writes, the others hear from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+class SaidByFirst(UserError):
+    """What the first process found and says; the others end with it, silently."""
+
+
+def launched() -> tuple[str, int]:
+    """(variable that says so, number of processes) by the environment; 1 where no launcher says anything."""
+    sizes = {name: _number(os.environ.get(name), 1) for name in SIZES}
+    name = max(sizes, key=lambda name: sizes[name])
+    return name, max(1, sizes[name])
+
+
+def rank() -> int:
+    """This process's number; 0 is the first."""
+    return max([_number(os.environ.get(name), 0) for name in RANKS])
+
+
+def is_first() -> bool:
+    return rank() == 0 or launched()[1] == 1
+
+
+def refuse_several(command: str) -> None:
+    """Raise UserError for a command that is one process, where the environment says that there are several."""
+    name, count = launched()
+    if count > 1:
+        raise UserError(f"{command} runs in one process, but {name} is {count}; start it without a launcher, or unset {name}")
+
+
+def connect() -> None:
+    """Connect the launcher's processes, if there are several.
+
+    Raises:
+        UserError: they cannot be connected, or not all of them.
+    """
+    if launched()[1] == 1:
+        return
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available())
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{' is '.join(map(str, launched()))}, but the processes cannot be connected ({reason})") from None
+    refuse_strangers(state.num_processes)
+
+
+def refuse_strangers(connected: int) -> None:
+    """Raise UserError where fewer processes are connected than the environment says."""
+    name, count = launched()
+    if count > 1 and connected != count:
+        raise UserError(
+            f"{name} is {count}, but {connected} of these processes {'is' if connected == 1 else 'are'} connected, and each would "
+            f"train on all of the data and write the same folder; start them with torchrun, or unset {name} to run one"
+        )
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """What the first process decides, in all of them.
+
+    Raises:
+        UserError: what it raised; in the others as SaidByFirst.
+    """
+    if not _connected():
+        return decide()
+    from torch import distributed
+
+    outcome: list = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome = [decide(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+            distributed.broadcast_object_list(outcome)
+            raise
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise SaidByFirst(outcome[1])
+    return outcome[0]
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if _connected():
+        torch.distributed.barrier()
+
+
+def _connected() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _number(text: str | None, default: int) -> int:
+    try:
+        return int(text or default)
+    except ValueError:
+        return default
