@@ -9,6 +9,7 @@ whole.py      modules trained whole, in fp32
 several.py    several adapters on one model, by name
 combine.py    new adapters out of others: sums, and the line from the base
 routes.py     calls that go another way: the base in a block, an adapter for each example
+kernels.py     kernels that write over a layer's output
 foreign.py    other packages' adapters, refused
 guards.py     what save_pretrained and the like do on an attached model
 groups.py     parameter groups for an optimizer: decay, rates, LoRA+

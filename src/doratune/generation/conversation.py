@@ -25,7 +25,7 @@ HELP = """\
 /help              this                                          /quit              or Ctrl-D; Ctrl-C ends an answer"""
 
 
-class Written(TextStreamer):
+class AnswerStream(TextStreamer):
     """Writes the new text as it comes, and keeps it."""
 
     def __init__(self, tokenizer, write: Callable[[str], None]):
@@ -88,7 +88,7 @@ class Conversation:
         messages = [*history, {"role": "user", "content": question}]
         ids, messages = self._prompt(model, messages)
         self.write(f"{speaker}> ")
-        stream = Written(self.adapters.tokenizer, self.write)
+        stream = AnswerStream(self.adapters.tokenizer, self.write)
         torch.manual_seed(self.sampling.seed + self.turns)
         try:
             self._generate(model, ids, stream)
@@ -98,7 +98,7 @@ class Conversation:
         history[:] = [*messages, {"role": "assistant", "content": stream.text}]
         return stream.text
 
-    def _generate(self, model, ids: list[int], stream: Written) -> None:
+    def _generate(self, model, ids: list[int], stream: AnswerStream) -> None:
         tokens = torch.tensor([ids], device=model.device)
         config = self.sampling.config(model, self.adapters.tokenizer)
         with torch.no_grad(), only_these(model):
