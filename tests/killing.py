@@ -1,8 +1,8 @@
 """Processes that are killed (SIGKILL) at random moments, and what they leave behind.
 
-`python tests/killing.py MODE COUNT FOLDER` prints one JSON line of figures. The parent imports everything once and forks a child for
-each kill, so that a kill costs the work and not the imports. MODE: swap, renames (a file system that cannot exchange two names),
-files (a folder that cannot be renamed), train, merge, compare.
+`python tests/killing.py MODE COUNT FOLDER` prints one JSON line of figures. The parent imports everything once and forks a child
+for each kill, so that a kill costs the work and not the imports. MODE: swap, renames (a file system that cannot exchange two
+names), files (a folder that cannot be renamed), train, merge, compare.
 """
 
 import json
@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ def saves(mode, count, place):
             save(models, start, Path(".") if mode == "files" else folder)
 
     for _ in range(count):
-        kill_after(fork(lambda: loop(k)), random.uniform(0.002, 0.12))
+        kill_after(fork(lambda start=k: loop(start)), random.uniform(0.002, 0.12))
         figures["kills"] += 1
         try:
             now = generation_of(folder)
@@ -225,7 +226,7 @@ def train(count, place):
         mine = [*words, "--output", str(run)]
         moment = random.choice(("recipe.yaml", "checkpoint-3", "checkpoint-6", "checkpoint-12", "checkpoint-16", "adapter"))
         child = command([*mine, "--overwrite"], log)
-        status = kill_after(child, random.uniform(0.0, 0.25), lambda: begun(run, old if over else None, moment))
+        status = kill_after(child, random.uniform(0.0, 0.25), partial(begun, run, old if over else None, moment))
         figures["kills" if status is None else "ended_before"] += 1
         if over and not (run / "metrics.json").is_file():
             figures["lost"] += not (same(run / ".replaced" / "adapter", old / "adapter") or same(run / "adapter", old / "adapter"))
