@@ -46,7 +46,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
 
     Args:
         say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
-        score: called with the trained model and the tokenizer before the run counts as finished.
+        score: called with the trained model and the tokenizer before the run counts as finished; its `check`, where it has one,
+            before the training.
 
     Returns:
         The contents of metrics.json.
@@ -75,6 +76,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     model = model or method.load()
     for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
         say(note)
+    if hasattr(score, "check"):
+        score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
     if not recipe.resume:
