@@ -133,6 +133,16 @@ def test_an_example_longer_than_the_positions(tmp_path, tiny_tokenizer, capsys):
     assert not (tmp_path / "scores").exists()
 
 
+def test_tasks_of_a_training_are_held_before_it(tmp_path, tiny_tokenizer, capsys):
+    folder = model_folder(tmp_path, tiny_tokenizer, tiny_gpt2)
+    (tmp_path / "task.json").write_text(json.dumps([item | {"instruction": item["instruction"] * 20} for item in ITEMS]))
+    words = words_of(
+        tmp_path, folder, ITEMS, "--targets", "[c_attn]", "--max_length", "100", "--tasks", f"[{tmp_path / 'task.json'}]"
+    )
+    assert "leave out items of more than" in refused(words, capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_gradients_of_an_analysis(tiny_tokenizer, tmp_path):
     from doratune.analysis.gradients import batch_of
 

@@ -149,3 +149,25 @@ def test_the_same_on_several_processes(tmp_path, tiny_tokenizer):
     expected = exact(tiny_llama(), rows)
     assert [(size, batch) for size, batch, _ in printed] == [(2, 1), (2, 4), (2, 7)]
     assert [loss for *_, loss in printed] == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_trl(tmp_path, tiny_tokenizer):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    class OwnSFT(TrainerMixin, trl.SFTTrainer):
+        pass
+
+    pairs = [{"prompt": instruction.prompt_of(item), "completion": item["output"]} for item in items(13)]
+    losses = []
+    for batch in (1, 4, 13):
+        model = tiny_llama()
+        doratune.attach(model, doratune.AdapterConfig(rank=2))
+        settings = trl.SFTConfig(
+            str(tmp_path), per_device_eval_batch_size=batch, report_to=[], use_cpu=True, dataloader_pin_memory=False, bf16=False,
+            disable_tqdm=True, gradient_checkpointing=False,
+        )  # fmt: skip
+        data = Dataset.from_list(pairs)
+        trainer = OwnSFT(model, settings, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)

@@ -73,7 +73,8 @@ def test_a_scaler_where_it_is_needed_and_nowhere_else(tmp_path):
     doratune.baselines.attach(baseline, doratune.baselines.BaselineConfig(method="series", size=4))
     assert trainer_of(baseline, tmp_path, BaselineTrainer).accelerator.scaler is not None
     assert trainer_of(tiny_llama(), tmp_path, FullTrainer).accelerator.scaler is None
-    assert trainer_of(tiny_llama().half(), tmp_path, FullTrainer).accelerator.scaler is None  # nothing in fp32 to scale for
+    with pytest.warns(UserWarning, match="is not scaled .*load it in bfloat16"):
+        assert trainer_of(tiny_llama().half(), tmp_path, FullTrainer).accelerator.scaler is None
 
 
 def test_the_first_output_is_the_base_s_bit_for_bit_and_stays_in_fp16(tmp_path):

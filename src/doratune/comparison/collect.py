@@ -24,7 +24,18 @@ from ..training.recipe import TrainRecipe
 from .cells import Cell, folder_of, recipe_of
 from .recipe import CompareRecipe
 
-PLACES = ("output", "resume", "overwrite", "tensorboard", "source", "expected", "keep_checkpoints", "save_steps", "log_steps")
+PLACES = (
+    "output",
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "trust_remote_code",
+    "source",
+    "expected",
+    "keep_checkpoints",
+    "save_steps",
+    "log_steps",
+)
 """Settings that change nothing in a result."""
 
 FIGURES = ("trainable", "total", "seconds", "tokens_per_second")

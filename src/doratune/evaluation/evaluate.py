@@ -61,9 +61,7 @@ def evaluate(
     if "paper" in protocols:
         check_fixed(beams=beams, max_new_tokens=max_new_tokens)
     refuse_spoiled(model)
-    prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
-    answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
-    check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
+    check_items(model, tokenizer, tasks, protocols, max_new_tokens)
     if output is not None:
         with whole_folder(output, key="results.json") as folder:
             summary = _score(model, tokenizer, tasks, protocols, (batch_size, beams, max_new_tokens), folder, facts, progress)
@@ -110,6 +108,19 @@ def refuse_spoiled(model) -> None:
         raise UserError(f"{listed(bad, 3)}: NaN or infinite values; a model with them cannot be evaluated, copy or train it again")
 
 
+def check_items(
+    model, tokenizer, tasks: Sequence[tuple[str, list[dict]]], protocols: Sequence[str], max_new_tokens: int | None = None
+) -> None:
+    """Hold the items' tokens, and what is written behind them, against the model.
+
+    Raises:
+        UserError: a token that the model does not have, or an item longer than its positions.
+    """
+    prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
+    answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
+    check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
+
+
 def show(summary: dict) -> str:
     return table(summary["results"] + summary["averages"], summary["peak_bytes"])
 
@@ -125,29 +136,38 @@ def load_tasks(names: Sequence[str], mirror: str | None = None, limit: int | Non
     return tasks
 
 
-def after_training(recipe: TrainRecipe, say, progress):
-    """What scores the model that a training run ends with, on the recipe's tasks into OUTPUT/scores/after; None without tasks.
+class AfterTraining:
+    """Scores the model that a training run ends with, on the recipe's tasks, into OUTPUT/scores/after.
 
-    The tasks are read now: a file that is not there is found before the training, not after it.
+    The tasks are read at once, and `check` holds them against the model: what cannot be scored is found before the training.
     """
-    if not recipe.tasks:
-        return None
-    tasks = load_tasks(recipe.tasks, recipe.mirror, recipe.tasks_limit)
 
-    def score(model, tokenizer) -> None:
+    def __init__(self, recipe: TrainRecipe, say, progress):
+        self.recipe, self.say, self.progress = recipe, say, progress
+        self.tasks = load_tasks(recipe.tasks, recipe.mirror, recipe.tasks_limit)
+        self.protocols = protocols_of(recipe.tasks_protocol)
+
+    def check(self, model, tokenizer) -> None:
+        check_items(model, tokenizer, self.tasks, self.protocols)
+
+    def __call__(self, model, tokenizer) -> None:
+        recipe = self.recipe
         summary = evaluate(
             model,
             tokenizer,
-            tasks,
-            protocols_of(recipe.tasks_protocol),
+            self.tasks,
+            self.protocols,
             batch_size=recipe.tasks_batch_size,
             output=Path(recipe.output) / "scores" / "after",
             facts=(recipe.model, recipe.method, recipe.rank),
-            progress=progress,
+            progress=self.progress,
         )
-        say(show(summary))
+        self.say(show(summary))
 
-    return score
+
+def after_training(recipe: TrainRecipe, say, progress) -> AfterTraining | None:
+    """What scores a run's result; None where the recipe names no tasks."""
+    return AfterTraining(recipe, say, progress) if recipe.tasks else None
 
 
 def _write_items(path: Path, records: Sequence[dict]) -> None:

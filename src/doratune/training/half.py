@@ -9,7 +9,10 @@ the trained gradients a step.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+from accelerate import DistributedType
 from torch import nn
 
 START = 2.0**12
@@ -18,11 +21,16 @@ the first steps do not overflow. It grows by itself every 2,000 steps."""
 
 
 def scale_loss(accelerator, model: nn.Module | None) -> None:
-    """Give an accelerator a scaler where the model is in fp16, what is trained is not, and nothing else scales the loss."""
+    """Give an accelerator a scaler where the model is in fp16, what is trained is not, and nothing else scales the loss;
+    a warning where it cannot be."""
     if model is None or accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
         return
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    if torch.float16 not in {p.dtype for p in model.parameters()} or not trained or torch.float16 in trained:
+    if torch.float16 not in {p.dtype for p in model.parameters()} or not trained:
+        return
+    if torch.float16 in trained or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        why = "what is trained is in float16 itself" if torch.float16 in trained else f"under {accelerator.distributed_type.value}"
+        warnings.warn(f"the loss over this float16 model is not scaled ({why}): load it in bfloat16 or float32", stacklevel=3)
         return
     accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=START)
 

@@ -28,7 +28,7 @@ class TokenLoss:
         """Count one batch.
 
         Args:
-            loss: the batch's loss. outputs: the model's. labels: (N, T) of tokens; any others are not counted.
+            loss: the batch's loss. outputs: the model's, or None. labels: (N, T) of tokens; any others are not counted.
             gather: brings (N, 2) together from all processes, without repeated examples.
         """
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():

@@ -48,7 +48,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
 
     Args:
         say: takes each line of the report; model, tokenizer: use these instead of loading `recipe.model`.
-        score: called with the trained model and the tokenizer before the run counts as finished.
+        score: called with the trained model and the tokenizer before the run counts as finished; its `check`, where it has one,
+            before the training.
         folder: of a caller that has begun it and finishes it, because the run is a part of what it does.
 
     Returns:
@@ -74,6 +75,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     model = model or method.load()
     for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
         say(note)
+    if hasattr(score, "check"):
+        score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
     agree(lambda: _begin(recipe, run, folder is None))

@@ -57,13 +57,14 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        if self._token_loss is None or not return_outputs:
+        if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
         own = kwargs | {"num_items_in_batch": None}  # the mean of this process's batch, not its share of all processes' tokens
-        loss, outputs = super().compute_loss(model, inputs, True, **own)
+        result = super().compute_loss(model, inputs, return_outputs, **own)
+        loss, outputs = result if return_outputs else (result, None)
         self._token_loss.add(loss, outputs, labels, self.accelerator.gather_for_metrics)
-        return loss, outputs
+        return result
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
