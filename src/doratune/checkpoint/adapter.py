@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of
+from ..adapter.attach import BASELINE, RECORD, adapters, attach_selection, record_of, refuse_synchronized
 from ..adapter.foreign import refuse_foreign
 from ..adapter.layer import refuse_altered
 from ..adapter.targets import Selection, name_matches
@@ -128,6 +128,7 @@ def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> nn.Mo
     if vars(plain).get(RECORD) is not None or BASELINE in vars(plain):
         raise UserError("this model has an adapter already; call doratune.detach(model) before loading another")
     refuse_foreign(plain, "doratune.load")
+    refuse_synchronized(model, trainable)
     read = fit(plain, Path(folder), config, raw, tensors)
     originals = put_in(plain, read.base, read.selection.ranks)
     try:
