@@ -89,9 +89,10 @@ def test_theirs_around_one_of_our_layers_is_seen_later():
     attention = model.model.layers[0].self_attn
     config = THEIRS["LoRA"]()
     attention.q_proj = peft.tuners.lora.layer.Linear(attention.q_proj, "default", config, r=2, lora_alpha=2)
-    for act in (doratune.detach, doratune.merge, lambda m: doratune.save(m, "never")):
+    for act in (doratune.detach, doratune.merge, doratune.parameter_groups, lambda m: doratune.save(m, "never")):
         with pytest.raises(UserError, match=r"another package's adapter: model\.layers\.0\.self_attn\.q_proj"):
             act(model)
+    assert any("another package's adapter" in problem for problem in doratune.verify(model).problems)
 
 
 def test_prompts_of_peft():

@@ -146,6 +146,35 @@ def test_code_that_was_compiled_for_the_base_does_not_run_for_the_adapted_model(
     torch.testing.assert_close(logits(model), base, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def _one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_distributed_data_parallel(plain, tmp_path):
+    """It knows the parameters that it was made with: attached first, or for inference only."""
+    folder, keys, expected, base = plain
+    ddp = nn.parallel.DistributedDataParallel
+    late = ddp(tiny_llama())
+    for attach in (lambda: doratune.attach(late, CONFIG), lambda: doratune.load(late, folder, trainable=True)):
+        with pytest.raises(UserError, match="attach first, then wrap"):
+            attach()
+    assert torch.equal(logits(late), base)
+    assert torch.equal(logits(doratune.load(late, folder)), expected)
+    model = ddp(doratune.attach(tiny_llama(), CONFIG)).eval()
+    moved(model)
+    assert torch.equal(logits(model), expected)
+    assert doratune.verify(model, {"input_ids": IDS}).ok
+    doratune.save(model, tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == keys
+    doratune.detach(model)
+    assert torch.equal(logits(model), base)
+
+
 def test_a_users_own_child_called_module_keeps_its_name(tmp_path):
     def build():
         torch.manual_seed(0)

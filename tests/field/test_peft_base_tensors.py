@@ -22,10 +22,7 @@ def logits(model):
 
 
 def tied():
-    model = tiny_llama(tie=True)
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0.02  # the padding row, without direction
-    return model
+    return tiny_llama(tie=True)  # with a padding row of zeros, which has no direction
 
 
 def resized(seed=1):
@@ -146,6 +143,26 @@ def test_rows_that_the_file_added_come_from_the_file(tmp_path):
     ):
         doratune.load(model, tmp_path / "theirs")
     assert not list(doratune.adapters(model))
+
+
+@pytest.mark.parametrize("row", [0.0, 1e-9])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_rows_without_direction_that_peft_trained(target, row, tmp_path):
+    """A padding row of zeros is an ordinary row to PEFT once its B has moved; here its gain is 1."""
+
+    def build():
+        model = tiny_llama(tie=True)
+        with torch.no_grad():
+            model.lm_head.weight[3] = row
+            model.lm_head.weight[:, 5] = row
+        return model
+
+    expected = peft_folder(tmp_path, build, use_dora=True, target_modules=[target])
+    assert torch.isfinite(expected).all()
+    model = doratune.load(build(), tmp_path)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+    doratune.merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])

@@ -19,7 +19,7 @@ from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
 from ..layers.registry import Begin, End, Registry
 from ..layers.weight import AdaptedWeight
-from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
+from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, synchronizing, unwrapped
 from . import guards, whole
 from . import start as initial
 from .foreign import refuse_foreign
@@ -83,6 +83,7 @@ def attach(
 
     plain = unwrapped(model)
     refuse_foreign(plain, "doratune.attach")
+    refuse_synchronized(model, trainable)
     with room_for(plain, name):
         _refuse_unready(plain)
         config, fresh = trained_whole(plain, config)
@@ -146,6 +147,16 @@ def attach_selection(
     watch(model)
     guards.put_on(model)
     return model
+
+
+def refuse_synchronized(model: nn.Module, trainable: bool) -> None:
+    """Raise where new parameters would be trained without being averaged over the processes.
+
+    Raises:
+        UserError: the model, or a part of it, is in DistributedDataParallel or FullyShardedDataParallel already.
+    """
+    if trainable and (wrapper := synchronizing(model)):
+        raise UserError(f"{wrapper} averages the gradients of the parameters it was made with; attach first, then wrap the model")
 
 
 def watch(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import UserError
 from ..layers.adapted import own_parameters
 from .attach import adapters, record_of
+from .foreign import refuse_foreign
 
 
 def parameter_groups(
@@ -34,6 +35,7 @@ def parameter_groups(
         UserError: nothing is attached, the adapter is merged, nothing is trainable, or decay asked for a direct magnitude.
     """
     record = record_of(model)
+    refuse_foreign(model, "doratune.parameter_groups")
     if record.merged is not None:
         raise UserError("this model is merged; call doratune.unmerge(model) before training")
     for name, value in (("magnitude_lr_ratio", magnitude_lr_ratio), ("output_factor_lr_ratio", output_factor_lr_ratio)):

@@ -21,6 +21,7 @@ from ..layers.adapted import become, own_parameters
 from ..layers.wrappers import module_at, named_parameters, unwrapped
 from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
+from .foreign import foreign
 from .fresh import unsaved
 from .layer import altered, never_trained
 from .running import Running, watchable
@@ -76,6 +77,8 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     if lost := [name for name in record.names if name not in layers]:
         report.problems.append(f"{listed(lost)}: attached, but no longer adapted (was the module replaced?)")
     frozen_adapter = not report.trainable
+    if others := foreign(model):
+        report.problems.append(f"another package's adapter is in the model: {listed(others, 3)}")
     report.problems += [f"{name}: {problem}" for name, layer in layers.items() if (problem := altered(layer, layer.adapted))]
     for name, layer in layers.items():
         _check_layer(name, layer, frozen_adapter, report)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.attach import BASELINE, adapters, attach_selection, record_of, refuse_synchronized
 from ..adapter.foreign import refuse_foreign
 from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
@@ -185,6 +185,7 @@ def load(
     if BASELINE in vars(plain):
         raise UserError("this model has an adapter already, a baseline's; load the base model again")
     refuse_foreign(plain, "doratune.load")
+    refuse_synchronized(model, trainable)
     with room_for(plain, name):
         read = fit(plain, Path(folder), config, raw, tensors)
         originals = put_in(plain, read.base, read.selection.ranks)

@@ -25,7 +25,7 @@ from ..support.model_folders import embeddings_of
 from ..support.patterns import NamePattern
 from . import base_weights, peft, values
 from .names import both_halves, plain_names
-from .tensors import Key, expected, fitted, of_file, shown
+from .tensors import Key, expected, fitted, gain_into_factors, of_file, shown
 from .values import read_starts
 
 
@@ -224,4 +224,6 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor]) -> None:
         own["magnitude"].copy_(values["magnitude"])
     if shared := shared_of(tensors, a.direction):
         a.direction.take_shared(shared)
+    if a.magnitude and a.rank and a.direction.plain and not a.kind.stacked and a.facts.frozen is not None:
+        gain_into_factors(module, values["magnitude"])
     a.changed()

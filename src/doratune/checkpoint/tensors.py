@@ -152,6 +152,29 @@ def _columns_without_direction(layer, module: nn.Module, frozen: Tensor, get: di
     get["magnitude"][frozen] = lengths_now().to(A.dtype)
 
 
+def gain_into_factors(module: nn.Module, m: Tensor) -> None:
+    """On rows without direction, which have g = 1 here, put the gain m / |W + s·B·A| of another program's file into B (on the input
+    axis into A): W is nothing there. What `to_file` wrote has none."""
+    weight, rows, s = module.adapted, frozen_rows(module, module), module.scaling
+    A, B = module.lora_A, module.lora_B
+    if weight.axis == "output":
+        W = torch.cat([tile for _, tile in weight.base.row_tiles(module, rows)])
+        n = torch.linalg.vector_norm(W + s * B[rows] @ A, dim=1)
+    else:
+        total = sum((t[:, rows] + s * B[i] @ A[:, rows]).double().square().sum(0) for i, t in weight.base.row_tiles(module))
+        n = total.sqrt().to(A.dtype)
+    gain = m.to(n)[rows] / n
+    gain = torch.where((n > 0) & ((gain - 1).abs() > _SAME), gain, 1.0)
+    if weight.axis == "output":
+        B[rows] *= gain[:, None]
+    else:
+        A[:, rows] *= gain
+
+
+_SAME = 1e-3
+"""A gain as near to 1 as this is rounding."""
+
+
 def frozen_rows(layer, module: nn.Module) -> Tensor:
     """Indices of rows without direction; a merged layer remembers them."""
     if layer is module:

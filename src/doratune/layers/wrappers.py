@@ -28,6 +28,9 @@ _WRAPPERS = (
 """(where its class lives, the class, the name of the child that it stands around). A class whose file was never imported has no
 instances: nothing is imported to look."""
 
+_SYNCHRONIZING = ("DistributedDataParallel", "FullyShardedDataParallel")
+"""Those that look at the parameters once, when they are made."""
+
 SEGMENTS = tuple(dict.fromkeys(child for _, _, child in _WRAPPERS))
 """What wrappers put into names."""
 
@@ -45,6 +48,13 @@ def _child(module: nn.Module) -> str | None:
         if cls is not None and isinstance(module, cls) and module._modules.get(child) is not None:
             return child
     return None
+
+
+def synchronizing(model: nn.Module) -> str | None:
+    """Name of a wrapper in the model that averages the gradients of the parameters it was made with, and of no later ones."""
+    classes = {name: getattr(sys.modules.get(home), name, None) for home, name, _ in _WRAPPERS if name in _SYNCHRONIZING}
+    found = (name for module in model.modules() for name, cls in classes.items() if cls is not None and isinstance(module, cls))
+    return next(found, None)
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
