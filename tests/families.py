@@ -6,6 +6,9 @@ is named with the reason in docs/families.md, never left out.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import torch
 
 SETTINGS = {
@@ -114,10 +117,24 @@ def _small_value(name: str, value, own: dict):
     return value
 
 
+LARGEST = 3_000_000
+"""Parameters: beyond, a config did not become small."""
+
+
 def tiny(class_name: str, own: dict | None = None, seed: int = 0):
-    """A small model of a class of transformers with random weights, in evaluation mode."""
+    """A small model of a class of transformers with random weights, in evaluation mode.
+
+    Raises:
+        ValueError: its config did not become small.
+    """
     import transformers
 
     cls = getattr(transformers, class_name)
+    config = shrunk(cls.config_class(), own)
+    size = 0
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # what some constructors cannot do there
+        size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters: its config has sizes under names of its own")
     torch.manual_seed(seed)
-    return cls(shrunk(cls.config_class(), own)).eval()
+    return cls(config).eval()

@@ -23,9 +23,6 @@ from doratune import AdapterConfig
 from doratune.adapter.running import Running
 from doratune.support.examples import candidates, flat_tensors
 
-LARGEST = 3_000_000
-"""Parameters: beyond, a config did not become small, and the class is an exception."""
-
 
 @dataclass
 class Result:
@@ -81,14 +78,25 @@ def run(family: str, name: str, folder: Path) -> Result:
     except Exception as error:  # any of some hundred classes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         result.reason = f"{type(error).__name__}: {' '.join(lines)[:160]}"
+        if result.stage == "step" and (reason := _own_backward(result)):
+            result.stage, result.layers, result.reason = "run", 0, f"without an adapter too: {reason}"
     return result
+
+
+def _own_backward(result: Result) -> str:
+    """The error of the plain model's own backward, if it has one."""
+    model = tiny(result.name, OWN.get(result.family))
+    example, _ = runnable(model)
+    try:
+        sum(t.sum() for t in flat_tensors(model(**copy.deepcopy(example))) if t.requires_grad).backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:120]
+    return ""
 
 
 def _through(result: Result, folder: Path) -> None:
     own = OWN.get(result.family)
     model = tiny(result.name, own)
-    if (size := sum(p.numel() for p in model.parameters())) > LARGEST:
-        raise ValueError(f"{size:,} parameters: its config has sizes under names of its own")
     result.stage = "run"
     example, base = runnable(model)
     with torch.no_grad():
