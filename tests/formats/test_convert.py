@@ -409,3 +409,28 @@ def test_models_of_any_class_give_their_names(tmp_path):
         plain = {k.removesuffix(".weight"): t for k, t in back.items()}
         for key, tensor in theirs.items():
             assert torch.equal(plain[key.removesuffix(".weight")], tensor), key
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {r"layers\.1\..*q_proj": 2}, "alpha_pattern": {"k_proj": 20}},
+        {"target_modules": r".*layers\.0.*(up|down)_proj"},
+        {"layers_to_transform": [1]},
+        {"use_dora": False},
+    ],
+)
+@pytest.mark.parametrize("to", ["kohya", "mlx", "doratune"])
+def test_peft_s_own_folders(settings, to, tmp_path):
+    """Saved by PEFT: what its patterns and flags say of a module arrives as that module's scaling."""
+    said = {"r": 4, "lora_alpha": 9, "use_dora": True, "target_modules": LLAMA} | settings
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**said))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad:
+                p.mul_(1.3) if "magnitude" in name else p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", to, tmp_path / "out", model=tiny_llama())
+    torch.testing.assert_close(logits(doratune.load(tiny_llama(), tmp_path / "out")), logits(theirs.eval()), **CLOSE)
