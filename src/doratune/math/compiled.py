@@ -27,6 +27,8 @@ from .dora import Kept, backward, forward
 _weights: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 """Handle → adapted weight: how an op finds its layer. Nothing of one model can be reached with another's handle."""
 
+NO_ONNX = "ONNX has no operator for an adapted layer; call doratune.merge(model) first and export that: it says the same"
+
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
@@ -48,6 +50,12 @@ class Handle:
 
     def __reduce__(self):
         return Handle, ()
+
+
+def _refuse_onnx() -> None:
+    """For the ops' fake forms: traced code itself takes the question whether it is for ONNX for a constant."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NO_ONNX)
 
 
 def weight_of(handle: Tensor):
@@ -111,6 +119,7 @@ def _compose(
 
 @_compose.register_fake
 def _(x, out, bias, mask, tensors, W, keep, rescaled, low, width, handle):
+    _refuse_onnx()
     y = out.new_empty(out.shape)
     return y, out.new_empty(out.shape[:-1].numel() if width else 0, width)
 
@@ -192,4 +201,5 @@ def frozen_rows(ids: Tensor, W: Tensor, handle: Tensor, dtype: torch.dtype) -> t
 
 @frozen_rows.register_fake
 def _(ids, W, handle, dtype):
+    _refuse_onnx()
     return ids.new_empty(ids.shape, dtype=dtype), ids.new_empty(ids.shape, dtype=torch.bool)
