@@ -378,3 +378,59 @@ def test_experts_are_refused(tmp_path):
     for to in targets():
         with pytest.raises(UserError, match="batched experts"):
             convert(tmp_path / "own", to, tmp_path / "out", model=tiny_llama(), component="unet")
+
+
+def test_parts_of_a_pipeline_and_nothing_outside_of_it(tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "pipe" / "unet")
+    tiny_unet().save_pretrained(tmp_path / "outside")
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    saved(tmp_path / "own", tiny_unet, targets=["to_q"])
+    for component in ("../outside", "unet/../unet", str(tmp_path / "outside"), ".", "", "vae"):
+        with pytest.raises(UserError, match=r"is a pipeline; say which part with component: unet$"):
+            convert(tmp_path / "own", "kohya", tmp_path / "out", model=str(tmp_path / "pipe"), component=component)
+
+
+def test_models_of_any_class_give_their_names(tmp_path):
+    """A classifier and a text encoder: what the folder's config names, not a causal language model."""
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    clip = CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    classifier = LlamaForSequenceClassification(tiny_llama().config)
+    for number, (build, names) in enumerate(((clip, ["fc1"]), (classifier, ["q_proj", "score"]))):
+        folder = tmp_path / str(number)
+        build.save_pretrained(folder / "base")
+        saved(folder / "own", lambda build=build: build, targets=names, rank=2)
+        convert(folder / "own", "kohya", folder / "x.safetensors", component="text_encoder" if build is clip else None)
+        done = convert(folder / "x.safetensors", "peft", folder / "back", model=str(folder / "base"))
+        assert done.modules == len(list(doratune.adapters(build)))
+        theirs = load_file(folder / "own" / "adapter_model.safetensors")
+        back = load_file(folder / "back" / "adapter_model.safetensors")
+        plain = {k.removesuffix(".weight"): t for k, t in back.items()}
+        for key, tensor in theirs.items():
+            assert torch.equal(plain[key.removesuffix(".weight")], tensor), key
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {r"layers\.1\..*q_proj": 2}, "alpha_pattern": {"k_proj": 20}},
+        {"target_modules": r".*layers\.0.*(up|down)_proj"},
+        {"layers_to_transform": [1]},
+        {"use_dora": False},
+    ],
+)
+@pytest.mark.parametrize("to", ["kohya", "mlx", "doratune"])
+def test_peft_s_own_folders(settings, to, tmp_path):
+    """Saved by PEFT: what its patterns and flags say of a module arrives as that module's scaling."""
+    said = {"r": 4, "lora_alpha": 9, "use_dora": True, "target_modules": LLAMA} | settings
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**said))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad:
+                p.mul_(1.3) if "magnitude" in name else p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", to, tmp_path / "out", model=tiny_llama())
+    torch.testing.assert_close(logits(doratune.load(tiny_llama(), tmp_path / "out")), logits(theirs.eval()), **CLOSE)

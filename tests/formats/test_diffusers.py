@@ -64,8 +64,8 @@ def hand_made(path, settings=True, with_magnitude=True, pair=("lora_A", "lora_B"
 )
 def test_a_unet_computes_what_the_file_defines(case, tmp_path):
     path, weights = hand_made(tmp_path / "pytorch_lora_weights.safetensors", **case)
-    for given_path in (path, tmp_path):
-        model = doratune.load(tiny_unet(), given_path)
+    for where in (path, tmp_path):
+        model = doratune.load(tiny_unet(), where)
         torch.testing.assert_close(denoised(model), denoised(with_weights(tiny_unet(), weights)), **CLOSE)
         assert_merges_to(model, weights)
 

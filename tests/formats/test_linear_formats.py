@@ -185,3 +185,17 @@ def test_llava_modules_that_were_trained_whole(tmp_path):
     torch.save({"base_model.model.lm_head.weight": head}, tmp_path / "non_lora_trainables.bin")
     model = doratune.load(tiny_llama(), tmp_path)
     torch.testing.assert_close(logits(model), logits(with_weights(tiny_llama(), weights | {"lm_head": head})), **CLOSE)
+
+
+def test_two_programs_adapters_on_one_model(tmp_path):
+    """By name, switched: each gives what its file defines."""
+    tensors, weights = mlx(tiny_llama(), 2.0)
+    write(tmp_path / "mlx" / "adapters.safetensors", tensors)
+    write_settings(tmp_path / "mlx", mlx_settings(2.0))
+    others, others_weights = torchtune(tiny_llama(), 4 / 3)
+    write(tmp_path / "adapter_0.safetensors", others)
+    model = doratune.load(tiny_llama(), tmp_path / "mlx", name="mlx")
+    doratune.load(model, tmp_path / "adapter_0.safetensors", name="torchtune", alpha=4)
+    for name, expected in (("torchtune", others_weights), ("mlx", weights), ("torchtune", others_weights)):
+        doratune.use(model, name)
+        torch.testing.assert_close(logits(model), logits(with_weights(tiny_llama(), expected)), **CLOSE)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,12 @@ from ..formats.names import ModelNames
 from ..formats.neutral import NeutralAdapter, NeutralLayer
 from ..support.files import open_tensors, read_json, write_json, write_tensors
 from ..support.folders import foreign_file, new_folder, refuse_existing
+from ..support.model_folders import meta_model
 from ..support.outputs import refuse_inputs
 from . import peft
 from .adapter import CONFIG, OWN, TENSORS, read_folder
 from .foreign import as_folder, read_neutral
-from .merge import base_folder, meta_model
+from .merge import base_folder
 from .tensors import file_key
 
 FOLDERS = ("peft", "doratune")
@@ -94,33 +94,18 @@ def convert(
 
 
 def model_names(model: str | nn.Module | None, component: str | None) -> ModelNames | None:
-    """Names and shapes of a model that is given by itself, by its folder (a pipeline's with `component`) or by its name."""
+    """Names and shapes of a model: the model itself, its folder (a pipeline's with `component`), or its name."""
     if model is None or isinstance(model, nn.Module):
         return None if model is None else ModelNames.of(model)
     path = Path(model)
     if (path / "model_index.json").is_file():
-        if component is None or not (path / component / "config.json").is_file():
-            parts = sorted(p.parent.name for p in path.glob("*/config.json"))
+        parts = sorted(p.parent.name for p in path.glob("*/config.json"))
+        if component not in parts:
             raise UserError(f"{model} is a pipeline; say which part with component: {', '.join(parts)}")
         path = path / component
-    if path.is_dir() and "_class_name" in (settings := read_json(path / "config.json", "a model folder needs it")):
-        return ModelNames.of(_network(path, settings))
-    if path.is_dir() and (path / "config.json").is_file():
-        return ModelNames.of(meta_model(path))
-    return ModelNames.of(meta_model(base_folder(str(model))))
-
-
-def _network(path: Path, settings: dict[str, Any]) -> nn.Module:
-    """One of diffusers' networks on the meta device."""
-    try:
-        import diffusers
-    except ModuleNotFoundError:
-        raise UserError(f"{path} needs diffusers; run: pip install 'doratune[images]'") from None
-    cls = getattr(diffusers, str(settings["_class_name"]), None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise UserError(f"{path}: the installed diffusers has no {settings['_class_name']!r}")
-    with torch.device("meta"):
-        return cls.from_config({k: v for k, v in settings.items() if k != "_name_or_path"})
+    elif not (path / "config.json").is_file():
+        path = base_folder(str(model))
+    return ModelNames.of(meta_model(path))
 
 
 def read_own(folder: Path, names: ModelNames | None) -> NeutralAdapter:
