@@ -27,6 +27,7 @@ _HOME = {
     "verify": "adapter.verify",
     "merge": "adapter.merge",
     "unmerge": "adapter.merge",
+    "merged_state_dict": "adapter.merged_state",
     "save": "checkpoint",
     "load": "checkpoint",
 }

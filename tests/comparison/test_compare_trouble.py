@@ -157,8 +157,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.jo
         ("scores/after/results.json", '{"results": [{"task": "demo"}]}', "holds no whole results"),
         ("scores/after/demo.likelihood.jsonl", '{"correct": "no"}\n' * 8, "is missing or corrupt"),
         ("scores/after/demo.likelihood.jsonl", '{"correct": true, "prompt": "o", "gold": "a"}\n' * 8, "other items of demo"),
-        ("recipe.yaml", "a: &a [*a]\n", "another recipe"),
-        ("recipe.yaml", BOMB, "another recipe"),
+        ("recipe.yaml", "a: &a [*a]\n", "is missing or corrupt"),
+        ("recipe.yaml", BOMB, "is missing or corrupt"),
         ("recipe.yaml", "a: " + "[" * 3000 + "]" * 3000, "is missing or corrupt"),
     ],
 )

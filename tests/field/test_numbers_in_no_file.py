@@ -131,11 +131,38 @@ def test_left_frozen_it_is_a_problem_and_load_names_it(tmp_path):
         doratune.load(loaded("BertForSequenceClassification", base, seed=2), tmp_path / "adapter")
 
 
-def test_a_copy_without_marks_is_compared_with_its_files(tmp_path):
-    model = copy.deepcopy(loaded("BertForSequenceClassification", bert(tmp_path / "base"), seed=1))
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_a_copy_without_marks_is_compared_with_its_files(name, tmp_path):
+    """A ViT's files have older names than its modules."""
+    model = copy.deepcopy(loaded(name, HEADS[name][0](tmp_path / "base"), seed=1))
     assert not any(hasattr(p, "_is_hf_initialized") for p in model.parameters())
     doratune.attach(model, AdapterConfig(rank=2))
-    assert "classifier: newly initialized" in str(doratune.verify(model))
+    assert "\nclassifier: newly initialized" in str(doratune.verify(model))
+
+
+def test_experts_that_are_stored_one_by_one_are_not_new(tmp_path):
+    """The files hold each expert, the model one tensor of all."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=60, num_local_experts=4, num_key_value_heads=2, max_position_embeddings=30, **SMALL)
+    ).save_pretrained(tmp_path / "base")
+    model = loaded("MixtralForCausalLM", tmp_path / "base", seed=1)
+    for one in (copy.deepcopy(model), model):
+        doratune.attach(one, AdapterConfig(rank=2))
+        assert "newly initialized" not in str(doratune.verify(one))
+
+
+@pytest.mark.parametrize("four_bits", [True, False], ids=["nf4", "int8"])
+def test_a_new_head_over_a_quantized_base(four_bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(load_in_4bit=four_bits, load_in_8bit=not four_bits)
+    model = loaded("LlamaForSequenceClassification", llama(tmp_path / "base"), seed=1, quantization_config=quantized)
+    doratune.attach(model, AdapterConfig(rank=2))
+    assert doratune.verify(model).problems == []
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "score" in name] == ["score.weight"]
 
 
 def test_what_was_saved_is_not_new(tmp_path):

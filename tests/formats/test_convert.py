@@ -2,13 +2,23 @@
 refused; the output is whole or absent."""
 
 import json
-import os
 
 import peft
 import pytest
 import torch
 from conftest import randomize, tiny_llama
-from definitions import CLOSE, IMAGES, UNET_CONV, Convolutional, assert_merges_to, denoised, logits, tiny_unet
+from definitions import (
+    CLOSE,
+    IMAGES,
+    UNET_CONV,
+    Convolutional,
+    assert_merges_to,
+    denoised,
+    logits,
+    tiny_unet,
+    write,
+    write_settings,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -175,8 +185,6 @@ def test_values_are_fp32_whatever_the_file_has(tmp_path):
     saved(tmp_path / "own")
     convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors")
     half = {k: t.half() for k, t in load_file(tmp_path / "x.safetensors").items()}
-    from definitions import write
-
     write(tmp_path / "half.safetensors", half)
     convert(tmp_path / "half.safetensors", "mlx", tmp_path / "mlx", model=tiny_llama())
     assert {t.dtype for t in load_file(tmp_path / "mlx" / "adapters.safetensors").values()} == {torch.float32}
@@ -258,25 +266,44 @@ def test_only_safetensors_is_written_with_its_metadata(tmp_path):
 
 def test_an_output_is_whole_or_absent(tmp_path, monkeypatch):
     saved(tmp_path / "own")
-    (tmp_path / "x.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match="exists"):
-        convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="the adapter itself"):
-        convert(tmp_path / "own", "peft", tmp_path / "own", overwrite=True)
-    with pytest.raises(UserError, match="mlx is a folder"):
-        convert(tmp_path / "own", "mlx", tmp_path / "y.safetensors")
-    before = sorted(os.listdir(tmp_path))
+    convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors")
+    convert(tmp_path / "own", "mlx", tmp_path / "mlx")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def broken(*_, **__):
         raise OSError("no space left on device")
 
-    for to, output in (("kohya", "x.safetensors"), ("kohya", "new"), ("mlx", "new"), ("peft", "new")):
+    for to, output in (("kohya", "x.safetensors"), ("kohya", "new"), ("mlx", "new"), ("mlx", "mlx"), ("peft", "new")):
         with monkeypatch.context() as patched:
             patched.setattr("doratune.support.files.save_file", broken)
-            with pytest.raises(OSError, match="no space"):
+            with pytest.raises((OSError, UserError), match="no space"):
                 convert(tmp_path / "own", to, tmp_path / output, overwrite=True)
-        assert sorted(os.listdir(tmp_path)) == before
-        assert (tmp_path / "x.safetensors").read_bytes() == b"precious"
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    convert(tmp_path / "own", "kohya", tmp_path / "x.safetensors", overwrite=True)
+
+
+def test_outputs_that_are_in_the_way(tmp_path):
+    saved(tmp_path / "own")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "x.safetensors").write_bytes(b"precious")
+    convert(tmp_path / "own", "mlx", tmp_path / "mlx")
+    (tmp_path / "mlx" / "notes.txt").write_text("precious")
+    cases = [
+        ("kohya", "x.safetensors", False, "exists; give another name"),
+        ("kohya", "x.safetensors", True, "x.safetensors, which no doratune command wrote"),
+        ("mlx", "mlx", True, "notes.txt, which no doratune command wrote"),
+        ("mlx", "y.safetensors", False, "mlx is a folder"),
+        ("peft", "own", True, "is the adapter"),
+        ("peft", "own/inner", True, "lies in the adapter"),
+        ("kohya", "own/adapter_model.safetensors", True, "lies in the adapter"),
+        ("peft", "base", True, "is the model"),
+        ("peft", "x.safetensors/inner", False, "is a file"),
+    ]
+    for to, output, overwrite, message in cases:
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "own", to, tmp_path / output, model=str(tmp_path / "base"), overwrite=overwrite)
+    assert (tmp_path / "x.safetensors").read_bytes() == b"precious"
+    assert logits(doratune.load(tiny_llama(), tmp_path / "own")).isfinite().all()
 
 
 def test_convolutions_keep_their_filters(tmp_path):
@@ -332,14 +359,22 @@ def test_vera_whose_factors_are_not_in_the_file(tmp_path):
 
 
 def test_experts_are_refused(tmp_path):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = doratune.attach(Qwen3MoeForCausalLM(config), AdapterConfig(rank=2, targets=["experts"]))
-    doratune.save(model, tmp_path / "own")
+    """A folder of ours with four experts: A (E, R, I), B (E, O, R), m (E, O)."""
+    key, ones = "base_model.model.model.layers.0.mlp.experts.down_proj", torch.ones
+    tensors = {
+        f"{key}.lora_A.weight": ones(4, 2, 8),
+        f"{key}.lora_B.weight": ones(4, 16, 2),
+        f"{key}.lora_magnitude_vector": ones(4, 16),
+    }
+    write(tmp_path / "own" / "adapter_model.safetensors", tensors)
+    said = {
+        "peft_type": "DORATUNE",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": [key.removeprefix("base_model.model.")],
+        "use_dora": True,
+    }
+    write_settings(tmp_path / "own", said | {"method": "dora"})
     for to in targets():
         with pytest.raises(UserError, match="batched experts"):
             convert(tmp_path / "own", to, tmp_path / "out", model=tiny_llama(), component="unet")

@@ -100,12 +100,14 @@ class TestMlx:
         assert {name.rpartition(".")[2] for name in trained} == {"lora_a", "lora_b", "m"}
         moved = {n: p * 1.2 if n.endswith(".m") else p + 0.1 * mx.random.normal(p.shape) for n, p in trained.items()}
         llama.load_weights(list(moved.items()), strict=False)
-        mx.save_safetensors(str(tmp_path / "adapters.safetensors"), moved)
-        (tmp_path / "adapter_config.json").write_text(
+        folder = tmp_path / "theirs"
+        folder.mkdir()
+        mx.save_safetensors(str(folder / "adapters.safetensors"), moved)
+        (folder / "adapter_config.json").write_text(
             json.dumps({"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": settings, "model": "some/model"})
         )
-        model = doratune.load(tiny_llama(), tmp_path)
+        model = doratune.load(tiny_llama(), folder)
         torch.testing.assert_close(logits(model), self.outputs(llama), **CLOSE)
-        convert(tmp_path, "peft", tmp_path / "peft")
+        convert(folder, "peft", tmp_path / "peft")
         assert_merges_to(doratune.load(tiny_llama(), tmp_path / "peft"), weights_of(model))
         assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"

@@ -17,5 +17,6 @@ verify.py     is every target really DoRA?
 running.py    which layers are called, and which weights are read past them
 inspect.py    the table of what is adapted
 merge.py      merge into the weights, and back bit for bit
+merged_state.py   the merged state dict beside the live model
 stored.py     a quantized layer kept aside while a dense one stands in its place
 """

@@ -66,7 +66,7 @@ def _absent(root: nn.Module, own: dict[str, nn.Parameter], header: Header) -> di
     files = Keys(root, header.files)
     keys = {name: files.find(name) for name in own}
     there = {key for key in keys.values() if key}
-    if len(there) < MOST * len(own):
+    if len(there) < MOST * len(own) or files.converts:
         return {}
     left = [torch.Size(header.shape(key)).numel() for key in header.files if key not in there]
     return {name: own[name] for name, key in keys.items() if key is None and own[name].numel() not in left}  # else: renamed?

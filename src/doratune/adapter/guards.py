@@ -8,6 +8,7 @@ merge. A copy of the model, or a pickle of it, has its own. Cost: nothing in a f
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -63,6 +64,10 @@ class AdapterSaved:
         if not is_main_process:
             return
         save(model, save_directory)
+        if not getattr(model.config, "_name_or_path", None):
+            unnamed = "the base model was not loaded from a folder or hub, so the folder does not name it"
+            remedy = "from_pretrained cannot find it, doratune.load(model, folder) can"
+            warnings.warn(f"{save_directory}: {unnamed}; {remedy}", stacklevel=2)
         if "state_dict" in kwargs:
             write_tensors(Path(save_directory) / WEIGHTS, _trained(model, kwargs["state_dict"]))
 

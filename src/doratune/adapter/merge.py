@@ -61,9 +61,9 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
         module.adapted.changed()  # also after an edit that announced itself to nobody
     if quantized == "same":
         _check_storages(layers)
-    common = _model_dtype(model, layers)
+    common = model_dtype(model, layers)
     with no_autocast(next(model.parameters()).device):
-        dtypes = {name: _dtype(module, common, quantized, seen[name]) for name, module in layers}
+        dtypes = {name: merged_dtype(module, common, quantized, seen[name]) for name, module in layers}
         norms = {name: [checked_norm(name, part, dtypes[name]) for part in module.adapted.matrices()] for name, module in layers}
         try:
             for name, module in layers:
@@ -177,7 +177,7 @@ def _check_storages(layers: list) -> None:
             raise UserError(f'{name}: cannot be quantized again, {problem}; merge with quantized="dense"')
 
 
-def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
+def model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
     """The dtype in which the model computes: that of its largest plain parameter besides the adapters' own, or None."""
     adapters_own = {id(p) for _, module in layers for p in own_parameters(module).values()}
     plain = [p for p in model.parameters() if id(p) not in adapters_own and type(p) is nn.Parameter and p.is_floating_point()]
@@ -188,7 +188,7 @@ def _model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
     return whole.compute_dtypes(model).get(id(largest), largest.dtype)
 
 
-def _dtype(module: Adapted, common: torch.dtype | None, quantized: str, seen) -> torch.dtype:
+def merged_dtype(module: Adapted, common: torch.dtype | None, quantized: str, seen) -> torch.dtype:
     """Of a merged weight: the base's own where it is stored as before, else what the layer's inputs will be in; seen: the factors
     of its last call, if it was called."""
     base = module.adapted.base

@@ -23,8 +23,9 @@ from ..formats import Stated, format_named, format_names
 from ..formats.factors import shaped
 from ..formats.names import ModelNames
 from ..formats.neutral import NeutralAdapter, NeutralLayer
-from ..support.files import read_json, write_json, write_tensors
-from ..support.folders import new_folder, refuse_existing
+from ..support.files import open_tensors, read_json, write_json, write_tensors
+from ..support.folders import foreign_file, new_folder, refuse_existing
+from ..support.outputs import refuse_inputs
 from . import peft
 from .adapter import CONFIG, OWN, TENSORS, read_folder
 from .foreign import as_folder, read_neutral
@@ -33,6 +34,8 @@ from .tensors import file_key
 
 FOLDERS = ("peft", "doratune")
 """Targets that are adapter folders of this package: PEFT's type, or ours, which says more."""
+VERSION = "doratune_version"
+"""In doratune.json, and in the header of other programs' files that were written here."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def convert(
     if to not in targets():
         raise UserError(f"to is {to!r}; expected one of {', '.join(targets())}{near_misses(to, targets())}")
     source, output = Path(adapter), Path(output)
-    _refuse_output(source, output, to, overwrite)
+    base = str(model) if isinstance(model, str | Path) else None
+    _refuse_output(output, to, overwrite, {"the adapter": str(source), "the model": base})
     names = model_names(model, component)
     stated = Stated(names, component, magnitude_axis, alpha)
     neutral, source_format = read_neutral(source, stated) or (read_own(source, names), None)
@@ -131,14 +135,13 @@ def read_own(folder: Path, names: ModelNames | None) -> NeutralAdapter:
     for (name, parameter), t in tensors.items():
         if name:
             modules.setdefault(name, {})[parameter] = t
-    written = peft.as_written(config)
+    written, alpha_of = peft.as_written(config), peft.PatternValues(raw, "alpha_pattern")
     layers = {}
     for name, parts in modules.items():
         m = parts.pop("magnitude", None)
         layer = NeutralLayer(parts, 1.0, None if m is None else m.reshape(-1), _axis(config, parts))
         if direction.scaled:
-            alpha = peft.pattern_value(raw.get("alpha_pattern"), name, written.alpha)
-            layer = replace(layer, scaling=written.scaling(layer.rank, alpha))
+            layer = replace(layer, scaling=written.scaling(layer.rank, alpha_of.of(name, written.alpha)))
         layers[name] = layer
     if not layers:
         raise UserError(f"{folder} holds no adapted module")
@@ -176,9 +179,8 @@ def _training_settings(config) -> list[str]:
     return [f"{name}={getattr(config, name)!r}" for name, usual in defaults.items() if getattr(config, name) != usual]
 
 
-def _refuse_output(source: Path, output: Path, to: str, overwrite: bool) -> None:
-    if output.resolve() == source.resolve():
-        raise UserError(f"output {output} is the adapter itself; give another name")
+def _refuse_output(output: Path, to: str, overwrite: bool, inputs: dict[str, str | None]) -> None:
+    refuse_inputs(output, inputs)
     if output.suffix == ".safetensors":
         if to in FOLDERS or format_named(to).in_folder:
             raise UserError(
@@ -186,8 +188,19 @@ def _refuse_output(source: Path, output: Path, to: str, overwrite: bool) -> None
             )
         if output.exists() and not overwrite:
             raise UserError(f"{output} exists; give another name or pass --overwrite")
+        if output.exists() and not _is_own(output):
+            raise foreign_file(output.parent, output.name)
     else:
         refuse_existing(output, overwrite)
+
+
+def _is_own(path: Path) -> bool:
+    """Did this command write the file?"""
+    try:
+        with open_tensors(path) as file:
+            return VERSION in (file.metadata() or {})
+    except UserError:
+        return False
 
 
 def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: Stated, overwrite: bool) -> int:
@@ -198,11 +211,12 @@ def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: State
         raise UserError(f"{to} cannot say this adapter: {problem}")
     written = one.write(neutral, stated)
     tensors = _apart({key: _saved(t) for key, t in written.tensors.items()})
+    metadata = written.metadata | {VERSION: __version__}
     if output.suffix == ".safetensors":
-        write_tensors(output, tensors, written.metadata)
+        write_tensors(output, tensors, metadata)
         return len(tensors)
     with new_folder(output, overwrite) as temporary:
-        write_tensors(temporary / one.file, tensors, written.metadata)
+        write_tensors(temporary / one.file, tensors, metadata)
         if written.settings:
             write_json(temporary / CONFIG, written.settings)
     return len(tensors)
@@ -226,7 +240,7 @@ def _write_folder(neutral: NeutralAdapter, to: str, output: Path, stated: Stated
         write_tensors(temporary / TENSORS, named)
         write_json(temporary / CONFIG, described)
         if to == "doratune":
-            write_json(temporary / OWN, {"doratune_version": __version__, "adapter": config.to_dict()})
+            write_json(temporary / OWN, {VERSION: __version__, "adapter": config.to_dict()})
     return len(named)
 
 

@@ -48,6 +48,7 @@ class Plan:
     replaced: dict[str, Tensor]  # key in the checkpoint → tensor of a module that was trained whole
     untied: dict[str, str]  # a weight that was tied to one of those → the key of their common tensor in the checkpoint
     like: dict[str, str]  # a trained parameter that the checkpoint lacks → a key in it that has the dtype of the base's
+    apart: dict[str, tuple[str, str]]  # an adapted weight that is stored under a tied one's key → (its module, that key)
     base: dict[str, Tensor]  # key in the checkpoint → base weight that came with the adapter
     new: set[str]  # trained parameters that the checkpoint lacks and that are tied to nothing in it: a new head
     names: dict[str, str]  # key in the checkpoint → name in the model
@@ -75,13 +76,17 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
-    untied = bool(extra.keys() - plan.new)
+    apart = {path: (name, _read(folder, shards, key)) for path, (name, key) in plan.apart.items()}
+    untied = bool(extra.keys() - plan.new or apart)
     weight_map, size = {}, 0
     with new_folder(output, overwrite, key="config.json") as temporary:
         for number, (shard, keys) in enumerate(shards.items()):
             whole = dict(merged_shard(folder / shard, keys, plan, out_dtype))
             if number == len(shards) - 1:
                 whole |= {k: _cast(t, out_dtype or dtypes.get(k, t.dtype)) for k, t in extra.items()}
+                for path, (name, weight) in apart.items():
+                    weight = plan.base.get(path, weight).to(weight.dtype)
+                    whole[path] = _cast(merged_weight(plan, name, weight, out_dtype or weight.dtype), out_dtype or weight.dtype)
             whole = {plan.name_in_result(key): t for key, t in whole.items()}
             write_tensors(temporary / shard, whole)
             weight_map |= {key: shard for key in whole}
@@ -157,11 +162,16 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     read = fit(skeleton, adapter, config, raw, tensors)
     config, selection, tensors = read.config, read.selection, read.tensors
     files = Keys(skeleton, keys)
-    merged, missing = {}, []
-    for name in selection.ranks:
-        key = files.find(f"{name}.{kind_of(layer_at(skeleton, name)).weight_name}")
-        merged |= {key: name} if key else {}
-        missing += [] if key else [name]
+    merged, apart, missing = {}, {}, []
+    parameters = {path for path, _ in skeleton.named_parameters(remove_duplicate=False)}
+    paths = {name: f"{name}.{kind_of(layer_at(skeleton, name)).weight_name}" for name in selection.ranks}
+    for name, path in paths.items():
+        if key := files.find(path):
+            merged[key] = name
+        elif path in parameters and (key := _like(path, skeleton, files)):
+            apart[path] = name, key
+        else:
+            missing.append(name)
     if missing:
         raise UserError(
             f"{folder} names its tensors otherwise: no weight found for {listed(missing)}; load the model, "
@@ -169,17 +179,22 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
         )
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in all_shared()}
     replaced = {files.find(key) or key: t for key, t in whole.items()}
-    untied = {peer: key for key, peers in _tied_to(skeleton, whole).items() for peer in peers if peer not in keys}
-    untied = {peer: stored_key for peer, key in untied.items() if (stored_key := files.find(key))}
+    changed = {*whole, *paths.values()}
+    untied = {peer: key for key, peers in _tied_to(skeleton, changed).items() for peer in peers if not files.find(peer)}
+    untied = {peer: own for peer, key in untied.items() if (own := files.find(key))}
+    base = {files.find(path) or path: t for path, t in read.base.items()}
+    for path in base.keys() - keys - apart.keys():  # of a tied weight that the checkpoint has under another key
+        if not torch.equal(base[path], base.get(_like(path, skeleton, files), torch.empty(0))):
+            replaced[path] = base[path]
     _keep_ties(skeleton, replaced, keys)
-    lacking = [key for key, _ in skeleton.named_parameters(remove_duplicate=False) if key in replaced and key not in keys]
-    like = {key: _like(key, skeleton, files) or next(iter(merged)) for key in lacking}
+    lacking = [path for path in parameters if path in replaced and path not in keys]
+    stored = next(iter((*merged, *(key for _, key in apart.values()))))
+    like = {key: _like(key, skeleton, files) or stored for key in lacking}
     new = {key for key in lacking if _like(key, skeleton, files) is None}
     names = {key: name for name in skeleton.state_dict() if (key := files.find(name))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
-    base = {files.find(path) or path: t for path, t in read.base.items()}
-    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like, base, new, names)
+    return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like, apart, base, new, names)
 
 
 def _keep_ties(skeleton: nn.Module, replaced: dict[str, Tensor], keys: set[str]) -> None:
@@ -194,8 +209,9 @@ def _keep_ties(skeleton: nn.Module, replaced: dict[str, Tensor], keys: set[str])
                 del replaced[name]
 
 
-def _tied_to(skeleton: nn.Module, whole: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Trained parameter → the names of others that are tied to it in the base and were not trained: they keep the base's values."""
+def _tied_to(skeleton: nn.Module, whole: set[str]) -> dict[str, list[str]]:
+    """Trained or merged parameter → the names of others that are tied to it in the base and are neither: they keep the base's
+    values."""
     names: dict[int, list[str]] = {}
     for name, p in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)

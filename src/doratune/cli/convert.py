@@ -24,7 +24,7 @@ class ConvertSettings:
         component: of a pipeline's files: unet, transformer, text_encoder, text_encoder_2
         magnitude_axis: output or input, where the file leaves it open
         alpha: of the scaling alpha / rank, where the file leaves it open
-        overwrite: replace an output that exists
+        overwrite: replace an output that doratune wrote
     """
 
     adapter: str = ""

@@ -113,9 +113,8 @@ def same_recipe(path: Path, wanted: TrainRecipe) -> None:
     try:
         had = dataclasses.asdict(TrainRecipe()) | dict(read_yaml(path))
     except (TypeError, ValueError) as error:  # UserError is one
-        raise UserError(
-            f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"
-        ) from None
+        reason = str(error).removeprefix(str(path)).lstrip(":, ")
+        raise UserError(f"{path} is missing or corrupt ({reason}); delete the cell's folder, and it runs again") from None
     now = as_read_back(dataclasses.asdict(wanted))
     differing = [f"{name} {had[name]!r} there, {now[name]!r} here" for name in now if name not in PLACES and had[name] != now[name]]
     if differing:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..checkpoint.values import finite
 from ..data.instruction import prompt_of
 from ..data.limits import check_tokens
-from ..errors import UserError, near_misses
+from ..errors import UserError, listed, near_misses
 from ..support.environment import peak_bytes
 from ..support.files import write_json
 from ..support.folders import whole_folder
@@ -50,12 +51,16 @@ def evaluate(
 
     Returns:
         {"results": […], "averages": […], "peak_bytes": …}
+
+    Raises:
+        UserError: an unknown protocol, or a model whose weights or scores are NaN or infinite.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
     if "paper" in protocols:
         check_fixed(beams=beams, max_new_tokens=max_new_tokens)
+    refuse_spoiled(model)
     prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
     answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
     check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
@@ -92,6 +97,17 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
     model.train(was_training)
     averages = [a for p in protocols if (a := overall([r for r in results if r["protocol"] == p]))]
     return {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
+
+
+def refuse_spoiled(model) -> None:
+    """Raise where the model's numbers are none: it would answer everything alike, and be scored.
+
+    Raises:
+        UserError: parameters with NaN or infinite values, by name.
+    """
+    bad = [name for name, p in model.named_parameters() if not finite(p.detach())]
+    if bad:
+        raise UserError(f"{listed(bad, 3)}: NaN or infinite values; a model with them cannot be evaluated, copy or train it again")
 
 
 def show(summary: dict) -> str:

@@ -11,9 +11,10 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..data.instruction import prompt_of as plain_prompt
+from ..errors import UserError
 from . import prefix
 from .tasks import first_answer
 
@@ -58,6 +59,7 @@ def generate(
                 attention_mask=mask,
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                logits_processor=LogitsProcessorList([NumbersOnly()]),
                 **prefix.for_beams(model, ids, mask, beams),
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -82,6 +84,15 @@ def only_these(model):
         yield
     finally:
         model.generation_config = config
+
+
+class NumbersOnly(LogitsProcessor):
+    """Stops a model whose scores are no numbers: it would write the same token for ever, and be scored."""
+
+    def __call__(self, input_ids, scores):
+        if torch.isnan(scores).any():
+            raise UserError("the model's scores are NaN; try dtype float32, or train it again")
+        return scores
 
 
 class AnswerFound(StoppingCriteria):

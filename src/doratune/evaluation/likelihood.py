@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..data.instruction import prompt_of
+from ..errors import UserError
 from .generate import left_pad
 from .tasks import ANSWERS, choices
 
@@ -33,6 +34,8 @@ def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: C
     for start in range(0, len(work), batch_size):
         batch = work[start : start + batch_size]
         for (index, stem, _), logits in zip(batch, _last_logits(model, tokenizer, batch)):
+            if not torch.isfinite(logits[-len(stem) - 1 :].amax(-1)).all():  # a single -inf is a choice of the model's own
+                raise UserError(f"the model's scores of item {index + 1} are NaN or infinite; try dtype float32, or train it again")
             wanted = [a for a in plans[index][0] if tuple(a[:-1]) == stem[: len(a) - 1]]
             logp = logits[-len(stem) - 1 :].float().log_softmax(-1)
             for a in wanted:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError, listed
+from ..support.patterns import NamePattern
 from . import Format, Stated, Written
 from .factors import shaped
 from .names import COMPONENTS, resolved
@@ -123,10 +124,8 @@ def _scaling(name: str, rank: int, settings: dict[str, Any]) -> float:
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{METADATA}: alpha_pattern is {patterns!r}; expected an object")
-    try:
-        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), settings["lora_alpha"])
-    except re.error as error:
-        raise UserError(f"{METADATA}: alpha_pattern has a name that is no regular expression ({error})") from None
+    fitting = (v for key, v in patterns.items() if NamePattern(rf"(.*\.)?({key})", f"alpha_pattern {key!r}").matches(name))
+    alpha = next(fitting, settings["lora_alpha"])
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"{METADATA}: lora_alpha is {alpha!r}; expected a number")
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

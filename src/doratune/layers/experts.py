@@ -103,6 +103,9 @@ class ExpertsKind(LayerKind):
     def home(self, module: nn.Module) -> nn.Module:
         return module.owner
 
+    def leaf(self, module: nn.Module) -> str:
+        return module.part
+
     def joined(self, module: nn.Module) -> None:
         """Register the adapted layer with its owner, whose forward then uses it."""
         setattr(module.owner, CHILD + module.part, module)

@@ -103,6 +103,10 @@ class LayerKind:
         """The module that owns the weight."""
         return module
 
+    def leaf(self, module: nn.Module) -> str:
+        """The weight's name among that module's parameters."""
+        return self.weight_name
+
     def joined(self, module: nn.Module) -> None:
         """Called once the module is adapted."""
 

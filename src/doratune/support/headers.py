@@ -33,7 +33,7 @@ class Keys:
 
     def __init__(self, model, keys):
         self.model, self.keys, self.prefix = model, set(keys), getattr(model, "base_model_prefix", "") or ""
-        self._renamed: dict[str, str] | None = None
+        self._renamed: tuple[dict[str, str], bool] | None = None
 
     def find(self, name: str) -> str | None:
         same = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}") if self.prefix else (name,)
@@ -42,28 +42,37 @@ class Keys:
     @property
     def renamed(self) -> dict[str, str]:
         """Name in the model → the key that transformers renames to it; not where it converts the numbers too."""
+        return self._conversion()[0]
+
+    @property
+    def converts(self) -> bool:
+        """Does transformers make parameters of this model out of others in the checkpoint (experts that are stored one by one)?"""
+        return self._conversion()[1]
+
+    def _conversion(self) -> tuple[dict[str, str], bool]:
         if self._renamed is None:
             self._renamed = _renamed(self.model, self.keys, self.prefix)
         return self._renamed
 
 
-def _renamed(model, keys: set[str], prefix: str) -> dict[str, str]:
+def _renamed(model, keys: set[str], prefix: str) -> tuple[dict[str, str], bool]:
     if not hasattr(model, "_adjust_missing_and_unexpected_keys"):  # not loaded by transformers
-        return {}
+        return {}, False
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
     except ImportError:  # a version that renames nothing
-        return {}
+        return {}, False
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
-    names: dict[str, str] = {}
+    names, converts = {}, False
     for key in sorted(keys, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if converted is None and name in state:
             names.setdefault(name, key)
-    return names
+        converts |= converted is not None
+    return names, converts
 
 
 def header_of(config) -> Header | None:

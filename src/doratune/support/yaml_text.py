@@ -76,8 +76,6 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         return parse_yaml(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

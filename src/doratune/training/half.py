@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 START = 2.0**12
-"""First factor: gradients of SmolLM2 in fp16 are nearest to fp32's there, and no first step overflows (docs/log.md)."""
+"""First factor: a larger one brings no gradient nearer to fp32's (SmolLM2 and a six-layer Llama, 64 and 2,048 answer tokens), and
+the first steps do not overflow. It grows by itself every 2,000 steps."""
 
 
 def scale_loss(accelerator, model: nn.Module | None) -> None:
