@@ -11,7 +11,11 @@ from doratune.baselines import BaselineConfig
 from doratune.bench.settings import BenchSettings
 from doratune.cli.analyze import AnalyzeSettings
 from doratune.cli.arguments import parse
+from doratune.cli.chat import ChatSettings
 from doratune.cli.evaluate import EvaluateSettings
+from doratune.cli.export import ExportSettings
+from doratune.cli.extract import ExtractSettings
+from doratune.cli.generate import GenerateSettings
 from doratune.cli.inspect import InspectSettings
 from doratune.cli.main import main
 from doratune.cli.merge import MergeSettings
@@ -25,6 +29,7 @@ from doratune.training.recipe import TrainRecipe
 COMMANDS = {
     "train": TrainRecipe, "demo": DemoSettings, "evaluate": EvaluateSettings, "merge": MergeSettings, "compare": CompareRecipe,
     "analyze": AnalyzeSettings, "report": ReportSettings, "inspect": InspectSettings, "bench": BenchSettings,
+    "export": ExportSettings, "extract": ExtractSettings, "generate": GenerateSettings, "chat": ChatSettings,
 }  # fmt: skip
 RECIPES = ("train", "compare")
 FREE = {"seeds"}  # whole numbers of any sign; each cell's own seed is checked

@@ -47,6 +47,8 @@ TRAIN = ["train", "--model", "base", "--data", "data/items.json", "--max_steps",
 EVALUATE = ["evaluate", "--model", "base", "--adapter", "run/adapter", "--task", "data/items.json"]
 ANALYZE = ["analyze", "run", "--model", "base"]
 COMPARE = ["compare", "--settings", "{model: base, data: data/items.json, eval_size: 2}", "--score", "eval_loss"]
+EXPORT = ["export", "--to", "lora-scale", "--model", "base", "--adapter", "run/adapter"]
+GENERATE = ["generate", "--model", "base", "--adapter", "run/adapter"]
 WITHOUT_OVERWRITE = ("compare",)
 
 OVER = [
@@ -63,6 +65,13 @@ OVER = [
     *[(["report", "run"], f"run/{name}") for name in ("recipe.yaml", "metrics.json", "adapter/page.html", "adapter/doratune.json")],
     (["report", "run", "--analysis", "none"], "data/items.json"),
     (["bench", "--what", "decode", "--model", "base"], "base"),
+    *[(EXPORT, output) for output in ("base", "link", "run/adapter", "run", "base/new")],
+    *[(["export", "--model", "base"], output) for output in ("base", "link/new")],
+    *[(["extract", "--model", "base", "--tuned", "base"], output) for output in ("base", "link", ".")],
+    *[
+        ([*GENERATE, "--prompts", "data/items.json"], output)
+        for output in ("data/items.json", "run/adapter/x.jsonl", "base/x.jsonl")
+    ],
 ]
 
 

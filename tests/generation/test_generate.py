@@ -131,9 +131,9 @@ def test_bad_files(name, content, words, tmp_path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "x", "--temperature", "nan"], "temperature is 'nan'"),
-        (["--prompt", "x", "--top_p", "0"], "top_p is 0.0"),
+        (["--prompt", "x", "--top_p", "0"], "top_p is 0"),
         (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "x", "--seed", "-1"], "seed is -1"),
         (["--prompt", "x", "--batch_size", "0"], "batch_size is 0"),

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory
 from .repeated import gathered
@@ -29,6 +30,7 @@ class ChatSettings:
         seed: of sampling
         dtype: dtype of the model
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
+        trust_remote_code: run the Python code that the model's folder or repository brings
     """
 
     model: str | None = None
@@ -36,12 +38,13 @@ class ChatSettings:
     compare: bool = False
     template: Literal["auto", "chat", "instruction", "plain"] = "auto"
     system: str | None = None
-    temperature: float = 0.7
-    top_p: float = 0.95
-    max_new_tokens: int = 512
-    seed: int = 0
+    temperature: float = number(0.7, least=0)
+    top_p: float = number(0.95, above=0, most=1)
+    max_new_tokens: int = number(512, least=1)
+    seed: int = number(0, least=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+    trust_remote_code: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
     from ..generation.sampling import Sampling
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
-    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize)
+    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code)
     speaker = next(iter(adapters.folders), BASE)
     chat = Conversation(adapters, sampling, _write, settings.template, settings.system, settings.compare, speaker)
     adapters.use(speaker)

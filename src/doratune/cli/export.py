@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say
 
@@ -24,7 +25,7 @@ class ExportSettings:
         type: of gguf: f32, f16, bf16 or q8_0
         rank: of lora: the rank of every layer
         error: of lora, instead of rank: the largest relative error of a layer's update; each layer takes the smallest rank
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     to: Literal["gguf", "lora-scale", "lora"] = "gguf"
@@ -32,8 +33,8 @@ class ExportSettings:
     adapter: str | None = None
     output: str = ""
     type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    rank: int | None = None
-    error: float | None = None
+    rank: int | None = number(None, least=1)
+    error: float | None = number(None, above=0, below=1)
     overwrite: bool = False
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..checkpoint.adapter import base_model_of
     from ..errors import UserError
+    from ..support.outputs import refuse_inputs, run_of
 
     if not settings.output:
         raise UserError("output is not set; give --output FOLDER")
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
     if settings.to != "lora" and (settings.rank is not None or settings.error is not None):
         raise UserError("rank and error are for --to lora; drop them or change --to")
     base = settings.model or base_model_of(settings.adapter)
+    refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(settings.adapter))
     result = {"gguf": _gguf, "lora-scale": _scaled, "lora": _truncated}[settings.to](base, settings)
     if as_json:
         print_json({"to": settings.to, "output": settings.output} | result)

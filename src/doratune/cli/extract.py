@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
@@ -21,12 +22,12 @@ class ExtractSettings:
         targets: layers that the adapter has: all-linear, a regex, or a list of names
         also_train: modules that are stored whole, as they are tuned (embed_tokens, norm)
         output: adapter folder
-        overwrite: replace an output folder that exists
+        overwrite: replace an output folder that doratune wrote
     """
 
     model: str = ""
     tuned: str = ""
-    rank: int = 64
+    rank: int = number(64, least=1)
     targets: str | list[str] = "all-linear"
     also_train: list[str] = field(default_factory=list)
     output: str = ""
@@ -38,10 +39,12 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..errors import UserError
     from ..export.extract import extract
+    from ..support.outputs import refuse_inputs, run_of
 
     for name, what in (("model", "BASE"), ("tuned", "FOLDER"), ("output", "FOLDER")):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} {what}")
+    refuse_inputs(settings.output, {"the model": settings.model, "the fine-tuned model": settings.tuned}, run_of(settings.tuned))
     advance, close = progress("layers", 0)
     result = extract(
         settings.model,

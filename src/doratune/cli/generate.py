@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 from .repeated import gathered
@@ -33,6 +34,7 @@ class GenerateSettings:
         limit: only the first so many prompts
         dtype: dtype of the model
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
+        trust_remote_code: run the Python code that the model's folder or repository brings
         output: .jsonl file; none prints the answers
         overwrite: replace an output file that exists
     """
@@ -44,14 +46,15 @@ class GenerateSettings:
     compare: bool = False
     template: Literal["auto", "chat", "instruction", "plain"] = "auto"
     system: str | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
-    batch_size: int = 8
-    limit: int | None = None
+    temperature: float = number(0.0, least=0)
+    top_p: float = number(1.0, above=0, most=1)
+    max_new_tokens: int = number(256, least=1)
+    seed: int = number(0, least=0)
+    batch_size: int = number(8, least=1)
+    limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+    trust_remote_code: bool = False
     output: str | None = None
     overwrite: bool = False
 
@@ -62,26 +65,27 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from ..errors import UserError
-    from ..generation.adapters import BASE, NamedAdapters
-    from ..generation.prompts import read_prompts, rendered
-    from ..generation.sampling import Sampling, answers, check_length
+    from ..generation.adapters import BASE, NamedAdapters, named
+    from ..generation.prompts import read_prompts, rendered_all
+    from ..generation.sampling import Sampling, answers, check_lengths
     from ..support.files import replacing
+    from ..support.outputs import refuse_inputs, run_of
 
     if (settings.prompts is None) == (settings.prompt is None):
         raise UserError("give one of --prompts FILE and --prompt TEXT")
-    for name in ("batch_size", "limit"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; expected at least 1")
     output = Path(settings.output) if settings.output else None
+    if output is not None:
+        folders = list(named(settings.adapter).values())
+        inputs = {"the model": settings.model, "an adapter": folders, "the prompts": settings.prompts}
+        refuse_inputs(output, inputs, [run for folder in folders for run in run_of(folder)])
     if output is not None and output.exists() and (not settings.overwrite or not output.is_file()):
         raise UserError(f"{output} exists; give another file" + (" or pass --overwrite" if output.is_file() else ""))
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
     items = [{"prompt": settings.prompt}] if settings.prompts is None else read_prompts(Path(settings.prompts))
     items = items[: settings.limit]
-    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize)
-    ids = [_rendered(rendered, item, number, adapters.tokenizer, settings) for number, item in enumerate(items, 1)]
-    for number, row in enumerate(ids, 1):
-        check_length(row, adapters.model, sampling.max_new_tokens, f"prompt {number}")
+    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code)
+    ids = rendered_all(items, adapters.tokenizer, settings.template, settings.system)
+    check_lengths(ids, adapters.model, sampling.max_new_tokens)
     speakers = ([BASE] if settings.compare or not adapters.folders else []) + list(adapters.folders)
     columns = []
     for speaker in speakers:
@@ -102,13 +106,3 @@ def main(argv: list[str]) -> int:
     if as_json:
         print_json({"output": settings.output, "prompts": len(items), "adapters": speakers, "answers": len(rows)})
     return 0
-
-
-def _rendered(rendered, item: dict, number: int, tokenizer, settings: GenerateSettings) -> list[int]:
-    """The token ids of one item, with its number in what is wrong."""
-    from ..errors import UserError
-
-    try:
-        return rendered(item, tokenizer, settings.template, settings.system)
-    except UserError as error:
-        raise UserError(f"prompt {number}: {error}") from None

@@ -52,7 +52,8 @@ def adapted_layers(weights: Weights) -> Iterator[AdaptedMatrix]:
     for name in plan.selection.ranks:
         if kind_of(layer_at(plan.skeleton, name)).stacked:
             raise UserError(f"{name} is a batch of expert matrices; export one weight for each, or merge: doratune merge")
-        yield _matrix(plan, name, weights.stored(keys[name]))
+        weight = plan.base.get(keys[name])  # a base weight that came with the adapter
+        yield _matrix(plan, name, weights.stored(keys[name]) if weight is None else weight)
 
 
 @torch.no_grad()

@@ -49,12 +49,20 @@ class NamedAdapters:
         model: hub id, folder or smollm2-135m-instruct; None: the base model that the first adapter records.
         entries: adapters, as `named` takes them.
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8.
+        trust_remote_code: run the code that the model's folder or repository brings.
 
     Raises:
         UserError: neither model nor adapters; a folder that is no adapter; adapters of bases that were quantized differently.
     """
 
-    def __init__(self, model: str | None, entries: Sequence[str] = (), dtype: str = "float32", quantize: str = "recorded"):
+    def __init__(
+        self,
+        model: str | None,
+        entries: Sequence[str] = (),
+        dtype: str = "float32",
+        quantize: str = "recorded",
+        trust_remote_code: bool = False,
+    ):
         self.folders = named(entries)
         if not model and not self.folders:
             raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
@@ -63,7 +71,8 @@ class NamedAdapters:
         self.base = model or base_model_of(next(iter(self.folders.values())))
         if quantize == "recorded":
             quantize = self._recorded()
-        self.tokenizer, self.model = load_tokenizer(self.base), load_model(self.base, dtype, quantize)
+        self.tokenizer = load_tokenizer(self.base, trust_remote_code)
+        self.model = load_model(self.base, dtype, quantize, trust_remote_code=trust_remote_code)
         self.current = BASE
 
     def _recorded(self) -> str | dict:

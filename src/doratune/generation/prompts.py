@@ -11,12 +11,13 @@ auto          messages: chat; instruction: instruction; prompt: chat where the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..data.files import read_examples
 from ..data.instruction import prompt_of
 from ..errors import UserError
+from ..support.text import lines, read_text
 
 TEMPLATES = ("auto", "chat", "instruction", "plain")
 Item = Mapping
@@ -37,10 +38,10 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of prompts")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    prompts = [{"prompt": line.rstrip("\r")} for line in lines if line.strip()]
+    prompts = [{"prompt": line} for line in lines(text) if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts; expected one a line, or JSON lines in a file named .jsonl")
     return prompts
@@ -81,6 +82,17 @@ def rendered(item: Mapping, tokenizer, template: str = "auto", system: str | Non
         text = prompt_of({"instruction": text, "input": item.get("input")})
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def rendered_all(items: Sequence[Item], tokenizer, template: str = "auto", system: str | None = None) -> list[list[int]]:
+    """`rendered` of each, with the number of the one that is wrong."""
+    rows = []
+    for number, item in enumerate(items, 1):
+        try:
+            rows.append(rendered(item, tokenizer, template, system))
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from None
+    return rows
 
 
 def conversation(item: Mapping, system: str | None = None) -> list[dict]:

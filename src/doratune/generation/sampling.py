@@ -73,6 +73,12 @@ def check_length(ids: Sequence[int], model, new: int, where: str) -> None:
         raise UserError(f"{where}: {len(ids)} tokens and {new} new ones are more than the model's {most}; lower --max_new_tokens")
 
 
+def check_lengths(prompts: Sequence[Sequence[int]], model, new: int) -> None:
+    """`check_length` of each, by its number."""
+    for number, ids in enumerate(prompts, 1):
+        check_length(ids, model, new, f"prompt {number}")
+
+
 @dataclass(frozen=True)
 class Answer:
     """A text; its number of tokens; whether it ended by itself (stop) or was cut (length)."""
@@ -96,8 +102,7 @@ def answers(
     Raises:
         UserError: a prompt that does not fit into the model.
     """
-    for number, ids in enumerate(prompts, 1):
-        check_length(ids, model, sampling.max_new_tokens, f"prompt {number}")
+    check_lengths(prompts, model, sampling.max_new_tokens)
     config = sampling.config(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     results: list[Answer | None] = [None] * len(prompts)
