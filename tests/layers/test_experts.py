@@ -362,9 +362,9 @@ def test_a_folder_is_merged_in_memory_only(tmp_path):
     doratune.save(model, tmp_path / "a")
     with pytest.raises(UserError, match="save_pretrained instead"):
         merge_checkpoint(str(tmp_path / "base"), tmp_path / "a", tmp_path / "out")
-    model.save_pretrained(tmp_path / "attached")  # loads as the base
-    loaded = type(model).from_pretrained(tmp_path / "attached", experts_implementation="eager")
     doratune.detach(model)
+    model.save_pretrained(tmp_path / "detached")  # loads as the base
+    loaded = type(model).from_pretrained(tmp_path / "detached", experts_implementation="eager")
     assert torch.equal(loaded(torch.arange(6)[None]).logits, model(torch.arange(6)[None]).logits)
 
 

@@ -125,7 +125,8 @@ def altered(module: nn.Module, weight: AdaptedWeight) -> str | None:
         expected = adapted_class(type(module).plain_class, weight.magnitude and weight.relative)
         if type(module) is not expected:
             return f"its class was changed to {type(module).__name__}: give it back the class that it had"
-    held = {weight.kind.weight_name: weight.kind.home(module)} if weight.base.writable else {}
+    leaf = module.part if weight.kind.stacked else weight.kind.weight_name
+    held = {leaf: weight.kind.home(module)} if weight.base.writable else {}
     held |= dict.fromkeys(weight.names, module) if isinstance(module, Adapted) else {}
     hidden = [name for name, owner in held.items() if name not in owner._parameters]
     if hidden:
