@@ -10,6 +10,7 @@ from typing import Any
 
 import reference
 import torch
+from refusals import REFUSALS, message
 from torch import nn
 from torch.nn import functional as F
 
@@ -235,6 +236,9 @@ def page() -> str:
     lines += storages()
     lines += ["Refused, with the reason that the error gives:", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
+    lines += ["", "## What users do that is refused", "", "Each is a real call (`tests/refusals.py`), with what it says.", ""]
+    lines += ["| | situation | message |", "|---|---|---|"]
+    lines += [f"| {kind} | {situation} | {message(call).replace('|', chr(92) + '|')} |" for kind, situation, call in REFUSALS]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import grid
 import pytest
 import torch
+from refusals import REFUSALS, message
 
 import doratune
 from doratune.layers.adapted import Adapted
@@ -103,3 +104,10 @@ def test_the_page_says_what_the_code_does():
     for package in ("bitsandbytes", "torchao.quantization", "hqq.core.quantize"):
         pytest.importorskip(package)
     assert (Path(__file__).parents[2] / "docs" / "support.md").read_text(encoding="utf-8") == grid.page()
+
+
+@pytest.mark.parametrize(("kind", "situation", "call"), REFUSALS, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_refused_says_why_in_one_line(kind, situation, call):
+    said = message(call)
+    assert said, f"{situation}: not refused"
+    assert "FOLDER" not in situation and "Traceback" not in said
