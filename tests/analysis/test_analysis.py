@@ -339,7 +339,13 @@ def test_analyze_from_the_command_line(tiny_folder, tmp_path, capsys):
         assert p["direction"] == pytest.approx(last[p["name"]]["direction"], rel=1e-3)
         assert p["magnitude"] == pytest.approx(last[p["name"]]["magnitude"], rel=1e-2)
     assert -1 <= result[runs[0]]["line"]["correlation"] <= 1
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {"points.json", "scatter.png", "layers.png", "spectrum.png"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        ".doratune",
+        "points.json",
+        "scatter.png",
+        "layers.png",
+        "spectrum.png",
+    }
     assert (tmp_path / "out" / "scatter.png").read_bytes()[:4] == b"\x89PNG"
     assert main([*arguments, "--format", "svg", "--overwrite"]) == 0
     assert "<svg" in (tmp_path / "out" / "scatter.svg").read_text()
