@@ -177,3 +177,16 @@ def test_a_page_over_a_device_is_one_line(home, capsys):
     assert main(["report", "run", "--analysis", "none", "--output", "/dev/null", "--overwrite"]) == 2
     assert "/dev/null is a device" in capsys.readouterr().err
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_merged_model_that_disagrees_replaces_nothing(home, monkeypatch, capsys):
+    """What is written is compared before it takes its place: here its weights are damaged on the way to the disk."""
+    from doratune.checkpoint import merge
+
+    assert main([*MERGE, "--output", "output"]) == 0
+    whole = content(Path("output"))
+    written = merge.write_tensors
+    monkeypatch.setattr(merge, "write_tensors", lambda path, tensors: written(path, {k: 2 * t for k, t in tensors.items()}))
+    assert main([*MERGE, "--output", "output", "--overwrite"]) == 1
+    assert "differs from base + adapter; nothing was written to output" in capsys.readouterr().err
+    assert content(Path("output")) == whole

@@ -7,7 +7,7 @@ copy of the largest shard. The model itself is built on the meta device only, to
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,19 @@ class Plan:
         return prefix + key if lacks else key
 
 
-def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: str | None = None, overwrite: bool = False) -> Path:
+def merge_checkpoint(
+    base: str,
+    adapter: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
     """Write the merged model to `output`, whole or not at all.
 
     Args:
         base: local folder, hub id or smollm2-135m-instruct; dtype: of the result, None keeps each tensor's own.
+        check: looks at the merged folder before it takes the place of `output`; what it raises leaves `output` as it was.
 
     Raises:
         UserError: no safetensors, an adapter that does not fit, an output folder that exists.
@@ -96,6 +104,8 @@ def merge_checkpoint(base: str, adapter: str | Path, output: str | Path, dtype: 
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(temporary / f"{weights_name(folder_config(folder))}.index.json", index)
         copy_rest(folder, temporary, out_dtype, untied, changed_config(folder, plan.skeleton, bool(plan.new)))
+        if check is not None:
+            check(temporary)
     return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .arguments import parse
@@ -36,6 +37,10 @@ class MergeSettings:
     overwrite: bool = False
 
 
+class Disagreement(Exception):
+    """The merged model is not base + adapter."""
+
+
 def main(argv: list[str]) -> int:
     settings, as_json = parse(MergeSettings, argv, "merge", EXAMPLE)
     keep_freed_memory()
@@ -53,21 +58,27 @@ def main(argv: list[str]) -> int:
     refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(settings.adapter))
     if settings.into or recorded_quantization(settings.adapter):
         return _merge_quantized(base, settings, as_json)
-    output = merge_checkpoint(base, settings.adapter, settings.output, settings.dtype, settings.overwrite)
-    say(f"merged model written to {output}")
-    result = {"output": str(output)}
-    if settings.check:
-        compared = agreement(base, settings.adapter, output, settings.dtype or stored_dtype(base_folder(base)))
+    result = {"output": settings.output}
+
+    def check(merged: Path) -> None:
+        compared = agreement(base, settings.adapter, merged, settings.dtype or stored_dtype(base_folder(base)))
         if compared is None:
             say("not compared: no input could be made from the model's config; run base + adapter and the result on one of yours")
-            if as_json:
-                print_json(result | {"ok": None})
-            return 0
+            result.update({"ok": None})
+            return
         say(str(compared))
-        result |= {**compared.__dict__, "ok": compared.ok}
+        result.update({**compared.__dict__, "ok": compared.ok})
         if not compared.ok:
-            print("doratune merge: the merged model differs from base + adapter; do not use it", file=sys.stderr)
-            return 1
+            raise Disagreement(f"the merged model differs from base + adapter; nothing was written to {settings.output}")
+
+    try:
+        output = merge_checkpoint(
+            base, settings.adapter, settings.output, settings.dtype, settings.overwrite, check if settings.check else None
+        )
+    except Disagreement as error:
+        print(f"doratune merge: {error}", file=sys.stderr)
+        return 1
+    say(f"merged model written to {output}")
     if as_json:
         print_json(result)
     return 0
