@@ -9,6 +9,7 @@ names.py       module names in a file, without what wrappers put into them
 values.py      are a file's numbers an adapter's?
 base_weights.py   base weights that a folder holds, and tied ones
 fitting.py     does a folder fit a model, and putting its values in
+ties.py        parameters that are tied in the base, when they are merged
 merge.py       base + adapter → a model folder, shard by shard
 quantized.py   the same for an adapter of a quantized base, three ways
 logits.py      does the merged model say the same?

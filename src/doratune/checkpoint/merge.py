@@ -31,6 +31,7 @@ from ..support.model_folders import TrainedClass, changed_config, folder_config,
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import CONFIG, OWN, read_folder
 from .fitting import fit, put_layer
+from .ties import keep_ties, like_of, tied_to
 
 _LEFT_BEHIND = {"adapter_config.json", "doratune.json"}
 
@@ -178,7 +179,7 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     for name, path in paths.items():
         if key := files.find(path):
             merged[key] = name
-        elif path in parameters and (key := _like(path, skeleton, files)):
+        elif path in parameters and (key := like_of(path, skeleton, files)):
             apart[path] = name, key
         else:
             missing.append(name)
@@ -190,49 +191,21 @@ def make_plan(folder: Path, adapter: Path, keys: set[str]) -> Plan:
     whole = {key: t for (name, key), t in tensors.items() if not name and key not in all_shared()}
     replaced = {files.find(key) or key: t for key, t in whole.items()}
     changed = {*whole, *paths.values()}
-    untied = {peer: key for key, peers in _tied_to(skeleton, changed).items() for peer in peers if not files.find(peer)}
+    untied = {peer: key for key, peers in tied_to(skeleton, changed).items() for peer in peers if not files.find(peer)}
     untied = {peer: own for peer, key in untied.items() if (own := files.find(key))}
     base = {files.find(path) or path: t for path, t in read.base.items()}
     for path in base.keys() - keys - apart.keys():  # of a tied weight that the checkpoint has under another key
-        if not torch.equal(base[path], base.get(_like(path, skeleton, files), torch.empty(0))):
+        if not torch.equal(base[path], base.get(like_of(path, skeleton, files), torch.empty(0))):
             replaced[path] = base[path]
-    _keep_ties(skeleton, replaced, keys)
+    keep_ties(skeleton, replaced, keys)
     lacking = [path for path in parameters if path in replaced and path not in keys]
     stored = next(iter((*merged, *(key for _, key in apart.values()))))
-    like = {key: _like(key, skeleton, files) or stored for key in lacking}
-    new = {key for key in lacking if _like(key, skeleton, files) is None}
+    like = {key: like_of(key, skeleton, files) or stored for key in lacking}
+    new = {key for key in lacking if like_of(key, skeleton, files) is None}
     names = {key: name for name in skeleton.state_dict() if (key := files.find(name))}
     modules = [layer_at(skeleton, name) for name in selection.ranks]
     common = Common(Registry(), config, [kind_of(m).base(m).shape(m)[-2:] for m in modules], loading=True)
     return Plan(skeleton, config, selection, tensors, common, merged, replaced, untied, like, apart, base, new, names)
-
-
-def _keep_ties(skeleton: nn.Module, replaced: dict[str, Tensor], keys: set[str]) -> None:
-    """Drop trained parameters that the checkpoint lacks where they are tied to one that it has, and were trained as one with it."""
-    names: dict[int, list[str]] = {}
-    for name, p in skeleton.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    for same in names.values():
-        stored = next((name for name in same if name in replaced and name in keys), None)
-        for name in same:
-            if stored and name not in keys and name in replaced and torch.equal(replaced[name], replaced[stored]):
-                del replaced[name]
-
-
-def _tied_to(skeleton: nn.Module, whole: set[str]) -> dict[str, list[str]]:
-    """Trained or merged parameter → the names of others that are tied to it in the base and are neither: they keep the base's
-    values."""
-    names: dict[int, list[str]] = {}
-    for name, p in skeleton.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return {key: [n for n in same if n not in whole] for same in names.values() for key in same if key in whole}
-
-
-def _like(key: str, skeleton: nn.Module, files: Keys) -> str | None:
-    """The checkpoint's key for what this parameter is tied to in the base."""
-    p = skeleton.get_parameter(key)
-    tied = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is p]
-    return next((found for name in tied if (found := files.find(name))), None)
 
 
 def _read(folder: Path, shards: dict[str, list[str]], key: str) -> Tensor:
