@@ -77,9 +77,9 @@ def test_the_loss_falls_and_the_adapter_comes_back(settings, tiny_folder, data, 
 
 
 def test_a_run_that_was_interrupted_goes_on(tiny_folder, data, tmp_path):
-    whole = train(recipe(tiny_folder, data, tmp_path / "whole", save_steps=6), say=lambda _: None)
-    part = recipe(tiny_folder, data, tmp_path / "part", save_steps=6)
-    train(recipe(tiny_folder, data, tmp_path / "part", save_steps=6, max_steps=6), say=lambda _: None)
+    whole = train(recipe(tiny_folder, data, tmp_path / "whole", save_steps=6, schedule="constant"), say=lambda _: None)
+    part = recipe(tiny_folder, data, tmp_path / "part", save_steps=6, schedule="constant")
+    train(recipe(tiny_folder, data, tmp_path / "part", save_steps=6, schedule="constant", max_steps=6), say=lambda _: None)
     part.resume = True
     resumed = train(part, say=lambda _: None)
     assert resumed["steps"] == whole["steps"] == 12

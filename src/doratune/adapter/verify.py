@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, listed
+from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
 from ..layers.wrappers import module_at, named_parameters, unwrapped
 from ..support.examples import candidates, flat_tensors
@@ -154,10 +155,14 @@ def _clamped(weight) -> int:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """In evaluation mode, and without a trace in the random numbers of training."""
+    """In evaluation mode, and without a trace in the random numbers of training or in a quantized layer: bitsandbytes packs such a
+    one anew where it is evaluated on a CPU, and then knows no gradient for it."""
     modes = {module: module.training for module in model.modules()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
+    for module in modes:
+        if (base := stored_in(module)) is not None and not base.writable:
+            module.training = True
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield

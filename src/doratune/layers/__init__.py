@@ -24,6 +24,7 @@
 
 from torch import nn
 
+from ..bases import Base
 from .attention import AttentionKind
 from .conv import ConvKind
 from .conv1d import Conv1DKind
@@ -38,6 +39,12 @@ KINDS = (LinearKind(), Conv1DKind(), ConvKind(), EmbeddingKind(), AttentionKind(
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The layer kind that adapts this module, or None."""
     return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def stored_in(module: nn.Module) -> Base | None:
+    """How the weight of this module is stored; None where it has none that could be adapted."""
+    kind = kind_of(module)
+    return None if kind is None else kind.base(module)
 
 
 def kind_named(name: str) -> LayerKind:

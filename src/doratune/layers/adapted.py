@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
-from ..errors import UserError
-from ..math import compiled
 from .weight import AdaptedWeight
 
 
@@ -28,8 +26,6 @@ class Adapted:
     """The class that the module had before; set on each subclass."""
 
     def forward(self, *args, **kwargs):
-        if torch.onnx.is_in_onnx_export() and self.adapted.magnitude:
-            raise UserError(compiled.NO_ONNX)
         if not args:
             name = next((key for key in ("input", "x") if key in kwargs), None)
             args = (kwargs.pop(name),) if name else ()

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..errors import UserError
 from ..math.autograd import no_autocast
+from ..math.compiled import NO_ONNX
 from ..math.dora import Factors
 from . import prepared
 from .fingerprint import Watched, same, together
@@ -261,6 +263,8 @@ class Begin:
 
     def __call__(self, module, args, kwargs) -> None:
         if not torch.compiler.is_compiling():
+            if torch.onnx.is_in_onnx_export() and any(weight.magnitude for weight in self.registry.weights()):
+                raise UserError(NO_ONNX)
             self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())))
 
 
