@@ -24,6 +24,7 @@ class Terminal:
         self.pid, self.file = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "dumb"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in a shell's background
             os.execv(sys.executable, [sys.executable, "-m", "doratune.cli", "chat", *map(str, words)])
 
     def until(self, pattern: str, seconds: float = 90) -> str:
