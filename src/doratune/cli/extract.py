@@ -46,17 +46,19 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{name} is not set; give --{name} {what}")
     refuse_inputs(settings.output, {"the model": settings.model, "the fine-tuned model": settings.tuned}, run_of(settings.tuned))
     advance, close = progress("layers", 0)
-    result = extract(
-        settings.model,
-        settings.tuned,
-        settings.output,
-        settings.rank,
-        settings.targets,
-        settings.also_train,
-        settings.overwrite,
-        advance,
-    )
-    close()
+    try:
+        result = extract(
+            settings.model,
+            settings.tuned,
+            settings.output,
+            settings.rank,
+            settings.targets,
+            settings.also_train,
+            settings.overwrite,
+            advance,
+        )
+    finally:
+        close()  # so that an error stands on a line of its own
     say(result.table())
     say(f"adapter written to {settings.output}")
     if as_json:
