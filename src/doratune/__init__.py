@@ -31,7 +31,7 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_PACKAGES = ("analysis", "baselines", "bases", "directions")
+_PACKAGES = ("analysis", "baselines", "bases", "directions", "peft")
 __all__ = sorted([*_HOME, *_PACKAGES])
 
 

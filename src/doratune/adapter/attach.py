@@ -17,7 +17,8 @@ from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted
 from ..layers.layouts import named_layers
-from ..layers.registry import Begin, End, Registry
+from ..layers.registry import Registry
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, synchronizing, unwrapped
 from . import guards, whole
@@ -160,27 +161,13 @@ def refuse_synchronized(model: nn.Module, trainable: bool) -> None:
 
 
 def watch(model: nn.Module) -> None:
-    """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
-    module, registry = model, record_of(model).registry
-    while True:
-        module = unwrapped(module)
-        if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
-            module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
-            module.register_forward_hook(End(registry), always_call=True)
-        holding = [child for child in module.children() if any(isinstance(inner, Adapted) for inner in child.modules())]
-        if len(holding) != 1:
-            return
-        module = holding[0]
+    """Tell the registry when a forward of the model begins and ends."""
+    put_hooks(model, record_of(model).registry, lambda module: isinstance(module, Adapted))
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`: while merged or detached, forwards cost nothing."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Begin | End)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    take_hooks(model)
 
 
 def detach(model: nn.Module) -> nn.Module:
