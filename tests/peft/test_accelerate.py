@@ -81,8 +81,14 @@ def test_dropout_is_pefts(kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_rslora": True}, {"rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 7}}, {"autocast_adapter_dtype": False}],
-    ids=lambda one: next(iter(one)),
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 7}},
+        {"bias": "lora_only"},
+        {"bias": "all", "lora_dropout": 0.4},
+        {"autocast_adapter_dtype": False},
+    ],
+    ids=lambda one: "-".join(one),
 )
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Embedding"])
 def test_settings_are_pefts(kind, settings):
