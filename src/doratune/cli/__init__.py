@@ -18,5 +18,6 @@ compare.py     doratune compare: a grid of training runs
 inspect.py     doratune inspect: what an adapter adapts
 analyze.py     doratune analyze: ΔM and ΔD, spectra, gradients
 report.py      doratune report: one HTML page about runs
+doctor.py      doratune doctor: faults of the environment
 bench.py       doratune bench: speed and memory
 """
