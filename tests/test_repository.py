@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"support", "math"},
-    {"directions", "bases", "data"},
+    {"directions", "bases", "data", "publishing"},
     {"config", "layers"},
     {"adapter", "formats"},
     {"checkpoint", "baselines"},
