@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers.adapted import Adapted, own_parameters
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
+from .states import base_name
 
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
 SAVING = ("save_pretrained", "save")
@@ -64,8 +65,8 @@ class AdapterSaved:
         if not is_main_process:
             return
         save(model, save_directory)
-        if not getattr(model.config, "_name_or_path", None):
-            unnamed = "the base model was not loaded from a folder or hub, so the folder does not name it"
+        if base_name(model) is None:
+            unnamed = "no folder or hub has this base model, so the folder does not name it"
             remedy = "from_pretrained cannot find it, doratune.load(model, folder) can"
             warnings.warn(f"{save_directory}: {unnamed}; {remedy}", stacklevel=2)
         if "state_dict" in kwargs:

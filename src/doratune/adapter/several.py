@@ -20,11 +20,9 @@ from ..layers.adapted import Adapted, adapted_class
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
-from .attach import RECORD, Attachment, SetAside, adapters, put_back, set_aside
+from .attach import Attachment, SetAside, adapters, detach, put_back, set_aside
 from .layer import follow
-
-ASIDE = "_doratune_aside"
-"""On a model with several adapters: name → `SetAside`, of those that are not in use."""
+from .states import ASIDE, RECORD
 
 
 def names(model: nn.Module) -> list[str]:
@@ -47,7 +45,9 @@ def use(model: nn.Module, name: str | None) -> nn.Module:
     if name is not None:
         check_known(plain, name)
     aside = dict(vars(plain).get(ASIDE, {}))
-    if record is not None:
+    if record is not None and record.for_good:
+        detach(plain)
+    elif record is not None:
         aside[record.name] = set_aside(plain, "using another adapter")
     if name is not None:
         put_back(plain, aside.pop(name))
@@ -65,7 +65,7 @@ def delete(model: nn.Module, name: str) -> None:
     check_known(model, name)
     record = vars(model).get(RECORD)
     if record is not None and record.name == name:
-        set_aside(model, f"deleting {name!r}")
+        detach(model) if record.for_good else set_aside(model, f"deleting {name!r}")
     else:
         vars(model)[ASIDE] = {other: aside for other, aside in vars(model)[ASIDE].items() if other != name}
 
@@ -86,6 +86,7 @@ def room_for(model: nn.Module, name: str) -> Iterator[None]:
         UserError: an adapter of this name is there already, or the one in use is merged.
     """
     record, aside = vars(model).get(RECORD), vars(model).get(ASIDE, {})
+    merged, record = (record, None) if record is not None and record.for_good else (None, record)  # an ordinary model
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"name is {name!r}; expected a name of letters, digits, _, -, + and .")
     if record is not None and record.merged is not None:
@@ -103,6 +104,8 @@ def room_for(model: nn.Module, name: str) -> Iterator[None]:
     except BaseException:
         if before is not None:
             put_back(model, before)
+        if merged is not None:
+            setattr(model, RECORD, merged)
         raise
     if before is not None:
         setattr(model, ASIDE, aside | {before.record.name: before})

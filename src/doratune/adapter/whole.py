@@ -206,6 +206,11 @@ def give_back(model: nn.Module, replaced: dict[str, nn.Parameter]) -> None:
         p.data = p.data.to(now.device, dtype)
         module._parameters[leaf] = p
         _seen(module)
+    leave(model)
+
+
+def leave(model: nn.Module) -> None:
+    """Give modules that were trained whole their plain classes, with the parameters that they have now."""
     for module in model.modules():
         if isinstance(module, Whole):
             del module.computes_in

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
+from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
 from ..errors import UserError
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
@@ -134,8 +135,7 @@ class TrainerMixin(SteadyMixin):
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
     def __init__(self, model=None, *args, **kwargs):
-        if record_of(model).merged is not None:
-            raise UserError("this model is merged; call doratune.unmerge(model) before training")
+        refuse_merged(record_of(model), "training")
         with _passes_as_adapted(model):
             super().__init__(model, *args, **kwargs)
         self._idle = IdleWatch(self)
