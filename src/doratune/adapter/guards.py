@@ -24,6 +24,8 @@ from .states import base_name
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
 SAVING = ("save_pretrained", "save")
 WEIGHTS = "model.safetensors"
+TRAINABLE = "_hf_peft_config_loaded"
+"""By this attribute transformers knows a quantized model that has an adapter, and lets a Trainer train it."""
 
 
 class Refused:
@@ -118,6 +120,8 @@ def put_on(model: nn.Module) -> None:
                 vars(module)[name] = Refused(_ADDED)
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
+    if getattr(model, "is_quantized", False):
+        vars(model)[TRAINABLE] = True
 
 
 def take_off(model: nn.Module) -> None:
@@ -125,3 +129,4 @@ def take_off(model: nn.Module) -> None:
     for module in model.modules():
         for name in [key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved)]:
             del vars(module)[name]
+    vars(model).pop(TRAINABLE, None)

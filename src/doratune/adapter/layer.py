@@ -108,11 +108,10 @@ def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, see
         first = weight.facts.w2.sqrt() if weight.magnitude else None
     else:
         first = initial.of_layer(weight, config, seed, name, common.original)
-    if weight.magnitude and weight.relative:
-        module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
-        module.register_parameter("magnitude_start", nn.Parameter(first))
-    else:
-        module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
+    relative = weight.magnitude and weight.relative
+    values = (torch.zeros_like(first), first) if relative else (first,)
+    for key, value in zip(MAGNITUDES[relative], values, strict=True):
+        module.register_parameter(key, nn.Parameter(value) if weight.magnitude else None)
 
 
 def altered(module: nn.Module, weight: AdaptedWeight) -> str | None:
