@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers.adapted import Adapted, own_parameters
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
+from .layer import keep_wide
 from .states import base_name
 
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
@@ -82,6 +83,25 @@ class AdapterSaved:
         return AdapterSaved, (self.model(),)
 
 
+class Train:
+    """`train` of a model with a quantized base: TRL puts what is trained over such a base into bf16, in which m does not move."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __call__(self, mode: bool = True):
+        model = self.model()
+        keep_wide(model)
+        return type(model).train(model, mode)
+
+    def __deepcopy__(self, memo):
+        model = self.model()
+        return Train(memo.get(id(model), model))
+
+    def __reduce__(self):
+        return Train, (self.model(),)
+
+
 def _trained(model: nn.Module, state: dict | None) -> dict[str, torch.Tensor]:
     """What is trained, under the keys of the model's state dict, or under those of one that a wrapper made."""
     record = vars(model)["_doratune"]
@@ -121,12 +141,14 @@ def put_on(model: nn.Module) -> None:
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
     if getattr(model, "is_quantized", False):
-        vars(model)[TRAINABLE] = True
+        vars(model).update({TRAINABLE: True, "train": Train(model)})
 
 
 def take_off(model: nn.Module) -> None:
     """Undo `put_on`."""
     for module in model.modules():
-        for name in [key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved)]:
+        for name in [
+            key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved | Train)
+        ]:
             del vars(module)[name]
     vars(model).pop(TRAINABLE, None)

@@ -20,6 +20,7 @@ from ..layers.adapted import Adapted, adapted_class, become, own_parameters
 from ..layers.registry import Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
+from .whole import Whole, keep_whole_wide
 
 
 class Common:
@@ -175,6 +176,27 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+@torch.no_grad()
+def keep_wide(model: nn.Module) -> None:
+    """What is trained in fp32 again, where somebody gave it other data (`p.data = p.data.to(torch.bfloat16)`): the very parameters,
+    and magnitudes that were at the start are the norms again."""
+    for module in model.modules():
+        if isinstance(module, Whole):
+            keep_whole_wide(module)
+        if not isinstance(module, Adapted):
+            continue
+        weight, own = module.adapted, own_parameters(module)
+        before = {name: p.dtype for name, p in own.items()}
+        if set(before.values()) == {accumulation_dtype(weight.base.dtype(module))}:
+            continue
+        follow(module, weight, own)
+        weight.changed()
+        m = own.get("magnitude")
+        if m is not None and m.dtype != before["magnitude"]:
+            w = weight.facts.w2.sqrt().to(m.dtype)
+            m.data = torch.where(m == w.to(before["magnitude"]).to(m.dtype), w, m)
 
 
 def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:

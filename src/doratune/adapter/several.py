@@ -10,8 +10,10 @@ moves no numbers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,7 +22,7 @@ from ..layers.adapted import Adapted, adapted_class
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
-from .attach import Attachment, SetAside, adapters, detach, put_back, set_aside
+from .attach import Attachment, SetAside, adapters, detach, put_back, record_of, set_aside
 from .layer import follow
 from .states import ASIDE, RECORD
 
@@ -55,6 +57,21 @@ def use(model: nn.Module, name: str | None) -> nn.Module:
     return model
 
 
+def duplicate(model: nn.Module, name: str) -> None:
+    """A frozen copy of the adapter in use under another name, set aside: A, B, m and the modules trained whole, as they are now.
+
+    Raises:
+        UserError: nothing is attached, the adapter is merged, or the name is taken.
+    """
+    record, model = record_of(model), unwrapped(model)
+    with room_for(model, name) as aside:
+        twin = copy.deepcopy(replace(aside, record=replace(record, name=name, replaced={})))
+        for p in (*twin.whole.values(), *(p for _, own in twin.layers.values() for p in own.values() if p is not None)):
+            p.requires_grad_(False)
+        put_back(model, twin)
+    use(model, record.name)
+
+
 def delete(model: nn.Module, name: str) -> None:
     """Forget an adapter; if it is the one in use, the model is the base afterwards.
 
@@ -78,9 +95,9 @@ def check_known(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def room_for(model: nn.Module, name: str) -> Iterator[None]:
-    """A plain model in the block, for another adapter of this name; the one that was in use is set aside, or in use again where
-    the block fails.
+def room_for(model: nn.Module, name: str) -> Iterator[SetAside | None]:
+    """A plain model in the block, for another adapter of this name; the one that was in use is set aside (the block gets it), or in
+    use again where the block fails.
 
     Raises:
         UserError: an adapter of this name is there already, or the one in use is merged.
@@ -100,7 +117,7 @@ def room_for(model: nn.Module, name: str) -> Iterator[None]:
         raise UserError(f"an adapter {name!r} is set aside already; call doratune.use(model, {name!r}), or give another name")
     before = None if record is None else set_aside(model, "attaching another")
     try:
-        yield
+        yield before
     except BaseException:
         if before is not None:
             put_back(model, before)

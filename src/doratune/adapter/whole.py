@@ -165,6 +165,14 @@ def train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
     return replaced
 
 
+def keep_whole_wide(module: Whole) -> None:
+    """Its own parameters in the precision of training, in place."""
+    for name, dtype in module.computes_in.items():
+        p = module._parameters.get(name)
+        if p is not None and p.dtype.itemsize < accumulation_dtype(dtype).itemsize and p.requires_grad:
+            p.data = p.data.to(accumulation_dtype(dtype))
+
+
 def put_values(model: nn.Module, parameters: dict[str, nn.Parameter], trainable: dict[str, bool]) -> None:
     """Give modules that `train_whole` has just prepared parameters that were trained before, where the model is now."""
     for path, p in parameters.items():
