@@ -16,7 +16,7 @@ from ..config import AdapterConfig
 from ..directions import Direction, direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
-from ..layers.adapted import Adapted, adapted_class, become, own_parameters
+from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
 from ..layers.registry import Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
@@ -193,10 +193,8 @@ def keep_wide(model: nn.Module) -> None:
             continue
         follow(module, weight, own)
         weight.changed()
-        m = own.get("magnitude")
-        if m is not None and m.dtype != before["magnitude"]:
-            w = weight.facts.w2.sqrt().to(m.dtype)
-            m.data = torch.where(m == w.to(before["magnitude"]).to(m.dtype), w, m)
+        if MAGNITUDE in own and own[MAGNITUDE].dtype != before[MAGNITUDE]:
+            start_again(module, before[MAGNITUDE])
 
 
 def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
