@@ -28,6 +28,7 @@ _HOME = {
     "merge": "adapter.merge",
     "unmerge": "adapter.merge",
     "merged_state_dict": "adapter.merged_state",
+    "as_peft": "training.peft_view",
     "save": "checkpoint",
     "load": "checkpoint",
 }
