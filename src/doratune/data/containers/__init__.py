@@ -44,7 +44,7 @@ class Container:
 @cache
 def _built_in() -> dict[str, Container]:
     modules = [importlib.import_module(f".{info.name}", __name__) for info in pkgutil.iter_modules(__path__)]
-    return {suffix: one for module in modules for one in getattr(module, "CONTAINERS", ()) for suffix in one.suffixes}
+    return dict(sorted((suffix, one) for module in modules for one in getattr(module, "CONTAINERS", ()) for suffix in one.suffixes))
 
 
 def suffixes() -> tuple[str, ...]:

@@ -19,26 +19,30 @@ from . import LINE_BYTES, Container
 def _reader(delimiter: str):
     def read(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))
-        rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            _check_header(path, header, delimiter)
-            before = rows.line_num
-            for row in rows:
-                line, before = before + 1, rows.line_num
-                if not any(cell.strip() for cell in row):
-                    continue
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{path}, line {line} has {len(row)} cells, its header {len(header)}; quote cells that hold a separator"
-                    )
-                yield line, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: malformed table ({error}); put quotes around such a cell") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text (after line {rows.line_num}); save it as UTF-8") from None
+        with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            rows = csv.reader(text, delimiter=delimiter, strict=True)
+            try:
+                yield from _rows(path, rows, delimiter)
+            except csv.Error as error:
+                raise UserError(f"{path}, line {rows.line_num}: malformed table ({error}); put quotes around such a cell") from None
+            except UnicodeDecodeError:
+                raise UserError(f"{path} is not UTF-8 text (after line {rows.line_num}); save it as UTF-8") from None
 
     return read
+
+
+def _rows(path: Path, rows, delimiter: str) -> Iterator[tuple[int, Any]]:
+    header = next(rows, [])
+    _check_header(path, header, delimiter)
+    before = rows.line_num
+    for row in rows:
+        line, before = before + 1, rows.line_num
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != len(header):
+            problem = f"has {len(row)} cells, its header {len(header)}; quote cells that hold a separator"
+            raise UserError(f"{path}, line {line} {problem}")
+        yield line, dict(zip(header, row, strict=True))
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
