@@ -14,6 +14,9 @@ published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
 encode.py              answer and prompt, the length limit, batches
+survey.py              a whole data set: lengths, what is cut, wrong, odd, double
+leakage.py             training items that a test set asks too
+visible.py             an example for the eye, its learned part marked
 limits.py              tokens and lengths against what a model has
 """
 

@@ -46,8 +46,8 @@ def each_example(path: Path, unusable: list[str] | None = None) -> Iterator[Item
     """The objects of a file, one after the other.
 
     Args:
-        unusable: takes a line for each item that is no object or names a value twice, and the item is skipped; None: the first
-            stops.
+        unusable: takes a line for each item that is malformed, no object, or names a value twice, and the item is skipped; None:
+            the first stops.
 
     Raises:
         UserError: missing, empty or malformed file, with file and line.
@@ -55,7 +55,9 @@ def each_example(path: Path, unusable: list[str] | None = None) -> Iterator[Item
     for number, (line, value) in enumerate(read_values(path), 1):
         where = f"{path}: item {number}"
         problem = None
-        if not isinstance(value, dict):
+        if isinstance(value, UserError):
+            problem = str(value)
+        elif not isinstance(value, dict):
             problem = f"{where} is a {type(value).__name__}, expected a JSON object"
         elif names := repeated_names(value):
             problem = f"{where} (line {line}) names {listed(map(repr, names), 3)} twice; leave one of the two"

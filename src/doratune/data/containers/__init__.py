@@ -1,6 +1,7 @@
 """Files that hold examples, one file a container: how each is read item by item, with the line of each.
 
-A container yields (line, value) in order, without holding more of the file than it must; its errors name the file and the line.
+A container yields (line, value) in order, without holding more of the file than it must; its errors name the file and the line. A
+line that is wrong by itself is yielded as the error that it is, so that it can be skipped and counted.
 Files in this folder that hold `CONTAINERS` are found by themselves. Around a container there may be a compression: x.jsonl.gz.
 
     compressed.py   gzip, zstandard, bzip2 and xz around any of them

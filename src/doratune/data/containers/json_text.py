@@ -57,7 +57,7 @@ def read_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         if empty and text.lstrip().startswith("[") and _is_list(text):
             raise UserError(f"{path} holds a JSON list, expected one JSON object a line; give it the ending .json")
         empty = False
-        yield number, _value(path, text, number)
+        yield number, _value_or_error(path, text, number)
     if empty:
         raise UserError(f"{path} is empty; expected a JSON list or one JSON object a line")
 
@@ -94,17 +94,21 @@ def _value(path: Path, text: str, line: int) -> Any:
         raise UserError(f"{path}, line {line}: JSON that cannot be read ({str(error)[:100]})") from None
 
 
+def _value_or_error(path: Path, text: str, line: int) -> Any:
+    try:
+        return _value(path, text, line)
+    except UserError as error:
+        return error
+
+
 def _of_objects(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     first = True
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            value = _value(path, line.removesuffix("\r"), number)
-        except UserError:
-            if first and (reason := _one_object(path, text)):
-                raise UserError(reason) from None
-            raise
+        value = _value_or_error(path, line.removesuffix("\r"), number)
+        if first and isinstance(value, UserError) and (reason := _one_object(path, text)):
+            raise UserError(reason)
         if first and isinstance(value, dict) and "\n" not in text.strip() and (reason := _wrapped(path, value)):
             raise UserError(reason)
         first = False

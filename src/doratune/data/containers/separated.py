@@ -41,7 +41,8 @@ def _rows(path: Path, rows, delimiter: str) -> Iterator[tuple[int, Any]]:
             continue
         if len(row) != len(header):
             problem = f"has {len(row)} cells, its header {len(header)}; quote cells that hold a separator"
-            raise UserError(f"{path}, line {line} {problem}")
+            yield line, UserError(f"{path}, line {line} {problem}")
+            continue
         yield line, dict(zip(header, row, strict=True))
 
 
