@@ -12,6 +12,7 @@ import sys
 
 COMMANDS = {
     "demo": "fine-tune a real 135M model with DoRA, score it before and after, merge it",
+    "data": "what a model sees of a data set, and what is wrong with it",
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
