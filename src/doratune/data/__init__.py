@@ -2,6 +2,7 @@
 
 files.py               JSON and JSONL files of examples
 instruction.py         the format of instructions: instruction, input, output
+questions.py           the format of questions: question, answer
 chat.py                the format of chats: messages, by the tokenizer's template
 published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
@@ -17,10 +18,10 @@ from pathlib import Path
 
 from ..errors import UserError, listed
 from ..support.values import check_choice
-from . import chat, facts, instruction, published, published_prompts
+from . import chat, facts, instruction, published, published_prompts, questions
 from .files import Item, read_examples
 
-FORMATS = {"instruction": instruction, "chat": chat}
+FORMATS = {"instruction": instruction, "chat": chat, "questions": questions}
 DEMO = "demo"
 """The items of `facts`: they come with the package."""
 
@@ -67,21 +68,23 @@ def _load_one(source: str, mirror: str | None, data_format: str, unusable: list[
     path = Path(name)
     if name == DEMO:
         items = facts.items("train")
+    elif name in published.HUB_PARTS:
+        items = published.hub_part(name)
     elif name in published.ALL:
         path = published.fetch(name, **({"base_url": mirror} if mirror else {}))
         items = read_examples(path, unusable)
     elif path.suffix in (".json", ".jsonl") or path.exists():
         items = read_examples(path, unusable)
     elif name.count("/") == 1:
-        items = _from_hub(name)
+        items = published.from_hub(name).to_list()
     else:
-        known = listed([DEMO, *published.ALL], 12)
+        known = listed([DEMO, *published.ALL, *published.HUB_PARTS], 20)
         raise UserError(f"data is {name!r}: no such file or known set; give a .json or .jsonl file, a hub id, or {known}")
     items = items[:first]
     if not items:
         raise UserError(f"{source} selects no item")
     check_choice("data_format", data_format, ("auto", *FORMATS))
-    kind = ("chat" if "messages" in items[0] else "instruction") if data_format == "auto" else data_format
+    kind = _format_of(items[0]) if data_format == "auto" else data_format
     usable = []
     for number, item in enumerate(items, 1):
         whole = item if isinstance(item, Item) else Item(item, f"{path}: item {number}")
@@ -95,14 +98,8 @@ def _load_one(source: str, mirror: str | None, data_format: str, unusable: list[
     return usable, kind
 
 
-def _from_hub(name: str) -> list[dict]:
-    from datasets import load_dataset
-
-    from ..support.hub import hub_settings
-
-    hub_settings(name, "dataset")
-    try:
-        return load_dataset(name, split="train").to_list()
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load the data set {name} from the hub: {reason[:200]}") from None
+def _format_of(item: dict) -> str:
+    """The format that an item's keys name."""
+    if "messages" in item:
+        return "chat"
+    return "questions" if "question" in item and "instruction" not in item else "instruction"

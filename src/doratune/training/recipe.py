@@ -33,7 +33,7 @@ class TrainRecipe:
         output: folder of the run
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
-        data_format: auto, instruction (instruction, input, output) or chat (messages)
+        data_format: auto, instruction (instruction, input, output), chat (messages) or questions (question, answer)
         prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
@@ -85,7 +85,7 @@ class TrainRecipe:
     output: str = "runs/train"
     source: str = ""
     expected: str = ""
-    data_format: Literal["auto", "instruction", "chat"] = "auto"
+    data_format: Literal["auto", "instruction", "chat", "questions"] = "auto"
     prompt: Literal["plain", "published"] = "plain"
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
