@@ -1,7 +1,7 @@
 """Names of the parameters behind m: `magnitude`, or `magnitude_delta` and `magnitude_start` of m = m₀·exp(δ).
 
 transformers' Trainer decays what is not named as a norm or a bias: it compares a parameter's lower-case name with `_norm` and the
-like. m is a norm, under a name that does not say so; its lower-case form does. In state dicts and files the names are plain strings.
+like. m is a norm, under a name that does not say so; its lower-case form does. In state dicts and files names are plain strings.
 """
 
 
