@@ -32,8 +32,11 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_PACKAGES = ("analysis", "baselines", "bases", "directions")
-__all__ = sorted([*_HOME, *_PACKAGES])
+_PACKAGES = (
+    *("analysis", "baselines", "bases", "bench", "checkpoint", "comparison", "data", "directions", "evaluation", "export"),
+    *("formats", "generation", "layers", "math", "report", "training"),
+)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
@@ -46,4 +49,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *_PACKAGES])

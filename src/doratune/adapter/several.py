@@ -148,7 +148,9 @@ _OWN_PLACE = ("adapted", "forward", "_old_forward", "_hf_hook")
 
 
 def _shadow(module: nn.Module, weight: AdaptedWeight, own: dict) -> nn.Module:
-    """The layer as it is with another adapter: an object of its own over the same tensors."""
+    """The layer as it is with another adapter: an object of its own over the same tensors, one for all threads at a time."""
+    if weight.attached:
+        return weight.layer
     follow(module, weight, own)
     plain, in_use = module._parameters, ()
     if isinstance(module, Adapted):
