@@ -17,8 +17,9 @@ from ..directions import Direction, direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
+from ..layers.magnitude import MAGNITUDES
 from ..layers.registry import Registry
-from ..layers.weight import MAGNITUDES, AdaptedWeight
+from ..layers.weight import AdaptedWeight
 from . import start as initial
 from .whole import Whole, keep_whole_wide
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
-from .weight import MAGNITUDES, AdaptedWeight
+from .magnitude import MAGNITUDES
+from .weight import AdaptedWeight
 
 MAGNITUDE = MAGNITUDES[False][0]
 
