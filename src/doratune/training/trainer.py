@@ -21,6 +21,7 @@ from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .half import scale_loss
@@ -57,6 +58,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
