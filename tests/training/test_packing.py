@@ -166,7 +166,7 @@ def test_a_packed_run_trains_counts_and_resumes(tiny_folder, tmp_path):
     said = []
     metrics = train(recipe(tiny_folder, tmp_path, packing=True, epochs=3), say=said.append)
     assert metrics["examples"] == 36 and metrics["steps"] < 3 * 36 / 2
-    assert any(line.startswith("packing: 36 examples in ") and "batch_size counts rows" in line for line in said)
+    assert any(line.startswith("packing: 36 examples in ") and line.endswith("counts rows") for line in said)
     apart = train(recipe(tiny_folder, tmp_path, output=str(tmp_path / "apart"), epochs=3), say=lambda line: None)
     assert metrics["tokens"] == apart["tokens"]
     losses = [row["loss"] for row in metrics["log"] if "loss" in row]

@@ -8,13 +8,14 @@ forwards.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..adapter.verify import evaluating
-from ..data.packing import PackingCollator, examples_of, without_mask
+from ..data.packing import PackingCollator, pack, without_mask
 from ..errors import UserError
+from .recipe import TrainRecipe
 
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.2}
 """The largest difference of logits, of their own size, that another shape of the same computation makes."""
@@ -43,10 +44,22 @@ def check_packing(model, collate: PackingCollator) -> None:
         raise UserError(f"packing: {name} gives an example other positions in a row than by itself; {fix}")
 
 
-def packing_note(rows: Sequence[dict], length: int) -> str:
-    """One line about packed rows."""
-    full = sum(row["length"] for row in rows) / (len(rows) * length)
-    return f"packing: {examples_of(rows)} examples in {len(rows)} rows of {length} tokens, {full:.0%} full; batch_size counts rows"
+def packed_rows(
+    rows: Sequence[dict], recipe: TrainRecipe, collate: PackingCollator, model, say: Callable[[str], None]
+) -> list[dict]:
+    """The examples of a run in rows of max_length tokens, for a model that keeps them apart; how full they are is said.
+
+    Raises:
+        UserError: see `check_packing`.
+    """
+    check_packing(model, collate)
+    packs = pack(rows, recipe.max_length, recipe.seed)
+    full = sum(row["length"] for row in packs) / (len(packs) * recipe.max_length)
+    say(
+        f"packing: {len(rows)} examples in {len(packs)} rows of {recipe.max_length} tokens, {full:.0%} full; batch_size "
+        f"({recipe.batch_size}) counts rows"
+    )
+    return packs
 
 
 def _logits(model, collate: PackingCollator, examples: list[list[int]], count: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
-from ..data.packing import PackingCollator, examples_of, pack
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError, near_misses
 from ..support.environment import environment
 from ..support.files import replacing, write_json
@@ -32,7 +32,7 @@ from .checkpoints import last_checkpoint
 from .examples import datasets
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
-from .packing import check_packing, packing_note
+from .packing import packed_rows
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
 
@@ -82,9 +82,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     for note in method.prepare(model):
         say(note)
     if recipe.packing:
-        check_packing(model, collator(recipe, tokenizer, model))
-        rows = pack(rows, recipe.max_length, recipe.seed)
-        say(packing_note(rows, recipe.max_length))
+        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
