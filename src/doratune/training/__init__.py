@@ -2,6 +2,7 @@
 
 recipe.py        TrainRecipe: every setting
 examples.py      its data: read, split, tokenized, counted
+packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
 resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before

@@ -64,6 +64,7 @@ class TrainRecipe:
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
@@ -117,6 +118,7 @@ class TrainRecipe:
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError, near_misses
 from ..publishing.card import write_training_card
 from ..support.environment import environment
@@ -32,6 +33,7 @@ from .checkpoints import last_checkpoint
 from .examples import datasets
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
+from .packing import packed_rows
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
 
@@ -80,6 +82,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
+    if recipe.packing:
+        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
@@ -149,7 +153,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        train_sampling_strategy="group_by_length" if recipe.group_by_length and not recipe.packing else "random",
         length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -173,7 +177,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=AnswerCollator(tokenizer.pad_token_id, model),
+        data_collator=collator(recipe, tokenizer, model),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock],
@@ -183,6 +187,11 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
+
+
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
+    """What makes batches of rows."""
+    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:
@@ -211,7 +220,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "trainable": trainable,
         "total": total,
         "zero_rows": method.zero_rows(model),
-        "examples": len(trainer.train_dataset),
+        "examples": examples_of(trainer.train_dataset),
         "data": counts,
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),

@@ -22,6 +22,7 @@ from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .half import scale_loss
@@ -58,6 +59,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
