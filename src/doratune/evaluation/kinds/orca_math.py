@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ...data.questions import prompt_of
+from ...data.formats.questions import prompt_of
 from ..numbers import last_number, same, shown
 from . import PublishedEvaluation, TaskKind, no_text
 from .arithmetic import HEADING, before_heading
