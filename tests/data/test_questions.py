@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from doratune.cli.main import main
-from doratune.data import load_items, published, questions
+from doratune.data import encoder, load_items, published
+from doratune.data.formats.questions import prompt_of
 from doratune.errors import UserError
 from doratune.evaluation.kinds import kind_of
 from doratune.evaluation.tasks import load_task
@@ -16,12 +17,12 @@ ITEM = {"question": "What is 2 + 3?", "answer": "It is 5."}
 
 
 def test_the_published_prompt(tiny_tokenizer):
-    assert questions.prompt_of(ITEM) == "###Question:\nWhat is 2 + 3?\n###Answer:\n"
-    assert kind_of(ITEM).prompt(ITEM) == questions.prompt_of(ITEM)
-    encoded = questions.encode(ITEM, tiny_tokenizer)
+    assert prompt_of(ITEM) == "###Question:\nWhat is 2 + 3?\n###Answer:\n"
+    assert kind_of(ITEM).prompt(ITEM) == prompt_of(ITEM)
+    encoded = encoder("questions")(ITEM, tiny_tokenizer)
     learned = [token for token, learn in zip(encoded.ids, encoded.answer) if learn]
     assert tiny_tokenizer.decode(learned) == "It is 5.</s>"
-    assert encoded.ids[: -len(learned)] == tiny_tokenizer(questions.prompt_of(ITEM))["input_ids"]
+    assert encoded.ids[: -len(learned)] == tiny_tokenizer(prompt_of(ITEM))["input_ids"]
 
 
 @pytest.mark.parametrize("wrong", [{"question": " "}, {"question": 3}, {"answer": ""}, {"answer": None}])
@@ -63,7 +64,7 @@ def hub_folder(tmp_path, monkeypatch):
 def test_the_parts_share_no_problem(hub_folder):
     items, kind = load_items("orca_math_100k")
     name, held_out = load_task("orca_math")
-    assert kind is questions and (len(items), name, len(held_out)) == (30, "orca_math", 5)
+    assert (kind.name, len(items), name, len(held_out)) == ("questions", 30, "orca_math", 5)
     assert not {i["question"] for i in items} & {i["question"] for i in held_out}
     assert [i["question"] for i in items] != [f"number {i}?" for i in range(30)], "in the order of the shuffle"
     assert load_items("orca_math_100k[:3]")[0] == items[:3] and load_task("orca_math", limit=2)[1] == held_out[:2]
