@@ -15,9 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, is_adapted
 from ..layers.layouts import named_layers
 from ..layers.registry import Registry
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, synchronizing, unwrapped
 from . import guards, whole
@@ -28,7 +29,6 @@ from .kernels import writing_kernels
 from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
 from .states import RECORD, has_adapter, let_go, refuse_merged
 from .targets import Selection, select
-from .watching import unwatch, watch
 
 BASELINE = "_doratune_baseline"
 
@@ -151,7 +151,7 @@ def attach_selection(
         raise
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     return model
 
@@ -194,7 +194,7 @@ def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
     refuse_foreign(model, what.partition("(")[0])
     layers = {name: (module.adapted, take_off(module)) for name, module in adapted}
     fastpath.reopen(model)
-    unwatch(model)
+    take_hooks(model)
     guards.take_off(model)
     trained = {path: _parameter(model, path) for path in record.replaced}
     whole.give_back(model, record.replaced)
@@ -228,7 +228,7 @@ def put_back(model: nn.Module, aside: SetAside) -> None:
     setattr(model, RECORD, record)
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
 
 

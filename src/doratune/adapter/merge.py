@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import fastpath
-from ..layers.adapted import Adapted, own_parameters
+from ..layers.adapted import Adapted, is_adapted, own_parameters
 from ..layers.layouts import layer_at
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
 from ..math.autograd import no_autocast
@@ -27,7 +28,6 @@ from .foreign import refuse_foreign
 from .layer import put_on, refuse_altered, take_off
 from .states import refuse_others_aside, settle
 from .stored import Stored
-from .watching import unwatch, watch
 
 KEEP = ("cpu", "device", "none")
 QUANTIZED = ("dense", "same")
@@ -81,7 +81,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                     _restore(layer_at(model, name), stored)
             raise
     record.merged, record.wide = merged, whole.narrow(model)
-    unwatch(model)
+    take_hooks(model)
     guards.take_off(model)
     fastpath.reopen(model)
     if record.for_good:
@@ -109,7 +109,7 @@ def unmerge(model: nn.Module) -> None:
         _restore(layers[name], stored)
     whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     fastpath.close(model)
 

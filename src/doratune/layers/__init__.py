@@ -18,6 +18,7 @@
     frozen.py      its frozen weight W, as the maths asks for it
     prepared.py    the factors of calls, prepared for all weights together
     registry.py    the weights of one attachment, and when their factors are old
+    watch.py       hooks that tell it when a forward of the model begins and ends
     fingerprint.py   a hash of all parameters, in a few operations
     passes.py      which kernels compute the passes over an output
     fastpath.py    PyTorch's fast paths around layers, closed while adapted

@@ -74,6 +74,10 @@ class Adapted:
         return ", ".join([part for part in parts if part] + ([f"magnitude per {a.axis}"] if a.magnitude else []))
 
 
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, Adapted)
+
+
 class RelativeMagnitude:
     """Further mixin for m = m₀·exp(δ): `magnitude_delta` is trained, `magnitude_start` holds m₀."""
 
