@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from .directions import METHODS, direction_of
 from .errors import UserError, near_misses
+from .support.fields import documented
 from .support.values import check_choice, check_value, check_values, number
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Settings of one adapter.

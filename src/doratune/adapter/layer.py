@@ -16,10 +16,12 @@ from ..config import AdapterConfig
 from ..directions import Direction, direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
-from ..layers.adapted import Adapted, adapted_class, become, own_parameters
+from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
+from ..layers.magnitude import MAGNITUDES
 from ..layers.registry import Registry
-from ..layers.weight import MAGNITUDES, AdaptedWeight
+from ..layers.weight import AdaptedWeight
 from . import start as initial
+from .whole import Whole, keep_whole_wide
 
 
 class Common:
@@ -108,11 +110,10 @@ def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, see
         first = weight.facts.w2.sqrt() if weight.magnitude else None
     else:
         first = initial.of_layer(weight, config, seed, name, common.original)
-    if weight.magnitude and weight.relative:
-        module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
-        module.register_parameter("magnitude_start", nn.Parameter(first))
-    else:
-        module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
+    relative = weight.magnitude and weight.relative
+    values = (torch.zeros_like(first), first) if relative else (first,)
+    for key, value in zip(MAGNITUDES[relative], values, strict=True):
+        module.register_parameter(key, nn.Parameter(value) if weight.magnitude else None)
 
 
 def altered(module: nn.Module, weight: AdaptedWeight) -> str | None:
@@ -176,6 +177,25 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+@torch.no_grad()
+def keep_wide(model: nn.Module) -> None:
+    """What is trained in fp32 again, where somebody gave it other data (`p.data = p.data.to(torch.bfloat16)`): the very parameters,
+    and magnitudes that were at the start are the norms again."""
+    for module in model.modules():
+        if isinstance(module, Whole):
+            keep_whole_wide(module)
+        if not isinstance(module, Adapted):
+            continue
+        weight, own = module.adapted, own_parameters(module)
+        before = {name: p.dtype for name, p in own.items()}
+        if set(before.values()) == {accumulation_dtype(weight.base.dtype(module))}:
+            continue
+        follow(module, weight, own)
+        weight.changed()
+        if MAGNITUDE in own and own[MAGNITUDE].dtype != before[MAGNITUDE]:
+            start_again(module, before[MAGNITUDE])
 
 
 def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:

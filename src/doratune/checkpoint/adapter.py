@@ -20,6 +20,7 @@ from ..adapter.foreign import refuse_foreign
 from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
 from ..adapter.several import room_for
+from ..adapter.states import base_name
 from ..adapter.targets import Selection, name_matches
 from ..config import AdapterConfig
 from ..directions import direction_of
@@ -70,7 +71,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     if format == "peft" and problem:
         raise UserError(f'{problem}; save with format="doratune"')
     ranks = {name: layer.adapted.rank for name, layer in layers.items()}
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    base = base_name(model)
     transposed = all(layer.adapted.kind.transposed and not layer.adapted.kind.stacked for layer in layers.values())
     own_type = format == "doratune" or problem is not None
     described = peft.describe(config, ranks, record.alphas, base, transposed, own_type, None if own_type else whole)

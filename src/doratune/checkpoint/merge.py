@@ -24,6 +24,7 @@ from ..formats import recognized
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
+from ..publishing.card import CARD, write_merged_card
 from ..support.files import open_tensors, read_json, write_json, write_tensors
 from ..support.folders import new_folder
 from ..support.headers import Keys
@@ -33,7 +34,7 @@ from .adapter import CONFIG, OWN, read_folder
 from .fitting import fit, put_layer
 from .ties import keep_ties, like_of, tied_to
 
-_LEFT_BEHIND = {"adapter_config.json", "doratune.json"}
+_LEFT_BEHIND = {"adapter_config.json", "doratune.json", CARD}  # the base's card is about the base
 
 
 @dataclass
@@ -105,6 +106,7 @@ def merge_checkpoint(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(temporary / f"{weights_name(folder_config(folder))}.index.json", index)
         copy_rest(folder, temporary, out_dtype, untied, changed_config(folder, plan.skeleton, bool(plan.new)))
+        write_merged_card(temporary, base, adapter, plan.config.method, folder)
         if check is not None:
             check(temporary)
     return output

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from ..adapter.attach import record_of
 from ..adapter.merge import merge
 from ..adapter.stored import Stored
 from ..bases import dense_weight
 from ..errors import UserError
 from ..layers import kind_of
+from ..publishing.card import write_merged_card
 from ..support.files import read_json
 from ..support.folders import new_folder, refuse_existing
 from ..support.models import load_model, load_tokenizer, quiet_loading
@@ -85,11 +87,13 @@ def merge_quantized(
 
 def _merge_in_memory(base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict) -> None:
     model = load(load_model(base, dtype, quantization), adapter)
+    method = record_of(model).config.method
     merge(model, keep="none", quantized="same" if into == "same" else "dense")
     if into == "dequantized":
         dequantize(model)
     with new_folder(output, overwrite, key="config.json") as folder:
         _write(model, load_tokenizer(base), folder, dense=into == "dequantized")
+        write_merged_card(folder, base, adapter, method)
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ class EvaluateSettings:
     Args:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
-        task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, a .json file, or a list
+        task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
+            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, a .json file, or a list
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
-        max_new_tokens: longest output of generate; default 32, as paper has
+        max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
         batch_size: sequences at once; in float32 the score does not depend on it
         limit: only the first so many items of each task
         dtype: dtype of the model
@@ -59,8 +60,7 @@ def main(argv: list[str]) -> int:
     from ..checkpoint.adapter import base_model_of, load
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
-    from ..evaluation.evaluate import evaluate, load_tasks, show
-    from ..evaluation.paper import check_fixed
+    from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
     from ..evaluation.protocols import protocols_of
     from ..support.folders import refuse_existing
     from ..support.models import load_model, load_tokenizer
@@ -71,8 +71,6 @@ def main(argv: list[str]) -> int:
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
     protocols = protocols_of(settings.protocol)
-    if "paper" in protocols:
-        check_fixed(beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
@@ -80,6 +78,7 @@ def main(argv: list[str]) -> int:
     inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
     tasks = load_tasks(names, settings.mirror, settings.limit)
+    check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     if settings.dtype != "float32" and settings.batch_size > 1:

@@ -13,6 +13,7 @@
     layouts.py     names of layers that are no module of their own
     wrappers.py    what torch.compile and the like put around modules, and the names without it
     adapted.py     an adapted layer: a subclass made on demand
+    magnitude.py   names of the parameters behind m
     weight.py      an adapted weight, and how a call of it runs
     frozen.py      its frozen weight W, as the maths asks for it
     prepared.py    the factors of calls, prepared for all weights together

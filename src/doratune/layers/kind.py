@@ -52,6 +52,14 @@ class LayerKind:
         """The adapted layer's output; `layer.base_forward` is the plain layer's own forward."""
         raise NotImplementedError
 
+    def finishes(self, weight) -> bool:
+        """Can `finish` make the adapted layer's output?"""
+        return False
+
+    def finish(self, layer, x: Tensor, out: Tensor) -> Tensor:
+        """The adapted layer's output from the plain layer's, without gradients."""
+        raise NotImplementedError
+
     def base(self, module: nn.Module) -> Base | None:
         """The storage of its weight."""
         return base_of(self, module)

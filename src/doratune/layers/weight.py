@@ -27,10 +27,8 @@ from ..math.autograd import Call, Composed, flat, grad_enabled, modes, no_autoca
 from ..math.dora import Factors
 from .fingerprint import identity, tensor_in
 from .frozen import FrozenWeight
+from .magnitude import MAGNITUDES
 from .registry import LIGHT_TOKENS, Registry
-
-MAGNITUDES = {False: ("magnitude",), True: ("magnitude_delta", "magnitude_start")}
-"""Names of the parameters behind m, by `relative`."""
 
 
 @dataclass(eq=False)

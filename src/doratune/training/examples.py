@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from ..data import encoder, load_items
+from ..data import encoder, load_items, recognition
 from ..data.encode import DataReport, encode_all
+from ..data.formats import DataFormat
 from ..errors import UserError
 from .recipe import TrainRecipe
 
@@ -23,22 +24,24 @@ def datasets(
         UserError: data that cannot be read, or an item that cannot be used, unless `bad_items` is skip.
     """
     unusable: list[str] | None = [] if recipe.bad_items == "skip" else None
-    items, kind = load_items(recipe.data, recipe.mirror, recipe.data_format, unusable)
+    reading = {"mirror": recipe.mirror, "settings": recipe.reading()}
+    items, kind = load_items(recipe.data, unusable=unusable, weights=recipe.data_weights, seed=recipe.seed, **reading)
+    say(recognition(kind, recipe.data_format))
     if recipe.limit is not None or recipe.eval_size:
         random.Random(recipe.seed).shuffle(items)
     eval_items, eval_kind = [], kind
     eval_unusable: list[str] | None = None if unusable is None else []
     if recipe.eval_data:
-        eval_items, eval_kind = load_items(recipe.eval_data, recipe.mirror, recipe.data_format, eval_unusable)
+        eval_items, eval_kind = load_items(recipe.eval_data, unusable=eval_unusable, **reading)
     elif recipe.eval_size:
         if recipe.eval_size >= len(items):
             raise UserError(f"eval_size is {recipe.eval_size}, but {recipe.data} holds {len(items)} examples; make it smaller")
         eval_items, items = items[: recipe.eval_size], items[recipe.eval_size :]
     items = items[: recipe.limit]
 
-    def tokens(items: list, kind, unusable: list[str] | None) -> tuple[list[dict], DataReport]:
-        settings = recipe.max_length, recipe.too_long, recipe.train_on_prompt, unusable
-        return encode_all(items, encoder(kind, recipe.prompt), tokenizer, *settings)
+    def tokens(items: list, kind: DataFormat, unusable: list[str] | None) -> tuple[list[dict], DataReport]:
+        limits = recipe.max_length, recipe.too_long, recipe.train_on_prompt, unusable
+        return encode_all(items, encoder(kind, recipe.reading()), tokenizer, *limits)
 
     rows, report = tokens(items, kind, unusable)
     say(f"training data: {recipe.data}: {report} (max_length {recipe.max_length})")

@@ -19,7 +19,9 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError, near_misses
+from ..publishing.card import write_training_card
 from ..support.environment import environment
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
@@ -31,6 +33,7 @@ from .checkpoints import last_checkpoint
 from .examples import datasets
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
+from .packing import packed_rows
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
 
@@ -79,6 +82,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
+    if recipe.packing:
+        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     bar = TokenProgress()
@@ -148,7 +153,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        train_sampling_strategy="group_by_length" if recipe.group_by_length and not recipe.packing else "random",
         length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -172,7 +177,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=AnswerCollator(tokenizer.pad_token_id, model),
+        data_collator=collator(recipe, tokenizer, model),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock],
@@ -182,6 +187,11 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
+
+
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
+    """What makes batches of rows."""
+    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:
@@ -210,7 +220,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "trainable": trainable,
         "total": total,
         "zero_rows": method.zero_rows(model),
-        "examples": len(trainer.train_dataset),
+        "examples": examples_of(trainer.train_dataset),
         "data": counts,
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
@@ -225,6 +235,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "environment": environment(),
         "log": [row for row in log if "loss" in row or "eval_loss" in row],
     }
+    write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
     write_json(output / "metrics.json", metrics)
     say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics

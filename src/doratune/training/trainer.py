@@ -3,9 +3,9 @@
     class DoRATrainer(TrainerMixin, transformers.Trainer): ...
     class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
 
-Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
-is not finite or at layers that do not train, length-grouped batches that are the same after a resume, and the quantized-model check
-passed.
+The plain classes train an attached model as it should be: m does not decay, a quantized base is accepted, checkpoints hold the
+adapter and are resumed from. What comes here: rates of their own for m and B, checkpoints without a second copy of the adapter, a
+stop at the first loss that is not finite or at layers that do not train, length-grouped batches that are the same after a resume.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
+from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .half import scale_loss
@@ -57,6 +59,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
@@ -134,10 +137,8 @@ class TrainerMixin(SteadyMixin):
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
     def __init__(self, model=None, *args, **kwargs):
-        if record_of(model).merged is not None:
-            raise UserError("this model is merged; call doratune.unmerge(model) before training")
-        with _passes_as_adapted(model):
-            super().__init__(model, *args, **kwargs)
+        refuse_merged(record_of(model), "training")
+        super().__init__(model, *args, **kwargs)
         self._idle = IdleWatch(self)
         self.add_callback(self._idle)
 
@@ -226,18 +227,3 @@ def _readable(checkpoint):
         if checkpoint is None or (problem := damage(Path(checkpoint))) is None:
             raise
         raise UserError(f"{checkpoint} cannot be resumed from: {problem}; resume from another checkpoint") from error
-
-
-@contextlib.contextmanager
-def _passes_as_adapted(model):
-    """transformers refuses to train a quantized model unless it looks as if PEFT had adapted it."""
-    had = hasattr(model, "_hf_peft_config_loaded")
-    before = getattr(model, "_hf_peft_config_loaded", None)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if had:
-            model._hf_peft_config_loaded = before
-        else:
-            del model._hf_peft_config_loaded
