@@ -1,6 +1,6 @@
 """A DoRA model of PEFT before and after `doratune.peft.accelerate`: training steps, also with dropout, and greedy decode.
 
-    python benchmarks/accelerated_peft.py [--model NAME] [--dtypes float32 bfloat16] [--rounds 8]
+    python benchmarks/accelerated_peft.py [--model NAME] [--dtypes float32 bfloat16] [--rounds 5]
 
 Arms of each measurement run in turn in one process (`doratune.bench`): the frozen base, PEFT, and PEFT accelerated, over the same
 weights. Written: results/accelerated_peft_cpu.json.
@@ -59,13 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
     given = parser.parse_args()
     settings = BenchSettings(
         arms=[FROZEN, BEFORE, AFTER], model=given.model, dtypes=given.dtypes, ranks=[16], rounds=given.rounds,
-        new_tokens=given.new_tokens, warm_up=2, output=given.output,
+        new_tokens=given.new_tokens, warm_up=1, output=given.output,
     ).check()  # fmt: skip
     result = {}
     for dtype in settings.dtypes:

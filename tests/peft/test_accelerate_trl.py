@@ -28,7 +28,7 @@ def sentences(count):
 
 def settings(cls, folder, **more):
     return cls(
-        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[], use_cpu=True, learning_rate=2e-3,
+        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=1, report_to=[], use_cpu=True, learning_rate=2e-3,
         dataloader_pin_memory=False, disable_tqdm=True, bf16=False, logging_steps=1, save_strategy="no", **more,
     )  # fmt: skip
 
