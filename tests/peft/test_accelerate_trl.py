@@ -33,6 +33,12 @@ def settings(cls, folder, **more):
     )  # fmt: skip
 
 
+def smooth(losses, width=100):
+    """Means over so many steps."""
+    parts = [losses[i : i + width] for i in range(0, len(losses), width)]
+    return [sum(part) / len(part) for part in parts]
+
+
 def curve(trainer):
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -54,7 +60,9 @@ def test_sft_has_the_same_loss_curve(dropout, tmp_path, tiny_tokenizer):
         models.append(trainer.model)
     print(f"largest difference of {len(curves[0])} losses: {max(abs(a - b) for a, b in zip(*curves, strict=True)):.1e}")
     assert len(curves[0]) == STEPS and curves[0][-1] < curves[0][0]
-    assert curves[1] == pytest.approx(curves[0], abs=2e-3 if STEPS <= 100 else 2e-2)
+    assert curves[1][:200] == pytest.approx(curves[0][:200], abs=2e-3)
+    # from some hundreds of steps on, roundings have grown into single losses; the curve is the same
+    assert smooth(curves[1]) == pytest.approx(smooth(curves[0]), abs=3e-3)
     assert min(ways(models[1])) > STEPS
     saved = [peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / str(accelerated)) for accelerated in (False, True)]
     ids = torch.tensor([[5, 6, 7, 8]])
