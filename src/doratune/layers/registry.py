@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..math.autograd import no_autocast
 from ..math.compiled import NO_ONNX
 from ..math.dora import Factors
-from . import prepared
-from .fingerprint import Watched, same, together
+from . import prepared, shares
+from .fingerprint import Watched, same, tensor_in, together
 
 DROWNS = 4.0
 """From this ratio of a bias to the rest of an output on, y has lost the rest's digits."""
@@ -67,6 +67,7 @@ class Registry:
         self.prints: dict[tuple, tuple] = {}
         self.watched: dict[int | None, Watched] = {}
         self.suspicion: list[Tensor] = []  # on the device: was a frozen weight edited, unseen?
+        self.elsewhere = 0  # weights that are under an engine of which no share was found
         self.sizes = weakref.WeakSet()
         self.here = _Here()
 
@@ -85,18 +86,30 @@ class Registry:
         """Those whose layers are there."""
         return [weight for weight in self.members.values() if weight.attached]
 
-    def enter(self, light: bool) -> None:
+    def find_shares(self, model) -> None:
+        """Find out which weights are whole only while they run; each process does, at the same forward."""
+        new = [weight for weight in self.weights() if not weight.shares and shares.managed(weight)]
+        if len(new) != self.elsewhere:
+            shares.find(new, model)
+            self.elsewhere = sum(not weight.shares for weight in new)
+            self.watched.clear()
+            self.generation += 1
+
+    def enter(self, light: bool, model=None) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
         here = self.here
         here.depth += 1
         if here.depth > 1:
             return
+        if model is not None:
+            self.find_shares(model)
         here.looked = NOT_YET
         self._look_to(None, light)
         if self.prepared == self.generation:
             return
         self.prepared = self.generation
         old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.generation != self.generation]
+        old = [one for one in old if not one.shares or one.at_hand()]
         for low in {one.factors.low for one in old}:
             self._prepare([one for one in old if one.factors.low == low], low)
 
@@ -181,7 +194,7 @@ class Registry:
             for other in self.weights():
                 f = other.factors
                 if other is not weight and other.asked and f is not None and f.generation != self.generation and f.low == low:
-                    batch.append(other)
+                    batch += [other] if not other.shares or other.at_hand() else []
         self._prepare(batch, low)
         weight.asked = True
         return weight.factors
@@ -196,7 +209,8 @@ class Registry:
                 f = one.factors
                 f.generation, f.low, f.stamps, f.storage = self.generation, low, one.stamps(), one.storage()
                 # what was read is held, so that its address stays its own
-                f.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
+                own = [tensor_in(slot) for slot in one.slots()] if one.shares else one.watched()
+                f.held = [t.detach() for t in own if t is not None], one.held() if one.magnitude else None
                 one.preparations += 1
                 one.asked = False
 
@@ -265,7 +279,7 @@ class Begin:
         if not torch.compiler.is_compiling():
             if torch.onnx.is_in_onnx_export() and any(weight.magnitude for weight in self.registry.weights()):
                 raise UserError(NO_ONNX)
-            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())))
+            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())), module)
 
 
 class End(Begin):
