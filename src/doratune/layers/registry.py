@@ -86,14 +86,15 @@ class Registry:
         """Those whose layers are there."""
         return [weight for weight in self.members.values() if weight.attached]
 
-    def find_shares(self, model) -> None:
-        """Find out which weights are whole only while they run; each process does, at the same forward."""
-        new = [weight for weight in self.weights() if not weight.shares and shares.managed(weight)]
-        if len(new) != self.elsewhere:
-            shares.find(new, model)
-            self.elsewhere = sum(not weight.shares for weight in new)
-            self.watched.clear()
-            self.generation += 1
+    def find_shares(self, model, running: bool = False) -> None:
+        """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward."""
+        new = [one for one in self.weights() if not (one.settled if running else one.shares) and shares.managed(one)]
+        if not new or (running and len(new) == self.elsewhere):
+            return
+        shares.find(new, model, running)
+        self.elsewhere = sum(not one.settled for one in new)
+        self.watched.clear()
+        self.generation += 1
 
     def enter(self, light: bool, model=None) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
@@ -102,7 +103,7 @@ class Registry:
         if here.depth > 1:
             return
         if model is not None:
-            self.find_shares(model)
+            self.find_shares(model, running=True)
         here.looked = NOT_YET
         self._look_to(None, light)
         if self.prepared == self.generation:

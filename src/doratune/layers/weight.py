@@ -61,6 +61,7 @@ class AdaptedWeight(FrozenWeight):
     names: tuple[str, ...] = ()  # of its parameters: the direction's, then those behind m
     watched_names: tuple[str, ...] = ()  # of the layer's tensors that factors are made of, besides W
     shares: dict = field(default_factory=dict)  # name → where a tensor's own numbers are, if copies of it come and go (`shares.py`)
+    settled: bool = False  # have calls brought those as the norm needs them?
     _facts: tuple | None = None
     _product: tuple | None = None
     _likeness: tuple | None = None
@@ -92,7 +93,7 @@ class AdaptedWeight(FrozenWeight):
     def __getstate__(self):
         state = self.__dict__.copy()
         derived = ("factors", "_facts", "_product", "_likeness", "_layer")
-        return state | dict.fromkeys(derived) | {"asked": False, "preparations": 0, "shares": {}}
+        return state | dict.fromkeys(derived) | {"asked": False, "preparations": 0, "shares": {}, "settled": False}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its parameters, in the order of `names`."""
@@ -151,7 +152,7 @@ class AdaptedWeight(FrozenWeight):
     def moved(self) -> None:
         """Its tensors may lie elsewhere by now; where is found out at the model's next forward."""
         self.changed()
-        self.shares = {}
+        self.shares, self.settled = {}, False
 
     def at_hand(self) -> bool:
         """Are its tensors whole now?"""
