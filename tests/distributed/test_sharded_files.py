@@ -1,14 +1,15 @@
 """save, load, verify, inspect, merge and merged_state_dict of a model under FSDP2 are those of the whole model."""
 
 import pytest
+from launching import launched
 from safetensors.torch import load_file
 
 METHODS = ["dora", "lora", "dora, relative", "dvora", "dora, input axis"]
 
 
 @pytest.fixture(scope="module")
-def found(launch):
-    return launch("whole_files", "loaded_into_shards")
+def found(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("launch"), "whole_files", "loaded_into_shards")
 
 
 def files(folder, name):

@@ -1,6 +1,7 @@
 """Two real processes, DDP and FSDP2, against one process on the whole batch: the same losses, and what is sent for it."""
 
 import pytest
+from launching import launched
 
 METHODS = ["lora", "dora", "dora, full gradient", "dora, input axis", "dora, input axis, full gradient"]
 METHODS += ["dora, relative", "dvora", "dora, pissa"]
@@ -8,9 +9,9 @@ WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "
 
 
 @pytest.fixture(scope="module")
-def found(launch):
+def found(tmp_path_factory):
     cases = "ddp", "fsdp", "ways_of_sharding", "attached_after_sharding", "mixed_precision", "collectives", "nf4", "refusals"
-    return launch(*cases)[0]
+    return launched(tmp_path_factory.mktemp("launch"), *cases)[0]
 
 
 def same(expected, losses):

@@ -62,7 +62,7 @@ def put_value(t: Tensor, value: Tensor) -> None:
 
 def managed(weight) -> bool:
     """Is an adapted weight whole only while its layer runs?"""
-    module = _holder(weight).layer
+    module = holder_of(weight).layer
     return "_is_fsdp_managed_module" in vars(module) or offloaded(module)
 
 
@@ -71,7 +71,7 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
     forward has begun, so that it is known what a policy casts."""
     under_fsdp = shares_of(model)
     for weight in weights:
-        holder = _holder(weight)
+        holder = holder_of(weight)
         layer, leaf = holder.layer, holder.kind.leaf(holder.layer)
         places = {name: (layer, name) for name in (*holder.names, holder.kind.bias_name)} | {leaf: (holder.kind.home(layer), leaf)}
         if any(offloaded(module) for module, _ in places.values()):
@@ -84,11 +84,11 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
     keep_wide([share for weight in weights for name, share in weight.shares.items() if name in weight.names])
     for weight in weights:
         share, weight.settled = weight.share(), bool(weight.shares)
-        if share is not None and share.cast and weight.magnitude and weight is _holder(weight) and not weight.kind.stacked:
+        if share is not None and share.cast and weight.magnitude and weight is holder_of(weight) and not weight.kind.stacked:
             weight.know(share.param.sharded_param)
 
 
-def _holder(weight):
+def holder_of(weight):
     """The weight whose layer is a module: of an expert, the batch that it is in."""
     return getattr(weight, "whole", None) or weight
 

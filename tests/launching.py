@@ -1,4 +1,4 @@
-"""One launch of two processes for all tests of a file: what they found, by case."""
+"""Real processes of one launch: torchrun, and what the cases of `distributed/worker.py` found."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("distributed") / "worker.py"
 
 
 def quiet(**more):
@@ -26,8 +24,3 @@ def launched(folder, *cases):
     done = torchrun(WORKER, folder / "found", *cases)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "found.0").read_text()), folder
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    return lambda *cases: launched(tmp_path_factory.mktemp("launch"), *cases)
