@@ -4,7 +4,7 @@ import pytest
 from launching import launched
 from safetensors.torch import load_file
 
-METHODS = ["dora", "lora", "dora, relative", "dvora", "dora, input axis"]
+METHODS = ["dora", "lora", "dora, relative", "dvora", "dora, input axis", "dora, whole head"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 from launching import launched
 
 METHODS = ["lora", "dora", "dora, full gradient", "dora, input axis", "dora, input axis, full gradient"]
-METHODS += ["dora, relative", "dvora", "dora, pissa"]
+METHODS += ["dora, relative", "dvora", "dora, pissa", "dora, whole head"]
 WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "by columns", "each layer", "checkpointed"]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import randomize, tiny_llama
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +99,7 @@ METHODS = {
     "dora, relative": {"magnitude_form": "relative"},
     "dvora": {"method": "dvora"},
     "dora, pissa": {"start": "pissa"},
+    "dora, whole head": {"also_train": ["lm_head"], "exclude": ["k_proj"]},
 }
 
 
@@ -242,7 +244,7 @@ def collectives():
 def whole_files():
     """save, verify, inspect, merge and merged_state_dict of a sharded model are those of the whole one."""
     folder, found = OUT.parent, {}
-    for name in ("dora", "lora", "dora, relative", "dvora", "dora, input axis"):
+    for name in ("dora", "lora", "dora, relative", "dvora", "dora, input axis", "dora, whole head"):
         single = randomize(attached(**METHODS[name]))
         model = shard(randomize(attached(**METHODS[name])))
         for steps in (0, 1):  # before any run, and after
@@ -296,6 +298,83 @@ def loaded_into_shards():
         expected = single(input_ids=ids(0)).logits
         model = doratune.load(shard(base()), path)
         found[name] = (model(input_ids=ids(0)).logits - expected).abs().max().item()
+    return found
+
+
+@case
+def loaded_in_shards():
+    """transformers' own loading into shards, one slice after the other, and the adapter over it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    folder = OUT.parent / "base"
+    if dist.get_rank() == 0:
+        base().save_pretrained(folder)
+    dist.barrier()
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2)).train()
+    attached(model)
+    placed = all(isinstance(p, DTensor) for p in model.parameters())
+    return train(attached(), split=False), train(model, split=True), placed
+
+
+@case
+def checkpoints_of_pytorch():
+    """torch.distributed.checkpoint: written in shards by two processes, read by each alone and whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    folder = OUT.parent / "distributed checkpoint"
+
+    def both(model, optimizer):
+        state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": state, "optimizer": optimizer_state}
+
+    def optimizer_of(model):
+        return torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-2))
+
+    model = shard(attached())
+    optimizer = optimizer_of(model)
+    train(model, split=True, steps=2, optimizer=optimizer)
+    dcp.save(both(model, optimizer), checkpoint_id=folder)
+    dist.barrier()
+    found = {"expected": train(attached(), split=False, steps=4)[2:]}
+    for name, new, split in (("sharded", shard(attached(seed=9)), True), ("whole", attached(seed=9), False)):
+        optimizer = optimizer_of(new)
+        state = both(new, optimizer)
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(new, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        found[name] = train(new, split=split, steps=2, first=2, optimizer=optimizer)
+    return found
+
+
+@case
+def other_engines():
+    """FSDP1, and tensor-parallel weights."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = {}
+    for original in (True, False):
+        try:
+            model = attached()
+            policy = ModuleWrapPolicy({type(model.model.layers[0])})
+            device = torch.device("cpu")
+            wrapped = FullyShardedDataParallel(model, use_orig_params=original, auto_wrap_policy=policy, device_id=device)
+            found[f"FSDP1, {original}"] = train(wrapped, split=True)
+        except Exception as error:
+            found[f"FSDP1, {original}"] = f"{type(error).__name__}: {error}"
+    mesh = init_device_mesh("cpu", (2,))
+    model = base()
+    for block in model.model.layers:
+        plan = {"mlp.up_proj": ColwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(block, mesh, plan)
+    try:
+        attached(model)
+    except Exception as error:
+        found["tensor parallel"] = f"{type(error).__name__}: {error}"
+    attached(model, targets=["q_proj", "v_proj"])
+    found["beside them"] = train(model, split=False), train(attached(targets=["q_proj", "v_proj"]), split=False)
     return found
 
 

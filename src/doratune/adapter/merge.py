@@ -171,7 +171,7 @@ def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     else:
         device = stored.original.restore(module)
     for p in stored.own.values():
-        if p is not None and not is_share(p):
+        if p is not None and not (p.is_meta or is_share(p)):
             p.data = p.data.to(device)
     put_on(module, stored.adapted, stored.own)
     stored.adapted.changed()

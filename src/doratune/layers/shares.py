@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
+from ..errors import UserError
 from ..math import decomposition
 from .fsdp import fsdp_modules, keep_wide, shares_of
 from .offload import Offloaded, loaded, offloaded
@@ -86,6 +87,24 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
         share, weight.settled = weight.share(), bool(weight.shares)
         if share is not None and share.cast and weight.magnitude and weight is holder_of(weight) and not weight.kind.stacked:
             weight.know(share.param.sharded_param)
+    refuse_flattened([weight for weight in weights if not weight.settled])
+
+
+def refuse_flattened(weights: list) -> None:
+    """Raise for weights that FSDP1 made one vector with others, in which nothing has a share of its own.
+
+    Raises:
+        UserError: the layers' class is named, and what to use.
+    """
+    for weight in map(holder_of, weights):
+        layer, W = weight.layer, weight.stored()
+        tensors = [layer._parameters.get(name) for name in weight.names]
+        own = None if W is None else W.untyped_storage().data_ptr()
+        if W is None or any(t is None or t.untyped_storage().data_ptr() == own for t in tensors):
+            raise UserError(
+                f"FullyShardedDataParallel (FSDP1) flattens W, A, B and m of {type(layer).__name__} into one vector; shard the "
+                "model with torch.distributed.fsdp.fully_shard (in accelerate fsdp_version: 2)"
+            )
 
 
 def holder_of(weight):
