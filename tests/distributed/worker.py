@@ -314,7 +314,9 @@ def loaded_in_shards():
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2)).train()
     attached(model)
     placed = all(isinstance(p, DTensor) for p in model.parameters())
-    return train(attached(), split=False), train(model, split=True), placed
+    losses = train(model, split=True)
+    own = sum(p.to_local().nbytes for p in model.parameters())
+    return train(attached(), split=False), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @case

@@ -67,7 +67,7 @@ class Registry:
         self.prints: dict[tuple, tuple] = {}
         self.watched: dict[int | None, Watched] = {}
         self.suspicion: list[Tensor] = []  # on the device: was a frozen weight edited, unseen?
-        self.elsewhere = 0  # weights that are under an engine of which no share was found
+        self.search = shares.Search()
         self.sizes = weakref.WeakSet()
         self.here = _Here()
 
@@ -81,6 +81,7 @@ class Registry:
         self.members.pop(id(weight), None)
         self.members[id(weight)] = weight
         self.watched.clear()
+        self.search.begin()
 
     def weights(self) -> list:
         """Those whose layers are there."""
@@ -88,13 +89,11 @@ class Registry:
 
     def find_shares(self, model, running: bool = False) -> None:
         """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward."""
-        new = [one for one in self.weights() if not (one.settled if running else one.shares) and shares.managed(one)]
-        if not new or (running and len(new) == self.elsewhere):
-            return
-        shares.find(new, model, running)
-        self.elsewhere = sum(not one.settled for one in new)
-        self.watched.clear()
-        self.generation += 1
+        if new := self.search.new(self.weights, running):
+            shares.find(new, model, running)
+            self.search.end(new, running)
+            self.watched.clear()
+            self.generation += 1
 
     def enter(self, light: bool, model=None) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""

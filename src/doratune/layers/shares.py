@@ -61,10 +61,40 @@ def put_value(t: Tensor, value: Tensor) -> None:
         t.detach().copy_(value)
 
 
+FSDP = "_is_fsdp_managed_module"
+MARKS = (FSDP, "_hf_hook")
+"""Attributes of a module that FSDP and accelerate leave there."""
+
+
+class Search:
+    """Which weights of an attachment an engine may have by now: a look at the attributes of each layer, once a forward."""
+
+    def __init__(self):
+        self.attributes: list[dict] | None = None
+        self.lost = 0  # weights under an engine of which no share was found
+
+    def begin(self) -> None:
+        """Layers were added, or may lie elsewhere."""
+        self.attributes, self.lost = None, 0
+
+    def new(self, weights, running: bool) -> list:
+        """Those of `weights()` that are managed, and of which that was not known."""
+        if self.attributes is None:
+            self.attributes = [vars(holder_of(one).layer) for one in weights() if not one.settled]
+        if not any(mark in attributes for attributes in self.attributes for mark in MARKS):
+            return []
+        new = [one for one in weights() if not (one.settled if running else one.shares) and managed(one)]
+        return [] if running and len(new) == self.lost else new
+
+    def end(self, new: list, running: bool) -> None:
+        """They were looked for."""
+        self.lost, self.attributes = sum(not one.settled for one in new) if running else 0, None
+
+
 def managed(weight) -> bool:
     """Is an adapted weight whole only while its layer runs?"""
     module = holder_of(weight).layer
-    return "_is_fsdp_managed_module" in vars(module) or offloaded(module)
+    return FSDP in vars(module) or offloaded(module)
 
 
 def find(weights: list, model: nn.Module, running: bool) -> None:
@@ -102,7 +132,7 @@ def refuse_flattened(weights: list) -> None:
         own = None if W is None else W.untyped_storage().data_ptr()
         if W is None or any(t is None or t.untyped_storage().data_ptr() == own for t in tensors):
             raise UserError(
-                f"FullyShardedDataParallel (FSDP1) flattens W, A, B and m of {type(layer).__name__} into one vector; shard the "
+                f"FullyShardedDataParallel (FSDP1) flattens W, A, B and m of {weight.kind.name} layers into one vector; shard the "
                 "model with torch.distributed.fsdp.fully_shard (in accelerate fsdp_version: 2)"
             )
 

@@ -153,6 +153,7 @@ class AdaptedWeight(FrozenWeight):
         """Its tensors may lie elsewhere by now; where is found out at the model's next forward."""
         self.changed()
         self.shares, self.settled = {}, False
+        self.registry.search.begin()
 
     def at_hand(self) -> bool:
         """Are its tensors whole now?"""
