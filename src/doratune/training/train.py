@@ -92,17 +92,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if (count := launched()[1]) > 1:
         engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
         say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
-    bar = TokenProgress()
-    trainer.add_callback(bar)
-    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
-        trainer.add_callback(stop)
-        if not (checkpoint and already_trained(trainer, checkpoint)):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None:
-        raise Interrupted(stop.received, str(last_checkpoint(output)))
-    if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
-        trainer.evaluate()
-    model.eval()
+    _train_to_the_end(trainer, model, checkpoint)
     if not is_first() and not sharded(model):
         return {}
     method.save(model, output / method.result)
@@ -116,6 +106,22 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if folder is None:
         run.finish()
     return metrics
+
+
+def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
+    """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
+    bar = TokenProgress()
+    trainer.add_callback(bar)
+    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
+        trainer.add_callback(stop)
+        if not (checkpoint and already_trained(trainer, checkpoint)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None:
+        raise Interrupted(stop.received, str(last_checkpoint(Path(trainer.args.output_dir))))
+    evaluated = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
+    if trainer.eval_dataset and not evaluated:
+        trainer.evaluate()
+    model.eval()
 
 
 def _check_share(recipe: TrainRecipe) -> None:
