@@ -49,7 +49,7 @@ class Adapted:
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         restore_precision(self)
-        self.adapted.changed()
+        self.adapted.moved()
 
     def __setstate__(self, state):
         super().__setstate__(state)

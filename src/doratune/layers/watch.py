@@ -27,7 +27,7 @@ class Begin:
         if not torch.compiler.is_compiling():
             if torch.onnx.is_in_onnx_export() and any(weight.magnitude for weight in self.registry.weights()):
                 raise UserError(NO_ONNX)
-            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())))
+            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())), module)
 
 
 class End(Begin):
