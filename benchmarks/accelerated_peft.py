@@ -62,10 +62,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     settings = BenchSettings(
-        arms=[FROZEN, BEFORE, AFTER], model=given.model, dtypes=given.dtypes, ranks=[16], rounds=given.rounds,
-        new_tokens=given.new_tokens, warm_up=1, output=given.output,
+        arms=[FROZEN, BEFORE, AFTER], model=arguments.model, dtypes=arguments.dtypes, ranks=[16], rounds=arguments.rounds,
+        new_tokens=arguments.new_tokens, warm_up=1, output=arguments.output,
     ).check()  # fmt: skip
     for dtype in settings.dtypes:
         base = load(settings.model, dtype, settings.torch_device())

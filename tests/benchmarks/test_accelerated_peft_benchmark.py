@@ -23,9 +23,9 @@ def test_all_measurements(script, tmp_path, monkeypatch):
     words = ["--model", "tiny-shape", "--dtypes", "float32", "--rounds", "1", "--new_tokens", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["accelerated_peft.py", *words])
     script.main()
-    found = json.loads((tmp_path / "accelerated_peft_cpu_float32.json").read_text())["result"]["float32"]
-    assert set(found) == {"train_step", "train_step, dropout 0.05", "decode"}
-    for measured in found.values():
+    result = json.loads((tmp_path / "accelerated_peft_cpu_float32.json").read_text())["result"]["float32"]
+    assert set(result) == {"train_step", "train_step, dropout 0.05", "decode"}
+    for measured in result.values():
         assert set(measured["arms"]) == {"frozen", "dora_peft", "accelerated_peft"}
         assert measured["ratios"]
 

@@ -141,8 +141,9 @@ class BeginPeft(Begin):
             raise UserError(NO_ONNX)
         if not registry.here.depth:
             self._follow(module)
-        if registry.looked_at() != registry.size:
+        if (size := registry.looked_at()) != registry.size:
             registry.forget()
+            registry.size = size
         if not registry.modules and not registry.here.depth:
             take_hooks(module)
             return

@@ -102,7 +102,7 @@ def places(module: nn.Module, adapter: str, kind: LayerKind) -> dict[str, Place]
     return {"lora_A": A, "lora_B": B, "magnitude": m}
 
 
-def held(module: nn.Module, adapter: str, places: dict[str, Place]) -> list[tuple[dict, str, nn.Module]]:
+def holders(module: nn.Module, adapter: str, places: dict[str, Place]) -> list[tuple[dict, str, nn.Module]]:
     """(where it is, its key there, the module) of each module that holds A, B or m of an adapter."""
     own, owners = module._modules, [place.owner for place in places.values()]
     m = own["lora_magnitude_vector"]._modules, adapter, owners[2]

@@ -29,7 +29,7 @@ class PeftRegistry(Registry):
         super().__init__()
         self.modules = weakref.WeakSet()
         self.overwritten = False
-        self.size = 0
+        self.size = -1  # how many layers were looked at in the last forward
 
     def __deepcopy__(self, memo):
         return self._like(self.overwritten)
@@ -48,10 +48,10 @@ class PeftRegistry(Registry):
         return sum(not managed_module(module.base_layer) for module in self.modules)
 
     def forget(self) -> None:
-        """Some layers or adapters are gone: nothing of theirs is held any more."""
+        """Some layers or adapters are gone, or new: nothing of the old ones is kept. Layers are counted when a forward begins."""
         self.watched.clear()
         self.prints.clear()
-        self.size = self.looked_at()
+        self.size = -1
 
     def find_shares(self, model, running: bool = False) -> None:
         """Layers whose weights are whole only while they run go PEFT's way."""
@@ -103,7 +103,7 @@ class PeftWeight(AdaptedWeight):
         self.computes = self.kind.own_product(self, type(base))
         self.own_product = self.computes
         self.site = BaseLayer(self, base)
-        self.expected = ((layer._modules, "base_layer", base), *sources.held(layer, self.adapter, self.places))
+        self.expected = ((layer._modules, "base_layer", base), *sources.holders(layer, self.adapter, self.places))
         self.own_hooks = tuple(hooks for place in self.places.values() for hooks in sources.hooks(place.owner))
         self.base_hooks = sources.hooks(base)
         self.handle.bind(self)
