@@ -84,9 +84,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         say(note)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
-    if (count := launched()[1]) > 1:
-        engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
-        say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
+    _say_engine(trainer, recipe, say)
     bar = TokenProgress()
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
@@ -97,20 +95,32 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         raise Interrupted(stop.received, str(last_checkpoint(output)))
     if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
         trainer.evaluate()
-    model.eval()
-    if not is_first() and not sharded(model):
-        return {}
-    method.save(model, output / method.result)
-    if not is_first():  # shards: what is measured needs all processes
-        measured(method, model)
-        return {}
-    tokenizer.save_pretrained(output / method.result)
-    if score is not None:
-        score(method.scored(model), tokenizer)
-    metrics = finish(method, trainer, clock, model, counts, say)
-    if folder is None:
+    metrics = _leave(method, trainer, clock, model.eval(), tokenizer, counts, say, score)
+    if folder is None and is_first():
         run.finish()
     return metrics
+
+
+def _say_engine(trainer, recipe: TrainRecipe, say) -> None:
+    if (count := launched()[1]) > 1:
+        engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
+        say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
+
+
+def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, counts: dict, say, score) -> dict:
+    """Write what the run leaves behind; the contents of metrics.json, nothing in the other processes. Those take part where the
+    model is in shards."""
+    folder = Path(method.recipe.output) / method.result
+    if not is_first() and not sharded(model):
+        return {}
+    method.save(model, folder)
+    if not is_first():
+        measured(method, model)
+        return {}
+    tokenizer.save_pretrained(folder)
+    if score is not None:
+        score(method.scored(model), tokenizer)
+    return finish(method, trainer, clock, model, counts, say)
 
 
 def _check_share(recipe: TrainRecipe) -> None:
