@@ -26,6 +26,7 @@ LEVELS = [
     {"evaluation", "report", "generation"},
     {"comparison", "demo"},
     {"cli"},
+    {"__main__"},
 ]
 """Rooms from the bottom up: a room imports from its own level and below."""
 

@@ -89,23 +89,34 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
+    _say_engine(trainer, recipe, say)
+    _train_to_the_end(trainer, model, checkpoint)
+    metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
+    if folder is None and is_first():
+        run.finish()
+    return metrics
+
+
+def _say_engine(trainer, recipe: TrainRecipe, say) -> None:
     if (count := launched()[1]) > 1:
         engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
         say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
-    _train_to_the_end(trainer, model, checkpoint)
+
+
+def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, counts: dict, say, score) -> dict:
+    """Write what the run leaves behind; the contents of metrics.json, nothing in the other processes. Those take part where the
+    model is in shards."""
+    folder = Path(method.recipe.output) / method.result
     if not is_first() and not sharded(model):
         return {}
-    method.save(model, output / method.result)
-    if not is_first():  # shards: what is measured needs all processes
+    method.save(model, folder)
+    if not is_first():
         measured(method, model)
         return {}
-    tokenizer.save_pretrained(output / method.result)
+    tokenizer.save_pretrained(folder)
     if score is not None:
         score(method.scored(model), tokenizer)
-    metrics = finish(method, trainer, clock, model, counts, say)
-    if folder is None:
-        run.finish()
-    return metrics
+    return finish(method, trainer, clock, model, counts, say)
 
 
 def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
