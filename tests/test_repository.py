@@ -24,7 +24,7 @@ LEVELS = [
     {"checkpoint", "baselines"},
     {"training", "analysis", "bench", "export"},
     {"evaluation", "report", "generation"},
-    {"comparison", "demo"},
+    {"comparison", "demo", "serving"},
     {"cli"},
 ]
 """Rooms from the bottom up: a room imports from its own level and below."""

@@ -226,7 +226,7 @@ def test_switching_reads_no_file_again(tmp_path, tiny_folder, folders):
     import shutil
 
     copies = {name: tmp_path / name for name in ("a b", "a_b", "ö")}  # names that an adapter in a model cannot have, or two alike
-    for (name, folder), source in zip(copies.items(), [*folders.values(), folders["one"]], strict=True):
+    for folder, source in zip(copies.values(), [*folders.values(), folders["one"]], strict=True):
         shutil.copytree(source, folder)
     adapters = NamedAdapters(str(tiny_folder), [f"{name}={folder}" for name, folder in copies.items()])
     ids = torch.arange(3, 30)[None]

@@ -13,6 +13,7 @@ export.py      doratune export: GGUF and other forms for engines without DoRA
 extract.py     doratune extract: an adapter out of a fully fine-tuned model
 generate.py    doratune generate: answers to many prompts, as JSON lines
 chat.py        doratune chat: a conversation in the terminal
+serve.py       doratune serve: OpenAI's endpoints over a model and its adapters
 repeated.py    a flag that is given more than once
 compare.py     doratune compare: a grid of training runs
 inspect.py     doratune inspect: what an adapter adapts

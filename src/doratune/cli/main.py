@@ -20,6 +20,7 @@ COMMANDS = {
     "extract": "a DoRA adapter out of a base and a fully fine-tuned model",
     "generate": "answers to many prompts, as JSON lines",
     "chat": "talk with a model and its adapters in the terminal",
+    "serve": "a model and its adapters under OpenAI's API, to try them out",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
@@ -84,7 +85,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("doratune"):
             raise
-        print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots,report]'", file=sys.stderr)
+        print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots,report,serve]'", file=sys.stderr)
         return 2
 
 
