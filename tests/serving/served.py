@@ -81,13 +81,14 @@ class Served:
         self.url, self.port, self.names = match[1], int(match[2]), match[3].split(", ")
 
     def ask(self, path, body=None, method=None, timeout=60, **headers):
-        """(status, the JSON of the answer); body: bytes as they are, anything else as JSON."""
+        """(status, the JSON of the answer, {} of a stream); body: bytes as they are, anything else as JSON."""
         data = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
         headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return answer.status, json.loads(answer.read())
+                text = answer.read()
+                return answer.status, {} if text.startswith(b"data: ") else json.loads(text)
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.loads(error.read())

@@ -1,4 +1,4 @@
-"""doratune serve, a real process: OpenAI's own client, two adapters at once, a hundred clients, clients that leave, hostile ones."""
+"""doratune serve, a real process: OpenAI's own client, adapters at once, a hundred clients, clients that leave, hostile ones."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def alone(folders):
 @pytest.fixture(scope="module")
 def server(folders, tmp_path_factory):
     words = ["--adapter", folders["one"], "--adapter", folders["two"], "--batch_size", 8, "--max_queue", 120]
-    served = Served(tmp_path_factory.mktemp("log"), *words, "--max_new_tokens", 60_000, "--max_body_kib", 64)
+    served = Served(tmp_path_factory.mktemp("log"), *words, "--max_new_tokens", 60_000, "--max_body_kib", 256)
     yield served
     status, line = served.end()
     assert (status, line) == (130, "doratune serve: interrupted")
@@ -37,14 +37,13 @@ def server(folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as one:
+        yield one
 
 
 def said(client, name, text, **more):
-    answer = client.chat.completions.create(
-        model=name, messages=[{"role": "user", "content": text}], temperature=0, **{"max_tokens": 12} | more
-    )
+    settings = {"temperature": 0, "max_tokens": 12} | more
+    answer = client.chat.completions.create(model=name, messages=[{"role": "user", "content": text}], **settings)
     return answer.choices[0].message.content
 
 
@@ -143,7 +142,7 @@ def test_a_conversation_and_its_forms(client, alone):
 def test_a_hundred_at_once(client, alone):
     """Mixed adapters, lengths, endpoints, streaming and not, over eight rows: none is lost, each is its own single run."""
     generator = random.Random(0)
-    words = "the correct answer is true false option1 ending4".split()
+    words = ["the", "correct", "answer", "is", "true", "false", "option1", "ending4"]
     asked = []
     for i in range(100):
         text = " ".join(generator.choices(words, k=generator.randint(1, 30)))
@@ -164,7 +163,7 @@ def test_a_hundred_at_once(client, alone):
         answers = list(pool.map(ask, asked))
     for (name, text, new, _, chat), answer in zip(asked, answers, strict=True):
         assert answer == (alone.chat if chat else alone.complete)(name, text, new)
-    assert alone.gap > 1e-4  # no answer hangs on fp32's rounding
+    assert alone.gap > 2e-5  # no answer hangs on fp32's rounding
 
 
 def test_a_client_that_leaves_in_mid_stream(server, client, alone):
@@ -202,16 +201,20 @@ WRONG = {
     "nothing": (b"", 400, "JSON"),
     "no object": ([GOOD], 400, "no JSON object"),
     "a bottomless list": (b"[" * 20_000, 400, "recursion"),
-    "half a character": (json.dumps(GOOD).encode().replace(b'"true"', b'"\\ud800"'), 400, "surrogate"),
-    "too many bytes": (json.dumps(GOOD | {"user": "x" * 70_000}).encode(), 413, "more than 65536 bytes"),
-    "far too many bytes": (b" " * 2_000_000, 413, "more than 65536 bytes"),
+    "half a character": (json.dumps(GOOD).encode().replace(b'"true"', b'"\\ud800"'), 400, "hex escape"),
+    "too many bytes": (json.dumps(GOOD | {"user": "x" * 270_000}).encode(), 413, "more than 262144 bytes"),
+    "far too many bytes": (b" " * 2_000_000, 413, "more than 262144 bytes"),
     "no model": ({"messages": GOOD["messages"]}, 400, "model: Field required"),
     "an adapter that is not loaded": (GOOD | {"model": "onne"}, 404, "did you mean 'one'"),
     "a path for a name": (GOOD | {"model": "../../etc/passwd"}, 404, "no model is named"),
     "no messages": (GOOD | {"messages": []}, 400, "messages"),
     "messages that are text": (GOOD | {"messages": "true"}, 400, "messages"),
     "an unknown role": (GOOD | {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role"),
-    "an image": (GOOD | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "content[0]"),
+    "an image": (
+        GOOD | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        "messages[0].content[0].type",
+    ),
     "a number as text": (GOOD | {"max_tokens": "2"}, 400, "max_tokens: Input should be a valid integer"),
     "no tokens": (GOOD | {"max_tokens": 0}, 400, "max_tokens"),
     "too many tokens": (GOOD | {"max_tokens": 60_001}, 400, "at most 60000"),
@@ -227,7 +230,7 @@ WRONG = {
     "a penalty": (GOOD | {"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported"),
     "tools": (GOOD | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
     "a typing error": (GOOD | {"temprature": 1}, 400, "did you mean 'temperature'"),
-    "options of no stream": (GOOD | {"stream_options": {"include_usages": True}}, 400, "stream_options"),
+    "options of no stream": (GOOD | {"stream_options": {"include_usages": True}}, 400, "stream_options.include_usages"),
 }
 COMPLETIONS = {
     "an empty prompt": ("", "the prompt is empty"),
@@ -276,7 +279,7 @@ def test_wrong_ways(server):
 
 
 def test_hostile_requests_leave_it_up(server, client, alone):
-    """Mutated bodies, bytes at random, bodies that never end, connections that are dropped: an answer in JSON below 500, or none."""
+    """Mutated bodies, bytes at random, bodies that never end, dropped connections: an answer in JSON below 500, or none."""
     generator = random.Random(1)
     pool = [None, True, -1, 0, 1, 2, 1e308, "", "x", "\u0000", "one", [], [[]], {}, {"type": "text"}, [1, "x"], 2**70, "🙂" * 50]
     for _ in range(150):
@@ -292,7 +295,7 @@ def test_hostile_requests_leave_it_up(server, client, alone):
             for _ in range(3):
                 data[generator.randrange(len(data))] = generator.randrange(256)
             data = bytes(data) if b'"max_tokens": 2' in data else b"\x00"
-        status, answer = ask_any(server, data)
+        status, answer = server.ask("/v1/chat/completions", data)
         assert status == 200 or (400 <= status < 500 and answer["error"]["message"]), (data, status, answer)
     half = server.begin("/v1/completions", GOOD, **{"X-Long": "x" * 1000})
     half.close()
@@ -304,22 +307,13 @@ def test_hostile_requests_leave_it_up(server, client, alone):
     server.until(running=0, waiting=0)
 
 
-def ask_any(server, data):
-    """As `ask`; a stream counts as answered."""
-    try:
-        return server.ask("/v1/chat/completions", data)
-    except json.JSONDecodeError as error:
-        assert error.doc.startswith("data: ")
-        return 200, {}
-
-
 def test_a_key_a_full_queue_and_another_end(folders, tmp_path, alone):
     """Listening on every address, with a key; one row, two that wait; SIGTERM in mid-stream."""
     words = ["--adapter", f"my={folders['one']}", "--host", "0.0.0.0", "--batch_size", 1, "--max_queue", 2]
     words += ["--max_new_tokens", 60_000, "--template", "plain"]
-    server = Served(tmp_path, *words, DORATUNE_API_KEY="sésame")
+    server = Served(tmp_path, *words, DORATUNE_API_KEY="sesame")
     server.url = f"http://127.0.0.1:{server.port}"
-    for wrong in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic sesame"}):
+    for wrong in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic sesame"}, {"Authorization": "Bearer s\u00e9"}):
         status, answer = server.ask("/v1/models", **wrong)
         assert status == 401 and answer["error"]["code"] == "invalid_api_key"
     assert server.ask("/health")[0] == 200
@@ -328,10 +322,10 @@ def test_a_key_a_full_queue_and_another_end(folders, tmp_path, alone):
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
-    key = {"Authorization": "Bearer s\u00e9same".encode().decode("latin-1")}
+    key = {"Authorization": "Bearer sesame"}
     assert said_by(server, key, "true") == alone.complete("one", "true", 5)
     never = NEVER | {"model": "my", "stream": True}
-    connections = [server.begin("/v1/completions", never, Authorization="Bearer s\u00e9same") for _ in range(3)]
+    connections = [server.begin("/v1/completions", never, **key) for _ in range(3)]
     server.until(running=1, waiting=2)
     status, answer = server.ask("/v1/completions", never, **key)
     assert status == 429 and answer["error"]["code"] == "queue_full"
@@ -369,8 +363,9 @@ def test_bad_settings(folders, tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port}: Address already in use; give another --port" in refusal(capsys, *model, "--port", port)
-    monkeypatch.setenv("DORATUNE_API_KEY", " ")
-    assert "DORATUNE_API_KEY is empty" in refusal(capsys, *model, "--port", 0)
+    for key in ("", " ", "two\nlines", "schlüssel"):
+        monkeypatch.setenv("DORATUNE_API_KEY", key)
+        assert "DORATUNE_API_KEY is empty" in refusal(capsys, *model, "--port", 0)
     monkeypatch.delenv("DORATUNE_API_KEY")
     assert "nothing is not a folder" in refusal(capsys, *model, "--port", 0, "--adapter", tmp_path / "nothing")
     named = f"tiny-base={folders['one']}"

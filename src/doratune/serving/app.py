@@ -25,7 +25,7 @@ from ..errors import near_misses
 from .batch import Job
 from .bodies import Body, ChatBody, CompletionBody, read
 from .choosing import Chooser
-from .engine import Engine, QueueFull
+from .engine import Engine, EngineEnded, QueueFull
 from .guard import Guard
 from .prompts import Lengths, Prompts
 from .refusals import Refusal, error
@@ -124,6 +124,8 @@ class Answers:
             raise Refusal(400, f"{len(self.jobs)} answers are asked for; at most {service.engine.most_waiting} can wait here", "n")
         try:
             service.engine.submit(self.jobs)
+        except EngineEnded:
+            raise Refusal(503, "the server ends", code="ended") from None
         except QueueFull:
             raise Refusal(429, "too many answers are waiting; try again", code="queue_full", Retry_After="1") from None
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from ..errors import near_misses
 from .refusals import Refusal
 
-MOST_CHOICES = 16
+MOST_CHOICES, MOST_PARTS = 16, 1000
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 NEUTRAL: dict[str, tuple] = {
@@ -43,7 +43,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -110,7 +110,7 @@ class Body(BaseModel):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -127,13 +127,19 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """POST /v1/completions; prompt: a text, texts, token ids, or lists of token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any
 
     @field_validator("prompt")
     @classmethod
-    def _some(cls, value: Any) -> Any:
-        if not value or (isinstance(value, list) and any(item == "" or item == [] for item in value)):
+    def _one_kind(cls, value: Any) -> Any:
+        rows = value if isinstance(value, list) else [value]
+        kinds = {type(row) for row in rows}
+        if kinds == {list}:
+            kinds = {frozenset(map(type, row)) for row in rows}
+        if not rows or any(row in ("", []) for row in rows):
             raise PydanticCustomError("empty", "the prompt is empty; give it some text")
+        if kinds not in ({str}, {int}, {frozenset({int})}) or isinstance(value, int):
+            raise PydanticCustomError("prompt", "expected a text, a list of texts, a list of token ids, or a list of such lists")
         return value
 
     @property
@@ -154,11 +160,12 @@ def read(cls: type[B], raw: bytes) -> B:
     try:
         return cls.model_validate_json(raw)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-    where = _where(problem["loc"])
+        problems = error.errors(include_url=False, include_input=False)
+    # of the members of a union the one that was meant: where it fails deepest, and for more than its type
+    problem = max(problems, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type")))
+    where = _where(problem["loc"], problem["type"] == "extra_forbidden")
     param = problem.get("ctx", {}).get("field") or (where.split(".")[0].split("[")[0] or None)
-    message = problem["msg"].removeprefix("Value error, ")
-    message = f"{where}: {message}" if where else message
+    message = f"{where}: {problem['msg']}" if where else problem["msg"]
     raise Refusal(400, message[:500], None if param is None else param[:100])
 
 
@@ -167,13 +174,13 @@ def _unknown(key: str, cls: type[Body]) -> str:
     return f"unknown field {key[:100]!r}{near_misses(key[:100], known)}"
 
 
-def _where(loc: tuple) -> str:
-    """`messages[0].content`; the names that pydantic gives to the members of a union are left out."""
-    fields = {*ChatBody.model_fields, *CompletionBody.model_fields, *Message.model_fields, *Part.model_fields}
+def _where(loc: tuple, last: bool = False) -> str:
+    """`messages[0].content`; without the names that pydantic gives to the members of a union. last: the last step is a name."""
+    fields = {name for cls in (ChatBody, CompletionBody, Message, Part, StreamOptions) for name in cls.model_fields}
     text = ""
-    for step in loc:
+    for i, step in enumerate(loc):
         if isinstance(step, int):
             text += f"[{step}]"
-        elif step in fields or step in StreamOptions.model_fields or len(loc) == 1:
+        elif step in fields or (last and i == len(loc) - 1):
             text += f".{step}" if text else str(step)
     return text

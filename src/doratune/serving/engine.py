@@ -3,7 +3,7 @@
     submit   answers to be written; refused where too many wait        give_up   nobody waits for them any more
     stop     ends the thread; what is not finished fails
 
-A client's answers go through `Job.say`, called in this thread. An error in a pass fails the rows of that pass; the thread goes on.
+A client's answers go through `Job.say`, called in this thread. An error in a pass fails its rows; the thread goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class QueueFull(Exception):
     """Too many answers wait."""
 
 
+class EngineEnded(Exception):
+    """No answers are written any more."""
+
+
 class Engine:
     """Writes the answers of one model.
 
@@ -38,7 +42,6 @@ class Engine:
         self.adapters, self.rows, self.most_waiting = adapters, rows, most_waiting
         self.waiting: deque[Job] = deque()
         self.running = 0
-        self.forwards = 0
         self.changed = threading.Condition()
         self.stopping = False
         self.problem: BaseException | None = None
@@ -62,9 +65,12 @@ class Engine:
 
         Raises:
             QueueFull: there is no room for them.
+            EngineEnded: the server ends, or the thread failed.
         """
         with self.changed:
-            if self.stopping or len(self.waiting) + len(jobs) > self.most_waiting + self.free:
+            if self.stopping:
+                raise EngineEnded
+            if len(self.waiting) + len(jobs) > self.most_waiting + self.free:
                 raise QueueFull
             self.waiting.extend(jobs)
             self.changed.notify()
@@ -95,9 +101,11 @@ class Engine:
         try:
             with opened(self.adapters) as batch:
                 self.ready.set()
-                while self._wait(batch):
-                    self._advance(batch)
-                batch.fail([*batch.jobs, *self.waiting], "the server ends")
+                try:
+                    while self._wait(batch):
+                        self._advance(batch)
+                finally:
+                    self._end(batch.jobs)
         except UserError as error:
             self.problem = error
         except BaseException as error:
@@ -105,6 +113,16 @@ class Engine:
             traceback.print_exc(file=sys.stderr)
         finally:
             self.ready.set()
+
+    def _end(self, running: list[Job]) -> None:
+        """What is not finished fails, and nothing comes any more."""
+        with self.changed:
+            self.stopping = True
+            left, self.running = [*running, *self.waiting], 0
+            self.waiting.clear()
+        for job in left:
+            if not job.finish:
+                job.fail("the server ends")
 
     def _wait(self, batch: Batch) -> bool:
         """Until there is something to write; False: the end."""
@@ -118,7 +136,7 @@ class Engine:
     def _advance(self, batch: Batch) -> None:
         """Prompts that there is room for, in one pass, then one token of each row."""
         if jobs := self._next(batch):
-            self._guarded(batch, jobs, lambda: batch.admit(jobs))
+            self._admit(batch, jobs)
         if batch.jobs:
             self._guarded(batch, list(batch.jobs), batch.step)
 
@@ -134,11 +152,21 @@ class Engine:
             self.running = len(batch.jobs) + len(jobs)
         return jobs
 
+    def _admit(self, batch: Batch, jobs: list[Job]) -> None:
+        """Prompts in one pass; where that fails, each alone, so that one that cannot be read takes no other along."""
+        if len(jobs) > 1:
+            try:
+                batch.admit(jobs)
+                return
+            except Exception:  # whatever a model raises
+                jobs = [job for job in jobs if not (job.tokens or job.finish)]
+        for job in jobs:
+            self._guarded(batch, [job], lambda job=job: batch.admit([job]))
+
     def _guarded(self, batch: Batch, jobs: list[Job], run) -> None:
-        self.forwards += 1
         try:
             run()
-        except Exception as error:  # whatever a model raises: these rows fail, the others go on
+        except Exception as error:  # these rows fail, the others go on
             traceback.print_exc(file=sys.stderr)
             batch.fail(jobs, f"the model failed: {' '.join(str(error).split())[:200] or type(error).__name__}")
         time.sleep(0)  # the event loop's turn

@@ -41,8 +41,8 @@ class Guard:
         if self.key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        # bytes: text with other letters than ASCII's cannot be compared in constant time
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.key.encode()):
+        # bytes: text with other letters than ASCII's is not compared in constant time
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode()):
             problem = "no API key; send it as Authorization: Bearer KEY" if not key else "this API key is not the server's"
             raise Refusal(401, problem, code="invalid_api_key", WWW_Authenticate="Bearer")
 

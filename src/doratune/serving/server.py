@@ -29,9 +29,9 @@ def key() -> str | None:
         UserError: a key that no client could send.
     """
     value = os.environ.get(KEY)
-    if value is not None and (not value.strip() or value != value.strip() or not value.isprintable()):
+    if value is not None and (not value or value != value.strip() or not (value.isascii() and value.isprintable())):
         raise UserError(
-            f"{KEY} is empty, or holds what cannot be sent (spaces at its ends, control characters); set another, or unset it"
+            f"{KEY} is empty, or holds what no header can (spaces at its ends, other than ASCII); set another, or unset it"
         )
     return value
 

@@ -2,7 +2,8 @@
 
 A character may need several tokens, and a token's text may depend on the one before; so a short window of tokens is decoded twice,
 without and with the new ones, and the difference is new text once it ends in a whole character. Cost: two decodings of a few
-tokens for each token. Joined, the pieces are the tokenizer's own text of all tokens.
+tokens for each token. Joined, the pieces are the tokenizer's own text of all tokens (but for bytes that are no text: some
+tokenizers write a broken character for each byte of a run with a broken one in it). A stop counts once it is complete.
 """
 
 from __future__ import annotations
