@@ -176,5 +176,5 @@ SECTIONS = {
     "host": ("Host cost", host_tables),
 }
 """measurement: (heading, its tables)."""
-OF_A_MODEL = ("train_step", "memory", "decode", "mixed")
+OF_A_MODEL = ("train_step", "memory", "decode")
 """What a variant has: another base or another shape of the model."""
