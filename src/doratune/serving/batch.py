@@ -170,7 +170,7 @@ def opened(adapters: NamedAdapters) -> Iterator[Batch]:
             )
     with contiguous_head(model), routes.mixed(model, names or [None]) as way:
         batch = Batch(model, adapters.tokenizer, way)
-        check(batch, [None, *names])
+        check(batch, [None, *names, None])
         yield batch
 
 

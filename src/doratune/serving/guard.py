@@ -11,7 +11,7 @@ import asyncio
 import hmac
 from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from .refusals import Refusal
 
@@ -37,7 +37,7 @@ class Guard:
     def admit(self, request: Request) -> None:
         """Raise Refusal for a request that may not ask."""
         if self.hosts is not None and _name(request.headers.get("host", "")) not in self.hosts:
-            raise Refusal(403, "this server listens for this machine alone; ask it as 127.0.0.1 or localhost", code="wrong_host")
+            raise Refusal(403, "without a key this server is asked as 127.0.0.1 or localhost alone", code="wrong_host")
         if self.key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -82,6 +82,3 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0][1:]
     return host.rpartition(":")[0] if ":" in host else host
-
-
-__all__ = ["ClientDisconnect", "Guard"]
