@@ -24,7 +24,7 @@ LEVELS = [
     {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
     {"evaluation", "report", "generation"},
-    {"comparison", "demo"},
+    {"comparison", "demo", "serving"},
     {"cli"},
     {"__main__"},
 ]

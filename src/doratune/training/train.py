@@ -71,7 +71,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     connect(recipe.timeout)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
-    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
