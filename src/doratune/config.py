@@ -42,6 +42,8 @@ class AdapterConfig:
     `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses), or `"all-layers"`."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave out: a list of names or suffixes, or a regex."""
+    layers: tuple[int, ...] = ()
+    """Only modules in these layers, by the first index in their names (PEFT's `layers_to_transform`); (): in all."""
     magnitude_only: str | tuple[str, ...] = ()
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ class AdapterConfig:
     def __post_init__(self):
         for name in ("targets", "exclude", "magnitude_only", "also_train"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "layers", _indices(self.layers))
         if isinstance(self.also_train, str):
             object.__setattr__(self, "also_train", (self.also_train,))
         check_choice("method", self.method, METHODS)
@@ -141,6 +144,13 @@ class AdapterConfig:
             if key not in known:
                 raise UserError(f"unknown adapter setting {key!r}{near_misses(key, known)}")
         return cls(**values)
+
+
+def _indices(value) -> tuple[int, ...]:
+    values = () if value is None else (value,) if isinstance(value, int) else value
+    if not isinstance(values, list | tuple | range | set) or not all(type(i) is int and i >= 0 for i in values):
+        raise UserError(f"layers is {value!r}; expected indices of layers, such as [0, 1, 2]")
+    return tuple(sorted(set(values)))
 
 
 def _patterns(name: str, value) -> str | tuple[str, ...]:
