@@ -15,6 +15,24 @@ from .errors import UserError, near_misses
 from .support.fields import documented
 from .support.values import check_choice, check_value, check_values, number
 
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "target_parameters": "targets (a module of experts by its name)",
+    "exclude_modules": "exclude",
+    "modules_to_save": "also_train",
+    "layers_to_transform": "layers",
+    "rank_pattern": "rank_overrides",
+    "alpha_pattern": "alpha_overrides",
+    "use_dora": "method (dora or lora)",
+    "use_rslora": "rank_scaling (rslora)",
+    "init_lora_weights": "start",
+    "trainable_token_indices": "also_train or targets of the embedding (all its rows)",
+}
+"""What PEFT calls settings that are here."""
+
 
 @documented
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +160,8 @@ class AdapterConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"unknown adapter setting {key!r}{near_misses(key, known)}")
+                here = f"; PEFT's {key} is {PEFT_NAMES[key]} here" if key in PEFT_NAMES else near_misses(key, known)
+                raise UserError(f"unknown adapter setting {key!r}{here}")
         return cls(**values)
 
 
