@@ -20,6 +20,7 @@ from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_para
 from ..layers.registry import Registry
 from ..layers.weight import MAGNITUDES, AdaptedWeight
 from . import start as initial
+from .base_norms import RowNorms, row_norms, spread
 from .whole import Whole, keep_whole_wide
 
 
@@ -32,6 +33,12 @@ class Common:
         self.loading = loading  # the values come from a file afterwards
         self.norm_memory = config.norm_memory  # bytes left for products that are kept
         self.directions: dict[bool, Direction] = {}
+        self.measured, self.adapted = spread(len(self.shapes)), 0
+
+    def norms(self, base, module: nn.Module) -> RowNorms | None:
+        """Of some layers, spread over the order in which they are adapted, what tells their base again."""
+        self.adapted += 1
+        return row_norms(base, module) if self.adapted - 1 in self.measured else None
 
     def direction(self, rank: int) -> Direction:
         """The one direction of all layers with a rank, and that of all without."""
@@ -75,6 +82,7 @@ def adapt(
         overwritten=common.overwritten,
     )
     weight.keep_product = common.may_keep(weight, module)
+    weight.base_norms = common.norms(base, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adapted = weight
     weight.belongs_to(module)
