@@ -1,4 +1,4 @@
-"""An adapter knows its base by row norms: other dtypes and quantized forms pass, other models and fine-tuned siblings are refused."""
+"""An adapter knows its base by row norms: other dtypes and quantized forms pass, other models and siblings are refused."""
 
 import itertools
 import json
