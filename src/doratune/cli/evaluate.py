@@ -28,6 +28,7 @@ class EvaluateSettings:
         limit: only the first so many items of each task
         dtype: dtype of the model
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         output: folder for results.json and every item with its verdict
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -44,6 +45,7 @@ class EvaluateSettings:
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+    check_base: bool = True
     output: str = "runs/evaluate"
     mirror: str | None = None
     trust_remote_code: bool = False
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> int:
     if baseline:
         facts = name, baselines.attached(baselines.load(model, settings.adapter)).method, None
     elif settings.adapter:
-        config = record_of(load(model, settings.adapter)).config
+        config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
         facts = name, config.method, config.rank
     summary = evaluate(
         model,

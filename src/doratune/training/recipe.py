@@ -82,6 +82,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
+        check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
         overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
@@ -138,6 +139,7 @@ class TrainRecipe:
     keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
     trust_remote_code: bool = False
+    check_base: bool = True
     resume: bool = False
     overwrite: bool = False
 
