@@ -254,8 +254,8 @@ def test_an_answer_may_be_json(answer, tiny_tokenizer):
 
 
 MARKS = (
-    "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}"
-    "{% else %}{{ m.content }}<end>{% endif %}\n{% endfor %}"
+    "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
 )
 
 
@@ -265,7 +265,7 @@ def test_marks_of_the_template_and_what_the_settings_ask_for(tiny_tokenizer):
     expected = {"all": "«b<end>»", "last": "b<end>", "item": "b<end>"}
     for loss, first in expected.items():
         example = format_named("chat").encode({"messages": turns}, tokenizer, DataSettings(loss=loss))
-        text = f"<turn>user\na<end>\n<turn>assistant\n{first}\n<turn>user\nc<end>\n<turn>assistant\n«d<end>»\n"
+        text = f"<turn>user\na<end><turn>assistant\n{first}<turn>user\nc<end><turn>assistant\n«d<end>»"
         assert marked(example, tokenizer) == text
 
 
