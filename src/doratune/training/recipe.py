@@ -37,6 +37,7 @@ class TrainRecipe:
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
+        streaming: read the data while it is trained on, for what does not fit in memory; needs max_steps
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -93,6 +94,7 @@ class TrainRecipe:
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
+    streaming: bool = False
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
