@@ -36,6 +36,7 @@ class EvaluateSettings:
         judge_model: of mt_bench: the judge's name there
         judge_retries: how often a call that failed is tried again
         judge_parallel: calls at a time
+        judge_max_tokens: longest judgment
         against: of mt_bench: folder or answer file of another run, to judge both answers together, in both orders
         answers: of mt_bench: an answer file in the published layout, instead of a model
         questions: of mt_bench: folder with question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl; default the published
@@ -62,6 +63,7 @@ class EvaluateSettings:
     judge_model: str | None = None
     judge_retries: int = number(6, least=0)
     judge_parallel: int = number(4, least=1, most=64)
+    judge_max_tokens: int = number(2048, least=1)
     against: str | None = None
     answers: str | None = None
     questions: str | None = None

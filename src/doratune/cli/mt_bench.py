@@ -62,7 +62,8 @@ def run(settings, as_json: bool) -> int:
         say(f"{len(missing)} questions answered, in {bench_run.answer_file}")
     results = {"model": name, "answers": str(bench_run.answer_file)}
     if settings.judge:
-        judge = JudgeSettings(settings.judge, settings.judge_model, settings.judge_retries, parallel=settings.judge_parallel)
+        options = {"parallel": settings.judge_parallel, "max_tokens": settings.judge_max_tokens}
+        judge = JudgeSettings(settings.judge, settings.judge_model, settings.judge_retries, **options)
         if settings.against:
             results["pair"] = bench_run.judge_against(Path(settings.against), judge, progress)
         else:
