@@ -21,7 +21,7 @@ LEVELS = [
     {"directions", "bases", "data", "publishing"},
     {"config", "layers"},
     {"adapter", "formats"},
-    {"checkpoint", "baselines"},
+    {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
     {"evaluation", "report", "generation", "judging"},
     {"comparison", "demo"},

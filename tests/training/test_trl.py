@@ -232,3 +232,48 @@ def test_what_trl_itself_refuses_of_peft_models(base, tmp_path, tiny_tokenizer):
     with pytest.raises(ValueError, match="PeftModel"):
         cls(other, args=trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=Dataset.from_list(DATA["sft"]),
             processing_class=tiny_tokenizer, peft_config=peft.LoraConfig())  # fmt: skip
+
+
+def online(folder, model, tokenizer, settings):
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    arguments = OnlineDPOConfig(folder, max_new_tokens=5, **settings)
+    rows = Dataset.from_list(DATA["grpo"])
+    return OnlineDPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, reward_funcs=vowels)
+
+
+def orpo(folder, model, tokenizer, settings):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    arguments, rows = ORPOConfig(folder, max_length=64, **settings), Dataset.from_list(PAIRS)
+    return ORPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def gkd(folder, model, tokenizer, settings):
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    turns = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}] for r in PAIRS]
+    arguments, rows = (
+        GKDConfig(folder, max_length=64, max_new_tokens=5, **settings),
+        Dataset.from_list([{"messages": t} for t in turns]),
+    )
+    return GKDTrainer(model=model, teacher_model=tiny_llama(seed=4), args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("build", [online, orpo, gkd])
+def test_experimental_trainers_step_by_step_as_peft(build, base, adapter, tmp_path, tiny_tokenizer):
+    folder, seen = adapter("sft"), {}
+    settings = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 3, "gradient_checkpointing": False}
+    for who in ("theirs", "ours"):
+        theirs = who == "theirs"
+        model = (
+            peft.PeftModel.from_pretrained(base("sft"), folder, is_trainable=True)
+            if theirs
+            else doratune.as_peft(doratune.load(base("sft"), folder, trainable=True))
+        )
+        trainer = build(str(tmp_path / who), model, tiny_tokenizer, settings)
+        trainer.train()
+        seen[who] = [row["loss"] for row in trainer.state.log_history[:-1]]
+    assert seen["ours"] == pytest.approx(seen["theirs"], rel=2e-3, abs=2e-5)
+    assert len(seen["ours"]) == 3
