@@ -61,18 +61,18 @@ def table(arms: dict) -> str:
 
     names = list(next(iter(arms.values()))["tasks"])
     rows = []
-    for arm, found in arms.items():
-        pairs = [(found["tasks"][name]["right"], found["tasks"][name]["total"]) for name in names]
+    for arm, scores in arms.items():
+        pairs = [(scores["tasks"][name]["right"], scores["tasks"][name]["total"]) for name in names]
         pairs.append((sum(right for right, _ in pairs), sum(total for _, total in pairs)))
         cells = [
             f"{right}/{total} ({100 * low:.0f} – {100 * high:.0f} %)"
             for right, total in pairs
             for low, high in [wilson(right, total)]
         ]
-        lost = sum(t["unparsable"] * t["total"] for t in found["tasks"].values()) / pairs[-1][1]
-        loss, seconds = found.get("eval_loss"), found.get("cpu_seconds")
+        lost = sum(t["unparsable"] * t["total"] for t in scores["tasks"].values()) / pairs[-1][1]
+        loss, seconds = scores.get("eval_loss"), scores.get("cpu_seconds")
         rest = [f"{100 * lost:.0f} %", "-" if loss is None else f"{loss:.3f}", "-" if seconds is None else f"{seconds:.0f} s"]
-        trained = found.get("trainable")
+        trained = scores.get("trainable")
         rows.append([arm, "-" if trained is None else f"{trained:,}", *cells, *rest])
     head = ["run", "trained", *names, "all", "unparsable", "loss on 16 held-out", "CPU time of training"]
     return markdown(head, rows)

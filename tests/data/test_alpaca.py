@@ -12,9 +12,9 @@ from doratune.training.recipe import TrainRecipe
 
 def recipe(pytestconfig, name, **changes):
     values = yaml.safe_load((pytestconfig.rootpath / "recipes" / f"{name}.yaml").read_text())
-    made = TrainRecipe(**values | changes)
-    made.check()
-    return made
+    checked = TrainRecipe(**values | changes)
+    checked.check()
+    return checked
 
 
 @pytest.mark.parametrize(("name", "rank", "lr"), [("alpaca", 64, 4e-4), ("alpaca_dvora", 1024, 4e-3)])

@@ -1,6 +1,8 @@
 """MT-Bench end to end over HTTP: answers of a tiny model, a scripted judge, figures; what is paid for is never asked again."""
 
 import json
+import re
+import time
 
 import pytest
 from server import completion, serving
@@ -164,6 +166,41 @@ def test_a_judge_that_says_nothing_is_unparsable(judged):
     assert status == 0 and results["single"]["categories"]["all"] == {
         "turn_1": None, "turn_2": None, "mean": None, "interval": None, "judgments": 8, "unparsable": 1.0,
     }  # fmt: skip
+
+
+def test_the_rate_limits_wait_is_kept(judged):
+    """Retry-After is waited for, by each of the calls that run side by side."""
+    times = []
+
+    def script(body, number):
+        times.append(time.monotonic())
+        return (429, {"Retry-After": "1"}, {"error": {"message": "slow"}}) if number <= 2 else completion("[[3]]")
+
+    with serving(script) as (url, requests):
+        assert judged(url, "--judge_parallel", "2")[0] == 0
+    assert len(requests) == 10 and sorted(times)[-1] - times[0] >= 1
+
+
+def test_calls_side_by_side_stop_together(judged):
+    """After a failure no further call begins; what was under way is kept."""
+
+    def script(body, number):
+        return completion("[[3]]") if number != 3 else (401, {}, {"error": {"message": "no"}})
+
+    with serving(script) as (url, requests):
+        status, _, _, error = judged(url, "--judge_parallel", "2")
+        assert status == 2 and "answers 401" in error and 3 <= len(requests) <= 4
+        known = int(re.search(r"(\d) of 8 judgments", error)[1])
+        assert known == len(requests) - 1
+
+
+def test_answers_that_are_the_same_are_asked_once(judged, tmp_path):
+    """Of two equal answers both orders read the same: one call, and a tie whatever the judge says."""
+    twin = answers(tmp_path, "twin")
+    with serving(lambda body, number: completion("[[A]]")) as (url, requests):
+        _, results, out, _ = judged(url, "--against", str(twin))
+    assert len(requests) == 8 and "8 calls" in out
+    assert (results["pair"]["tied"], results["pair"]["win_rate"]) == (8, 0.5)
 
 
 def test_nobody_at_the_address(judged, tmp_path):

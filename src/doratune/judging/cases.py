@@ -44,10 +44,10 @@ def single_cases(bench: Bench, model: str, answers: Answers) -> list[Case]:
     for question in bench.questions:
         for turn in range(len(question.turns)):
             prompt = _prompt(bench, "single", question, turn)
-            given = _fields(question, turn) | (
+            fields = _fields(question, turn) | (
                 {"answer": answers[question.number][0]} if turn == 0 else _numbered("answer", answers[question.number])
             )
-            cases.append(Case(question, turn + 1, (model,), prompt, _filled(prompt, given)))
+            cases.append(Case(question, turn + 1, (model,), prompt, _filled(prompt, fields)))
     return cases
 
 
@@ -64,12 +64,12 @@ def pair_cases(bench: Bench, first: tuple[str, Answers], second: tuple[str, Answ
         for turn in range(len(question.turns)):
             prompt = _prompt(bench, "pair", question, turn)
             for (a, a_answers), (b, b_answers) in ((first, second), (second, first)):
-                given, one, two = _fields(question, turn), a_answers[question.number], b_answers[question.number]
+                fields, one, two = _fields(question, turn), a_answers[question.number], b_answers[question.number]
                 if turn == 0:
-                    given |= {"answer_a": one[0], "answer_b": two[0]}
+                    fields |= {"answer_a": one[0], "answer_b": two[0]}
                 else:
-                    given |= _numbered("answer_a", one) | _numbered("answer_b", two)
-                cases.append(Case(question, turn + 1, (a, b), prompt, _filled(prompt, given)))
+                    fields |= _numbered("answer_a", one) | _numbered("answer_b", two)
+                cases.append(Case(question, turn + 1, (a, b), prompt, _filled(prompt, fields)))
     return cases
 
 

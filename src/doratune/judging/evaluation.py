@@ -126,8 +126,8 @@ class BenchRun:
         judge = Judge(settings)
         path = self.output / "model_judgment" / f"{file_name(settings.model)}_{way}.jsonl"
         ledger = Ledger(path, settings.model)
-        open_cases = [case for case in cases if ledger.of(case) is None]
-        there = len(cases) - len(open_cases)
+        open_cases = list({case.key: case for case in cases if ledger.of(case) is None}.values())
+        there = sum(ledger.of(case) is not None for case in cases)
         calls = f"{len(open_cases)} calls of the judge {settings.model} at {settings.url}"
         self.say(f"{calls} ({there} of {len(cases)} judgments are there); what cannot be read is asked {ATTEMPTS} times")
         if numbers := without_reference(self.bench):
@@ -141,7 +141,8 @@ class BenchRun:
         try:
             judge.ask_all(open_cases, take)
             for _ in range(1, ATTEMPTS):
-                judge.ask_all([c for c in cases if verdict(c, ledger.of(c)) is None and ledger.asked(c) < ATTEMPTS], take)
+                again = [c for c in cases if verdict(c, ledger.of(c)) is None and ledger.asked(c) < ATTEMPTS]
+                judge.ask_all({case.key: case for case in again}.values(), take)
         except UserError as error:
             close(False)
             there = f"{sum(ledger.of(case) is not None for case in cases)} of {len(cases)} judgments are in {path}"

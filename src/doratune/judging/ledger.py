@@ -1,7 +1,8 @@
-"""Judgments on disk, a JSON object a line in FastChat's layout, written when they come: what was paid for is never asked again.
+"""Judgments on disk, a JSON object a line, written when they come: what was paid for is never asked again.
 
-A judgment counts for a case that reads the same to the same judge: prompt name and text are compared, not question numbers. A line
-that a killed process left half-written, at the end of the file, is taken out. Cost: the file is read once.
+One answer's judgment has FastChat's layout; of two answers each order is a line, with model_a, model_b and the place that won. A
+judgment counts for a case that reads the same to the same judge: prompt name and text are compared, not question numbers. Half a
+line of a killed process, at the end of the file, is taken out. Cost: the file is read once.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ class Ledger:
     def add(self, case: Case, text: str) -> None:
         """Keep a judgment, in memory and on disk."""
         self.judgments.setdefault(case.key, []).append(text)
-        found = verdict(case, text)
+        read = verdict(case, text)
         row = {"question_id": case.question.number}
         row |= {"model": case.models[0]} if len(case.models) == 1 else {"model_a": case.models[0], "model_b": case.models[1]}
         row |= {"judge": [self.judge, case.prompt.name], "user_prompt": case.text, "judgment": text}
-        row |= {"score": UNPARSABLE if found is None else found} if len(case.models) == 1 else {"winner": found or "error"}
+        row |= {"score": UNPARSABLE if read is None else read} if len(case.models) == 1 else {"winner": read or "error"}
         append(self.path, json.dumps(row | {"turn": case.turn, "tstamp": time.time()}, ensure_ascii=False))
 
 
