@@ -23,7 +23,7 @@ LEVELS = [
     {"adapter", "formats"},
     {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
-    {"evaluation", "report", "generation"},
+    {"evaluation", "report", "generation", "judging"},
     {"comparison", "demo", "serving"},
     {"cli"},
     {"__main__"},

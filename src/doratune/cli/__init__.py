@@ -8,6 +8,7 @@ data.py        doratune data: what a model sees of a data set
 train.py       doratune train: one run of a recipe
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
+mt_bench.py    doratune evaluate --task mt_bench: answers and a judge
 merge.py       doratune merge: base + adapter → a model folder
 convert.py     doratune convert: an adapter into another program's format
 export.py      doratune export: GGUF and other forms for engines without DoRA
