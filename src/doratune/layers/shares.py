@@ -93,7 +93,10 @@ class Search:
 
 def managed(weight) -> bool:
     """Is an adapted weight whole only while its layer runs?"""
-    module = holder_of(weight).layer
+    return managed_module(holder_of(weight).layer)
+
+
+def managed_module(module: nn.Module) -> bool:
     return FSDP in vars(module) or offloaded(module)
 
 
