@@ -22,8 +22,9 @@ from ..layers.kind import outside_compile
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry, few_tokens
 from ..layers.wrappers import unwrapped
-from .attach import RECORD, adapters
+from .attach import adapters
 from .several import check_known, layers_of, record_named
+from .states import RECORD, refuse_merged
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[Desti
     model = unwrapped(model)
     record = vars(model).get(RECORD)
     if record is not None and record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) first")
+        refuse_merged(record, "another way of its calls")
     used = sorted({name for name in chosen or () if name is not None}) or ([] if record is None else [record.name])
     for name in used:
         if record_named(model, name).also_train:

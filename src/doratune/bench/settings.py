@@ -9,7 +9,8 @@ from typing import Literal
 from ..errors import UserError
 from ..support.values import check_values, choices, number
 
-ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
+STANDARD_ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
+ARMS = (*STANDARD_ARMS, "accelerated_peft")
 MEASUREMENTS = ("train_step", "decode", "mixed", "memory", "norm", "layer", "sizes", "host")
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
@@ -20,7 +21,7 @@ class BenchSettings:
 
     Args:
         what: train_step, decode, mixed, memory, norm, layer, sizes, host
-        arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense
+        arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense, accelerated_peft
         model: hub id, local folder, smollm2-135m-instruct, or random weights: llama-8b-shape, llama-768-shape, tiny-shape
         quantize: none, or the base in nf4, fp4 or int8: train_step and memory of QLoRA and QDoRA, in a file of their own
         targets: names of the adapted layers, or all-linear
@@ -51,7 +52,7 @@ class BenchSettings:
     """
 
     what: list[str] = choices(list(MEASUREMENTS), MEASUREMENTS)
-    arms: list[str] = choices(list(ARMS), ARMS)
+    arms: list[str] = choices(list(STANDARD_ARMS), ARMS)
     model: str = "smollm2-135m-instruct"
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     targets: list[str] = field(default_factory=lambda: list(TARGETS))

@@ -52,6 +52,7 @@ class NamedAdapters:
         entries: adapters, as `named` takes them.
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8.
         trust_remote_code: run the code that the model's folder or repository brings.
+        check_base: refuse a base with other row norms than an adapter was trained on, when it is used.
 
     Raises:
         UserError: neither model nor adapters; a folder that is no adapter; adapters of bases that were quantized differently.
@@ -64,8 +65,9 @@ class NamedAdapters:
         dtype: str = "float32",
         quantize: str = "recorded",
         trust_remote_code: bool = False,
+        check_base: bool = True,
     ):
-        self.folders = named(entries)
+        self.folders, self.check_base = named(entries), check_base
         if not model and not self.folders:
             raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
         for folder in self.folders.values():
@@ -120,5 +122,5 @@ class NamedAdapters:
         inner = re.sub(r"[^\w.+-]+", "_", name)  # what an adapter may be called in a model
         while inner in self.inside.values():
             inner += "_"
-        load(self.model, self.folders[name], name=inner)
+        load(self.model, self.folders[name], name=inner, check_base=self.check_base)
         self.inside[name] = inner
