@@ -220,8 +220,8 @@ def test_with_the_mixin(base, adapter, tmp_path, tiny_tokenizer):
 
     model = doratune.load(base("dpo"), adapter("dpo"), trainable=True)
     arguments = trl.DPOConfig(
-        str(tmp_path / "run"), max_steps=2, save_steps=1, learning_rate=1e-3, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.1,
+        str(tmp_path / "run"), max_steps=2, save_steps=1, learning_rate=1e-3, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.1, bf16=False,
     )  # fmt: skip
     rows = Dataset.from_list(PAIRS)
     trainer = DoRADPO(doratune.as_peft(model), args=arguments, train_dataset=rows, processing_class=tiny_tokenizer)
