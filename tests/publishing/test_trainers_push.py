@@ -28,7 +28,8 @@ def loaded():
 
 def settings(way):
     return dict(output_dir=f"{folder}/{way}", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, max_steps=1,
-                save_strategy="no", learning_rate=0.0, hub_model_id=f"me/{way}", hub_token="hf_x", push_to_hub=True, gradient_checkpointing=False)
+                save_strategy="no", learning_rate=0.0, hub_model_id=f"me/{way}", hub_token="hf_x", push_to_hub=True,
+                gradient_checkpointing=False)
 
 loaded().push_to_hub("me/model", token="hf_x")
 doratune.as_peft(loaded()).push_to_hub("me/view", token="hf_x")
