@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.adapted import Adapted, own_parameters
+from ..layers.shares import sharded
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
 from .foreign import take_from_between
@@ -87,7 +88,7 @@ class AdapterSaved(OfModel):
             raise UserError("the model that this save_pretrained belongs to is gone; call doratune.save(model, folder)")
         if push_to_hub:
             raise UserError("push_to_hub: call save_pretrained without it, and upload the folder")
-        if not is_main_process:
+        if not is_main_process and not sharded(model):
             return
         save(model, save_directory)
         if base_name(model) is None:
