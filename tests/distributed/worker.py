@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from conftest import randomize, tiny_llama
+from conftest import randomize, tiny_gpt2, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -201,6 +201,45 @@ def nf4():
     expected = train(attached(quantized(base())), split=False)
     model = shard(attached(quantized(base())))
     return expected, train(model, split=True), [layer.adapted.preparations for _, layer in doratune.adapters(model)]
+
+
+def mixtral():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, head_dim=8, num_experts_per_tok=2, num_local_experts=4)
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").train()
+
+
+OTHERS = {
+    "Conv1D": (lambda: tiny_gpt2().eval(), {}),
+    "Conv1D, input axis": (lambda: tiny_gpt2().eval(), {"magnitude_axis": "input"}),
+    "embedding": (base, {"targets": ["embed_tokens", "q_proj"]}),
+    "embedding, by dimension": (base, {"targets": ["embed_tokens", "q_proj"], "embedding_magnitude": "dimension"}),
+    "experts": (mixtral, {"targets": ["gate_up_proj", "down_proj", "q_proj"], "rank": 2}),
+}
+
+
+@case
+def other_layers():
+    found = {}
+    for name, (make, settings) in OTHERS.items():
+        for late in (False, True):
+            key = f"{name}, {'after' if late else 'before'}"
+            expected = train(attached(make(), **settings), split=False)
+            model = make() if late else attached(make(), **settings)
+            for block in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+            try:
+                model = attached(model, **settings) if late else model
+                found[key] = expected, train(model, split=True)
+            except Exception as error:
+                found[key] = expected, f"{type(error).__name__}: {error}"
+                if dist.get_rank() == 0:
+                    traceback.print_exc()
+    return found
 
 
 class Collectives(TorchDispatchMode):
