@@ -3,6 +3,7 @@
 Each case trains, saves or merges with both processes on halves of a batch, and the same in one process on the whole batch.
 """
 
+import functools
 import json
 import sys
 import traceback
@@ -103,11 +104,17 @@ METHODS = {
 }
 
 
+@functools.cache
+def of_one_process(name="dora", steps=3):
+    """Losses of a method on the whole batch."""
+    return train(attached(**METHODS[name]), split=False, steps=steps)
+
+
 @case
 def ddp():
     found = {}
     for name, settings in METHODS.items():
-        expected = train(attached(**settings), split=False)
+        expected = of_one_process(name)
         model = nn.parallel.DistributedDataParallel(attached(**settings))
         found[name] = expected, train(model, split=True)
     return found
@@ -117,7 +124,7 @@ def ddp():
 def fsdp():
     found = {}
     for name, settings in METHODS.items():
-        expected = train(attached(**settings), split=False)
+        expected = of_one_process(name)
         model = shard(attached(**settings))
         found[name] = expected, train(model, split=True)
         layers = [layer.adapted for _, layer in doratune.adapters(model)]
@@ -153,7 +160,7 @@ def ways_of_sharding():
         ),
     }
     found = {}
-    expected = train(attached(), split=False)
+    expected = of_one_process()
     for name, way in ways.items():
         model = way(attached())
         found[name] = expected, train(model, split=True), [layer.adapted.preparations for _, layer in doratune.adapters(model)]
@@ -164,7 +171,7 @@ def ways_of_sharding():
 def attached_after_sharding():
     found = {}
     for name in ("lora", "dora", "dora, full gradient", "dora, input axis", "dora, relative", "dvora"):
-        expected = train(attached(**METHODS[name]), split=False)
+        expected = of_one_process(name)
         for way, settings in {"rows": {}, "columns": {"shard_placement_fn": columns}}.items():
             model = attached(shard(base(), **settings), **METHODS[name])
             layer = model.model.layers[0].mlp.up_proj
@@ -174,7 +181,7 @@ def attached_after_sharding():
     train_forward = model(input_ids=ids(0)).logits.detach()  # it has run already
     attached(model)
     same = torch.equal(train_forward, model(input_ids=ids(0)).logits)
-    found["dora, after a run"] = train(attached(), split=False), train(model, split=True), same
+    found["dora, after a run"] = of_one_process(), train(model, split=True), same
     return found
 
 
@@ -225,9 +232,9 @@ OTHERS = {
 def other_layers():
     found = {}
     for name, (make, settings) in OTHERS.items():
+        expected = train(attached(make(), **settings), split=False)
         for late in (False, True):
             key = f"{name}, {'after' if late else 'before'}"
-            expected = train(attached(make(), **settings), split=False)
             model = make() if late else attached(make(), **settings)
             for block in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
                 fully_shard(block)
@@ -355,7 +362,7 @@ def loaded_in_shards():
     placed = all(isinstance(p, DTensor) for p in model.parameters())
     losses = train(model, split=True)
     own = sum(p.to_local().nbytes for p in model.parameters())
-    return train(attached(), split=False), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
+    return of_one_process(), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @case
@@ -378,7 +385,7 @@ def checkpoints_of_pytorch():
     train(model, split=True, steps=2, optimizer=optimizer)
     dcp.save(both(model, optimizer), checkpoint_id=folder)
     dist.barrier()
-    found = {"expected": train(attached(), split=False, steps=4)[2:]}
+    found = {"expected": of_one_process(steps=4)[2:]}
     for name, new, split in (("sharded", shard(attached(seed=9)), True), ("whole", attached(seed=9), False)):
         optimizer = optimizer_of(new)
         state = both(new, optimizer)
