@@ -141,7 +141,7 @@ def attach_selection(
     setattr(model, RECORD, record)
     try:
         for name, rank in selection.ranks.items():
-            with at_hand(modules[name], names=()):
+            with at_hand(kind_of(modules[name]).home(modules[name]), names=()):
                 adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     except BaseException:
         detach(model)  # as it was
