@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doratune
+import doratune.errors
 
 CASES = {}
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -316,9 +317,19 @@ def whole_files():
         doratune.unmerge(model)
         found[key]["back"] = all(torch.equal(before[k], t.to_local()) for k, t in model.state_dict().items())
         found[key]["goes on"] = train(model, split=True, steps=1)
+        if "whole" in name:
+            found[key]["detached"] = refusal(doratune.detach, model)
+            continue
         doratune.detach(model)
         found[key]["detached"] = sorted(model.state_dict()) == sorted(base().state_dict()), train_free(model)
     return found
+
+
+def refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except doratune.errors.UserError as error:
+        return str(error)
 
 
 def train_free(model):
