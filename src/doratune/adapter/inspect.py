@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ..directions import direction_for
-from ..errors import UserError
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at
@@ -22,6 +21,7 @@ from ..layers.shares import at_hand
 from ..layers.wrappers import module_at
 from ..support.tables import aligned
 from .attach import adapters, record_of
+from .states import refuse_merged
 from .targets import select
 
 NEAR = 1e-3
@@ -83,8 +83,7 @@ def inspect(model: nn.Module) -> Inspection:
         UserError: nothing is attached, or the adapter is merged.
     """
     record = record_of(model)
-    if record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.inspect")
+    refuse_merged(record, "doratune.inspect")
     record.registry.find_shares(model)
     rows = [_row(name, layer) for name, layer in adapters(model)]
     adapter = {id(p) for _, layer in adapters(model) for p in own_parameters(layer).values()}

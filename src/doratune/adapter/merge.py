@@ -1,4 +1,5 @@
-"""Merge in memory: W' = g ⊙ (W + s·B·A) takes W's place (Eq. 5), the layer becomes an ordinary layer, and back, bit for bit.
+"""Merge in memory: W' = g ⊙ (W + s·B·A) takes W's place (Eq. 5), the layer becomes an ordinary layer, and back, bit for bit; or for
+good, and the model is an ordinary one (`states.py`).
 
 A quantized layer becomes an nn.Linear with a dense weight, made from its dequantized rows; its packed tensors are kept.
 
@@ -14,19 +15,21 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import fastpath
-from ..layers.adapted import Adapted, own_parameters
+from ..layers.adapted import Adapted, is_adapted, own_parameters
 from ..layers.layouts import layer_at
 from ..layers.shares import at_hand, is_share
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
 from ..math.autograd import no_autocast
 from ..math.dora import dora
 from . import guards
 from . import whole as trained_whole
-from .attach import adapters, record_of, unwatch, watch
+from .attach import adapters, record_of
 from .elsewhere import refuse_unwritable
 from .foreign import refuse_foreign
 from .layer import put_on, refuse_altered, take_off
+from .states import refuse_others_aside, settle
 from .stored import Stored
 
 KEEP = ("cpu", "device", "none")
@@ -38,7 +41,8 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     """Put the merged weights in place; layers become plain layers with zero added latency.
 
     Args:
-        keep: where the bit-exact copy of each original weight lives: "cpu", "device", or "none" (unmerge then refuses).
+        keep: where the bit-exact copy of each original weight lives: "cpu", "device", or "none" (the model is an ordinary one then:
+            nothing is frozen that was not, and it may get another adapter; unmerge refuses).
         quantized: what becomes of a quantized layer: "dense" (an ordinary nn.Linear in the model's dtype) or "same" (quantized
             again as it was, which rounds the merged weight: the output is no longer exactly the adapted model's).
 
@@ -54,7 +58,10 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")
     record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
-        raise UserError("this model is merged already; call doratune.unmerge(model) first")
+        again = "it has no adapter any more" if record.for_good else "call doratune.unmerge(model) first"
+        raise UserError(f"this model is merged already; {again}")
+    if keep == "none":
+        refuse_others_aside(model)
     record.registry.find_shares(model)
     trained_whole.check(model)
     layers, merged = list(adapters(model)), {}
@@ -79,9 +86,11 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                     _restore(layer_at(model, name), stored)
             raise
     record.merged, record.wide = merged, trained_whole.narrow(model)
-    unwatch(model)
+    take_hooks(model)
     guards.take_off(model)
     fastpath.reopen(model)
+    if record.for_good:
+        settle(model, record)
     return sum(stored.original.nbytes for stored in merged.values() if stored.original is not None)
 
 
@@ -105,7 +114,7 @@ def unmerge(model: nn.Module) -> None:
         _restore(layers[name], stored)
     trained_whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
-    watch(model)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     fastpath.close(model)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, listed
+from ..errors import listed
 from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
 from ..layers.shares import at_hand, gathered, tree_at_hand
@@ -27,6 +27,7 @@ from .foreign import foreign
 from .fresh import unsaved
 from .layer import altered, never_trained
 from .running import Running, watchable
+from .states import refuse_merged
 
 
 @dataclass
@@ -71,8 +72,7 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
         UserError: nothing is attached, or the adapter is merged.
     """
     record, model = record_of(model), unwrapped(model)
-    if record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before doratune.verify")
+    refuse_merged(record, "doratune.verify")
     record.registry.find_shares(model)
     layers = dict(adapters(model))
     report = Report(len(layers), left_out=dict(record.left_out))

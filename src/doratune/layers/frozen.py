@@ -53,6 +53,17 @@ class FrozenWeight:
     def exact_forward(self) -> bool:
         return self.base.exact_forward
 
+    @property
+    def s(self) -> float:
+        """The factor of B·A that a call has which begins now."""
+        return self.scaling
+
+    def scale_by(self, s: float) -> None:
+        """Take s for the calls to come."""
+        if s != self.scaling:
+            self.scaling = s
+            self.factors = self._likeness = None
+
     def forward_rows(self, rows_KI: Tensor) -> Tensor:
         return self.base.forward_rows(self.layer, rows_KI)
 
@@ -110,7 +121,7 @@ class FrozenWeight:
 
     def holding(self, W: Tensor):
         """A context in which the layer has W, some of its own rows or columns, in its weight's place."""
-        return _stand_in({(self.kind.home(self.layer), self.kind.leaf(self.layer)): W})
+        return stand_in({(self.kind.home(self.layer), self.kind.leaf(self.layer)): W})
 
     def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
         """The norm's parts; A in the dtype of the forward, to which B is rounded too."""
@@ -146,11 +157,11 @@ class FrozenWeight:
         home, name = self.kind.home(layer), self.kind.weight_name
         if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
             own[home, name] = W
-        return _stand_in(own) if own else contextlib.nullcontext()
+        return stand_in(own) if own else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _stand_in(tensors: dict):
+def stand_in(tensors: dict):
     """tensors: (module, name) → what stands in its parameter's place meanwhile."""
     replaced = {(module, name): module._parameters[name] for module, name in tensors}
     try:

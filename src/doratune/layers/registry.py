@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..errors import UserError
 from ..math.autograd import no_autocast
-from ..math.compiled import NO_ONNX
 from ..math.dora import Factors
 from . import prepared, shares
 from .fingerprint import Watched, same, tensor_in, together
@@ -267,31 +265,3 @@ def unseen_by_selective_checkpoints():
         if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()):
             return _disable_current_modes()
     return contextlib.nullcontext()
-
-
-class Begin:
-    """The hook at the beginning of a model's forward."""
-
-    def __init__(self, registry: Registry):
-        self.registry = registry
-
-    def __call__(self, module, args, kwargs) -> None:
-        if not torch.compiler.is_compiling():
-            if torch.onnx.is_in_onnx_export() and any(weight.magnitude for weight in self.registry.weights()):
-                raise UserError(NO_ONNX)
-            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())), module)
-
-
-class End(Begin):
-    """The hook at its end."""
-
-    def __call__(self, *_) -> None:
-        if not torch.compiler.is_compiling():
-            self.registry.leave()
-
-
-def few_tokens(inputs: tuple) -> bool:
-    """Are there fewer than 64 tokens in some input of a model? Of floating point, the last dimension has features."""
-    tensors = [t for t in inputs if isinstance(t, Tensor) and not t.is_nested]
-    sizes = [t.numel() // max(1, t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else t.numel() for t in tensors]
-    return bool(sizes) and min(sizes) < LIGHT_TOKENS

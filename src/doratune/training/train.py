@@ -19,8 +19,10 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
+from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
+from ..publishing.card import write_training_card
 from ..support.environment import environment
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
@@ -29,9 +31,10 @@ from ..support.processes import agree, connect, is_first, launched, refuse_stran
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import datasets
+from .examples import count_of, datasets, first_rows, streamed_counts
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
+from .packing import packed_rows
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
 from .sharded import arguments as fsdp_arguments
@@ -68,7 +71,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     connect(recipe.timeout)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
-    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
@@ -76,26 +79,19 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     set_seed(recipe.seed)
     method = method_of(recipe)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
+    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
+    if recipe.packing:
+        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     _say_engine(trainer, recipe, say)
-    bar = TokenProgress()
-    trainer.add_callback(bar)
-    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
-        trainer.add_callback(stop)
-        if not (checkpoint and already_trained(trainer, checkpoint)):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None:
-        raise Interrupted(stop.received, str(last_checkpoint(output)))
-    if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
-        trainer.evaluate()
-    metrics = _leave(method, trainer, clock, model.eval(), tokenizer, counts, say, score)
+    _train_to_the_end(trainer, model, checkpoint)
+    metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
     if folder is None and is_first():
         run.finish()
     return metrics
@@ -121,6 +117,22 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
     if score is not None:
         score(method.scored(model), tokenizer)
     return finish(method, trainer, clock, model, counts, say)
+
+
+def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
+    """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
+    bar = TokenProgress()
+    trainer.add_callback(bar)
+    with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
+        trainer.add_callback(stop)
+        if not (checkpoint and already_trained(trainer, checkpoint)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None:
+        raise Interrupted(stop.received, str(last_checkpoint(Path(trainer.args.output_dir))))
+    evaluated = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
+    if trainer.eval_dataset and not evaluated:
+        trainer.evaluate()
+    model.eval()
 
 
 def _check_share(recipe: TrainRecipe) -> None:
@@ -178,7 +190,9 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        train_sampling_strategy="group_by_length"
+        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
+        else "random",
         length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -194,6 +208,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         disable_tqdm=False,
+        accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
         **fsdp_arguments(recipe.fsdp),
         **method.settings(),
@@ -203,7 +218,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=AnswerCollator(tokenizer.pad_token_id, model),
+        data_collator=collator(recipe, tokenizer, model),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock],
@@ -213,6 +228,11 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
+
+
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
+    """What makes batches of rows."""
+    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:
@@ -246,8 +266,8 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "trainable": trainable,
         "total": total,
         "zero_rows": zero_rows,
-        "examples": len(trainer.train_dataset),
-        "data": counts,
+        "examples": count_of(trainer.train_dataset),
+        "data": counts | streamed_counts(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
@@ -261,6 +281,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "environment": environment(),
         "log": [row for row in log if "loss" in row or "eval_loss" in row],
     }
+    write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
     write_json(output / "metrics.json", metrics)
     say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
     return metrics

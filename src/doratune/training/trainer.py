@@ -3,9 +3,9 @@
     class DoRATrainer(TrainerMixin, transformers.Trainer): ...
     class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
 
-Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
-is not finite or at layers that do not train, length-grouped batches that are the same after a resume, and the quantized-model check
-passed.
+The plain classes train an attached model as it should be: m does not decay, a quantized base is accepted, checkpoints hold the
+adapter and are resumed from. What comes here: rates of their own for m and B, checkpoints without a second copy of the adapter, a
+stop at the first loss that is not finite or at layers that do not train, length-grouped batches that are the same after a resume.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
+from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
@@ -66,6 +68,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
@@ -145,14 +148,15 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    check_base: bool = True
+    """Is a checkpoint of another base refused when the training is resumed?"""
+
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
     def __init__(self, model=None, *args, **kwargs):
-        if record_of(model).merged is not None:
-            raise UserError("this model is merged; call doratune.unmerge(model) before training")
-        with _passes_as_adapted(model):
-            super().__init__(model, *args, **kwargs)
+        refuse_merged(record_of(model), "training")
+        super().__init__(model, *args, **kwargs)
         self._idle = IdleWatch(self)
         self.add_callback(self._idle)
 
@@ -197,10 +201,12 @@ class TrainerMixin(SteadyMixin):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+        plain = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        load_weights(plain, resume_from_checkpoint, self.check_base)
 
     def _load_best_model(self):
-        load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+        plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights(plain, self.state.best_model_checkpoint, check_base=False)  # this run's own
 
 
 class FullTrainer(SteadyMixin, transformers.Trainer):
@@ -246,18 +252,3 @@ def _readable(checkpoint):
         if checkpoint is None or (problem := damage(Path(checkpoint))) is None:
             raise
         raise UserError(f"{checkpoint} cannot be resumed from: {problem}; resume from another checkpoint") from error
-
-
-@contextlib.contextmanager
-def _passes_as_adapted(model):
-    """transformers refuses to train a quantized model unless it looks as if PEFT had adapted it."""
-    had = hasattr(model, "_hf_peft_config_loaded")
-    before = getattr(model, "_hf_peft_config_loaded", None)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if had:
-            model._hf_peft_config_loaded = before
-        else:
-            del model._hf_peft_config_loaded
