@@ -99,6 +99,7 @@ ITEMS = {  # format → conversation → the item as that format spells it
         "long": {"prompt": LONG, "completion": [TWO]},
         "called": {"prompt": CALLED, "completion": [THREE], "tools": [ADD]},
     },
+    "questions": {"short": {"question": "hi there", "answer": "one"}},
     "preference": {
         "short": {"prompt": "hi there", "chosen": "one", "rejected": "no"},
         "long": {"prompt": LONG, "chosen": [TWO], "rejected": [turn("assistant", "no")]},

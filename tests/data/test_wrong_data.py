@@ -153,7 +153,8 @@ def test_words_that_spell_a_special_token(name, item, where, tiny_tokenizer, tmp
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"question": "a", "answer": "b"}, "has the keys 'question', 'answer'.*columns: {instruction: question, output: answer}"),
+        ({"query": "a", "reply": "b"}, "has the keys 'query', 'reply'.*columns: {instruction: query, output: reply}"),
+        ({"query": "a", "answer": "b"}, "for questions data set columns: {question: query}"),
         ({"prompt": "a", "response": "b"}, "for completion data set columns: {completion: response}"),
         ({"dialog": []}, "for chat data set columns: {messages: dialog}"),
         ({"document": "a"}, "for text data set columns: {text: document}"),

@@ -19,7 +19,7 @@ class DataSettings:
 
     data_format: str = choices("auto", ("auto", *names_of_formats()))
     """Format of the items: auto (by their keys, and said), instruction (alpaca), chat (messages), sharegpt (conversations),
-    completion (prompt, completion), text, or preference (chosen, rejected)."""
+    completion (prompt, completion), questions (question, answer), text, or preference (chosen, rejected)."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """A format's names of fields, and what the file calls them: {instruction: question, output: answer}."""
     roles: Mapping[str, str] = field(default_factory=dict)

@@ -59,7 +59,10 @@ class TrainRecipe:
         optimizer: a name that transformers knows (adamw_torch, adamw_torch_fused, sgd)
         epochs: passes over the data
         max_steps: stop after this many optimizer steps; -1 for never
-        batch_size: examples a forward pass, on each device
+        batch_size: examples a forward pass, of all processes together; their number must divide it
+        processes: start so many processes on this machine with torchrun; those that a launcher started count as they are
+        fsdp: none; shard: FSDP2, which gives each process a part of the base; offload: the same, with the parts on the CPU
+        timeout: seconds that a process waits for the others
         gradient_accumulation: forward passes an optimizer step
         max_length: longest example in tokens
         too_long: cut (on the prompt's left) or skip; an answer is never cut
@@ -80,6 +83,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
+        check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
         overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
@@ -115,6 +119,9 @@ class TrainRecipe:
     epochs: float = number(1.0, above=0, most=1_000_000)
     max_steps: int = number(-1, least=1, also={-1: "for no limit"})
     batch_size: int = number(16, least=1)
+    processes: int = number(1, least=1)
+    fsdp: Literal["none", "shard", "offload"] = "none"
+    timeout: int = number(1800, least=1)
     gradient_accumulation: int = number(1, least=1)
     max_length: int = number(512, least=1)
     too_long: Literal["cut", "skip"] = "cut"
@@ -134,6 +141,7 @@ class TrainRecipe:
     keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
     trust_remote_code: bool = False
+    check_base: bool = True
     resume: bool = False
     overwrite: bool = False
 
@@ -170,6 +178,14 @@ class TrainRecipe:
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
+        if self.fsdp != "none" and self.method not in METHODS:
+            raise UserError(
+                f"fsdp is {self.fsdp!r}, which is for adapters over a frozen base, not for method {self.method}; drop it"
+            )
+        if self.fsdp != "none" and self.tasks:
+            raise UserError(
+                "tasks are scored in one process, which has no whole model under fsdp; drop them, then doratune evaluate"
+            )
         if self.double_quantization and self.quantize not in ("nf4", "fp4"):
             raise UserError(f"double_quantization is for quantize: nf4 or fp4, not {self.quantize}; drop it")
         if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):

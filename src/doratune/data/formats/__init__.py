@@ -7,6 +7,7 @@ file. The names are the field's: Alpaca's, ShareGPT's, OpenAI's, TRL's.
     messages.py      chat: messages with role and content, tools, tool calls and results
     sharegpt.py      conversations with from and value, tools
     completion.py    prompt and completion, as text or as messages
+    questions.py     question and worked answer, in Orca-Math's prompt
     text.py          plain text, for continued pretraining
     preference.py    pairs: chosen and rejected answers, for DPO
 """
