@@ -24,8 +24,9 @@ LEVELS = [
     {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
     {"evaluation", "report", "generation", "judging"},
-    {"comparison", "demo"},
+    {"comparison", "demo", "serving"},
     {"cli"},
+    {"__main__"},
 ]
 """Rooms from the bottom up: a room imports from its own level and below."""
 

@@ -237,6 +237,39 @@ def test_the_item_says_which_of_its_answers_are_learned(tiny_tokenizer):
     assert marked(example, tokenizer).count("«") == 1 and marked(example, tokenizer).endswith("«d<end>\n»")
 
 
+@pytest.mark.parametrize("answer", ['{"a": 1}', "[1, 2]", '[{"name": "x"}]', "[not json", "{}", "[]"])
+def test_an_answer_may_be_json(answer, tiny_tokenizer):
+    tokenizer, settings = with_template(tiny_tokenizer, TOOLS), DataSettings(prompt="template")
+    text = f"<turn>user\n{answer}<end>\n<turn>assistant\n«{answer}<end>\n»"
+    for name, item in (
+        ("completion", {"prompt": answer, "completion": answer}),
+        ("preference", {"prompt": answer, "chosen": answer, "rejected": "no"}),
+        ("instruction", {"instruction": answer, "output": answer}),
+        ("chat", {"messages": [turn("user", answer), turn("assistant", answer)]}),
+        ("sharegpt", {"conversations": [said("human", answer), said("gpt", answer)]}),
+    ):
+        format_named(name).check(item, "it", settings)
+        assert marked(format_named(name).encode(item, tokenizer, settings), tokenizer) == text
+    item = {"prompt": answer, "completion": answer}
+    assert marked(format_named("completion").encode(item, tokenizer, DataSettings()), tokenizer).endswith(f"«{answer}</s>»")
+
+
+MARKS = (
+    "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
+)
+
+
+def test_marks_of_the_template_and_what_the_settings_ask_for(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, MARKS)
+    turns = [turn("user", "a"), turn("assistant", "b", train=False), turn("user", "c"), turn("assistant", "d")]
+    expected = {"all": "«b<end>»", "last": "b<end>", "item": "b<end>"}
+    for loss, first in expected.items():
+        example = format_named("chat").encode({"messages": turns}, tokenizer, DataSettings(loss=loss))
+        text = f"<turn>user\na<end><turn>assistant\n{first}<turn>user\nc<end><turn>assistant\n«d<end>»"
+        assert marked(example, tokenizer) == text
+
+
 def test_thinking_of_an_answer_is_learned_where_the_template_shows_it(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, THINKING)
     item = {"messages": [turn("user", "a"), turn("assistant", "b", reasoning_content="because")]}

@@ -81,8 +81,14 @@ def test_dropout_is_pefts(kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use_rslora": True}, {"rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 7}}, {"autocast_adapter_dtype": False}],
-    ids=lambda one: next(iter(one)),
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 7}},
+        {"bias": "lora_only"},
+        {"bias": "all", "lora_dropout": 0.4},
+        {"autocast_adapter_dtype": False},
+    ],
+    ids=lambda one: "-".join(one),
 )
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Embedding"])
 def test_settings_are_pefts(kind, settings):
@@ -100,14 +106,17 @@ def test_settings_are_pefts(kind, settings):
     assert ways(ours) == [1]
 
 
-QUANTIZED = ["nf4", "nf4, double", "fp4", "bitsandbytes int8", "HQQ 4 bit", "HQQ 8 bit"]
+QUANTIZED = [
+    *("nf4", "nf4, double", "fp4", "nf4, odd rows", "nf4, stored as bf16", "bitsandbytes int8"),
+    *("HQQ 4 bit", "HQQ 8 bit", "HQQ 3 bit", "torchao int8", "torchao intx", "torchao float8"),
+]
 
 
 @pytest.mark.parametrize("storage", QUANTIZED)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_quantized_layers_are_pefts(storage, dropout):
     theirs, ours = (dora(quantized(storage), target_modules=["layer"], lora_dropout=dropout) for _ in range(2))
-    x = torch.randn(7, 64)
+    x = torch.randn(7, ours.base_model.model.layer.in_features)
     expected = run(theirs, x)
     report = doratune.peft.accelerate(ours)
     assert len(report.layers) == 1 and not report.left
@@ -116,6 +125,27 @@ def test_quantized_layers_are_pefts(storage, dropout):
         assert error(got[0], expected[0]) < 1e-5
         assert max(error(got[1][name], gradient) for name, gradient in expected[1].items()) < 1e-5
     assert ways(ours) == [2]
+
+
+@pytest.mark.filterwarnings("ignore:(Unm|M)erge lora module to .-bit linear may get different generations")
+@pytest.mark.parametrize("storage", ["nf4", "nf4, double", "HQQ 8 bit", "bitsandbytes int8"])
+def test_quantized_layers_merge_and_unmerge_as_pefts(storage):
+    theirs, ours = (dora(quantized(storage), target_modules=["layer"]) for _ in range(2))
+    x = torch.randn(7, 64)
+    doratune.peft.accelerate(ours)
+    before = run(ours, x)[0]
+    for model in (theirs, ours):
+        model.merge_adapter()
+    merged = run(ours, x)[0]
+    assert torch.equal(merged, run(theirs, x)[0])
+    assert error(merged, before) < 0.2  # quantized again
+    for model in (theirs, ours):
+        model.unmerge_adapter()
+    assert error(run(ours, x)[0], run(theirs, x)[0]) < 1e-5
+    assert ways(ours) == [1 if "HQQ" in storage else 2]  # PEFT merges into a new layer of HQQ's
+    doratune.peft.restore(ours)
+    if "int8" not in storage:
+        assert error(run(ours, x)[0], run(theirs, x)[0]) == 0
 
 
 def quantized(storage):

@@ -1,6 +1,11 @@
 """TRL's plain trainers on `as_peft(model)`: step by step what they do with PEFT's own DoRA model, saved, resumed, reloaded."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,3 +282,50 @@ def test_experimental_trainers_step_by_step_as_peft(build, base, adapter, tmp_pa
         seen[who] = [row["loss"] for row in trainer.state.log_history[:-1]]
     assert seen["ours"] == pytest.approx(seen["theirs"], rel=2e-3, abs=2e-5)
     assert len(seen["ours"]) == 3
+
+
+TWO = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import peft, torch
+from conftest import small_tokenizer
+from transformers import AutoModelForCausalLM
+import doratune
+import test_trl as here
+folder = Path(sys.argv[2])
+base = lambda: AutoModelForCausalLM.from_pretrained(folder / "base")
+seen = []
+for who in ("theirs", "ours"):
+    model = (peft.PeftModel.from_pretrained(base(), folder / "adapter", is_trainable=True) if who == "theirs"
+             else doratune.as_peft(doratune.load(base(), folder / "adapter", trainable=True)))
+    trainer = here.trainer_of("dpo", model, folder / who, small_tokenizer(), per_device_train_batch_size=2)
+    trainer.train()
+    seen.append([row["loss"] for row in trainer.state.log_history[:-1]])
+    trainer.save_model(str(folder / who / "saved"))
+if trainer.accelerator.is_main_process:
+    (folder / "seen.json").write_text(json.dumps({"losses": seen, "processes": trainer.accelerator.num_processes}))
+"""
+
+
+def test_two_processes(base, adapter, tmp_path):
+    """DPO under DistributedDataParallel: the reference is switched to beside what the wrapper was made around."""
+    adapter("dpo")
+    base("dpo").save_pretrained(tmp_path / "base")
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(tmp_path / "two.py")]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, *sys.path])}
+    run = subprocess.run(
+        [*launch, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["processes"] == 2
+    theirs, ours = seen["losses"]
+    assert ours == pytest.approx(theirs, rel=2e-3)
+    assert ours[0] == pytest.approx(math.log(2), abs=1e-5)
+    again = doratune.load(base("dpo"), tmp_path / "ours" / "saved")
+    theirs = peft.PeftModel.from_pretrained(base("dpo"), tmp_path / "theirs" / "saved")
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-2, atol=1e-3)

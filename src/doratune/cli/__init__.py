@@ -16,6 +16,7 @@ extract.py     doratune extract: an adapter out of a fully fine-tuned model
 generate.py    doratune generate: answers to many prompts, as JSON lines
 chat.py        doratune chat: a conversation in the terminal
 push.py        doratune push: a result to a model hub
+serve.py       doratune serve: OpenAI's endpoints over a model and its adapters
 repeated.py    a flag that is given more than once
 compare.py     doratune compare: a grid of training runs
 inspect.py     doratune inspect: what an adapter adapts

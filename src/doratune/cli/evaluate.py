@@ -28,6 +28,7 @@ class EvaluateSettings:
         limit: only the first so many items of each task; of mt_bench, of each category
         dtype: dtype of the model
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         output: folder for results.json and every item with its verdict
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -55,6 +56,7 @@ class EvaluateSettings:
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
+    check_base: bool = True
     output: str = "runs/evaluate"
     mirror: str | None = None
     trust_remote_code: bool = False
@@ -138,5 +140,5 @@ def load_both(settings: EvaluateSettings, name: str):
         return model, tokenizer, (name, None, None)
     if baselines.is_baseline(settings.adapter):
         return model, tokenizer, (name, baselines.attached(baselines.load(model, settings.adapter)).method, None)
-    config = record_of(load(model, settings.adapter)).config
+    config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
     return model, tokenizer, (name, config.method, config.rank)

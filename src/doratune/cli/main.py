@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "answers to many prompts, as JSON lines",
     "chat": "talk with a model and its adapters in the terminal",
     "push": "an adapter or merged model to a model hub, with its card",
+    "serve": "a model and its adapters under OpenAI's API, to try them out",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",

@@ -51,6 +51,15 @@ def parsed(value: Any) -> Any:
     return value
 
 
+def turns_or_text(value: Any) -> Any:
+    """A list of messages, also one that a table holds as JSON text; any other text stays text, JSON as it may be."""
+    inner = parsed(value)
+    messages = (
+        isinstance(inner, list) and bool(inner) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in inner)
+    )
+    return inner if messages or not isinstance(value, str) else value
+
+
 def _message(message: Mapping, where: str, settings: DataSettings, names: tuple[str, str], count: int) -> dict:
     role_name, content_name = names
     role = message.get(role_name)

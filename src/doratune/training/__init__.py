@@ -2,6 +2,7 @@
 
 recipe.py        TrainRecipe: every setting
 examples.py      its data: read, split, tokenized, counted
+streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
 resume.py        what a resumed run may change

@@ -148,6 +148,9 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    check_base: bool = True
+    """Is a checkpoint of another base refused when the training is resumed?"""
+
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
@@ -198,10 +201,12 @@ class TrainerMixin(SteadyMixin):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+        plain = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        load_weights(plain, resume_from_checkpoint, self.check_base)
 
     def _load_best_model(self):
-        load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+        plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights(plain, self.state.best_model_checkpoint, check_base=False)  # this run's own
 
 
 class FullTrainer(SteadyMixin, transformers.Trainer):

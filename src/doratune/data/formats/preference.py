@@ -58,7 +58,7 @@ class Preference(DataFormat):
             turns = conversation.messages_of(item["conversations"], where, settings, "conversations", ("from", "value"))
         elif item.get("messages") is not None:
             turns = conversation.messages_of(item["messages"], where, settings)
-        elif isinstance(value := conversation.parsed(item.get("prompt")), list):
+        elif isinstance(value := conversation.turns_or_text(item.get("prompt")), list):
             turns = conversation.messages_of(value, where, settings, "prompt")
         else:
             text = value if value is not None else item.get("instruction")
@@ -70,7 +70,7 @@ class Preference(DataFormat):
         return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system and turns else turns
 
     def _side(self, item: Mapping, name: str, where: str, settings) -> list[dict]:
-        value = conversation.parsed(item.get(name))
+        value = conversation.turns_or_text(item.get(name))
         if isinstance(value, str):
             if not value.strip():
                 raise UserError(f"{where} has an empty answer under {name!r}; fill it in or take the item out")
