@@ -23,7 +23,7 @@ LEVELS = [
     {"adapter", "formats"},
     {"checkpoint", "baselines"},
     {"training", "analysis", "bench", "export"},
-    {"evaluation", "report", "generation"},
+    {"evaluation", "report", "generation", "planning"},
     {"comparison", "demo"},
     {"cli"},
 ]

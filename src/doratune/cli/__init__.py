@@ -4,6 +4,7 @@ main.py        the table of commands; errors and signals as exit statuses
 __main__.py    python -m doratune.cli
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
+plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
