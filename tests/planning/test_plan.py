@@ -13,7 +13,7 @@ from doratune.planning import Planner, PlanSettings
 from doratune.planning.advice import largest
 from doratune.planning.architecture import architecture_of
 from doratune.planning.heap import heap_bytes
-from doratune.planning.log import ADAPTERS, WEIGHTS, AllocationLog, Allocation
+from doratune.planning.log import ADAPTERS, WEIGHTS, Allocation, AllocationLog
 from doratune.planning.step import autocast, batch_of, optimizer_of, step_bytes, wrapped_forward
 from doratune.support.models import contiguous_head
 from doratune.training.recipe import TrainRecipe

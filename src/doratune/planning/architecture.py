@@ -30,7 +30,7 @@ from ..layers.kind import LayerKind
 from ..layers.layouts import named_layers
 from ..support.models import WHEEL_MODEL, _source_settings, model_path, quiet_loading, readable_errors, torch_dtype
 from ..training.recipe import TrainRecipe
-from .stand_ins import Adapter, Shared, PackedLinear
+from .stand_ins import Adapter, PackedLinear, Shared
 
 COUNTED = (nn.Linear, Conv1D, PackedLinear)
 """Classes of layers whose adapted calls have a stand-in."""
