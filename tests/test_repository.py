@@ -18,14 +18,15 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"support", "math"},
-    {"directions", "bases", "data"},
+    {"directions", "bases", "data", "publishing"},
     {"config", "layers"},
     {"adapter", "formats"},
-    {"checkpoint", "baselines"},
+    {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
-    {"evaluation", "report", "generation", "planning"},
-    {"comparison", "demo"},
+    {"evaluation", "report", "generation", "judging", "planning"},
+    {"comparison", "demo", "serving"},
     {"cli"},
+    {"__main__"},
 ]
 """Rooms from the bottom up: a room imports from its own level and below."""
 

@@ -28,11 +28,15 @@ _HOME = {
     "merge": "adapter.merge",
     "unmerge": "adapter.merge",
     "merged_state_dict": "adapter.merged_state",
+    "as_peft": "training.peft_view",
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_PACKAGES = ("analysis", "baselines", "bases", "directions")
-__all__ = sorted([*_HOME, *_PACKAGES])
+_PACKAGES = (
+    *("analysis", "baselines", "bases", "bench", "checkpoint", "comparison", "data", "directions", "evaluation", "export"),
+    *("formats", "generation", "layers", "math", "peft", "report", "training"),
+)
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
@@ -45,4 +49,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *_PACKAGES])

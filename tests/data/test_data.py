@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from doratune.data import chat, instruction, load_items, published
+from doratune.data import encoder, instruction, load_items, published
 from doratune.data.encode import IGNORED, AnswerCollator, encode_all, fit
 from doratune.errors import UserError
 
@@ -29,7 +29,7 @@ def test_json_jsonl_slices_and_lists(tmp_path):
     assert len(load_items([a + "[:2]", b])[0]) == 4
     conversation = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     c = write(tmp_path / "c.jsonl", json.dumps(conversation))
-    assert load_items(c)[1] is chat
+    assert load_items(c)[1].name == "chat"
     with pytest.raises(UserError, match="data mixes chat and instruction"):
         load_items([a, c])
 
@@ -104,7 +104,7 @@ def test_the_cut_keeps_a_beginning_of_sequence_token(tiny_tokenizer):
 def test_chat_answers_of_every_turn(tiny_tokenizer):
     turns = [("user", "hi"), ("assistant", "one"), ("user", "more"), ("assistant", "two")]
     item = {"messages": [{"role": r, "content": c} for r, c in turns]}
-    example = chat.encode(item, tiny_tokenizer)
+    example = encoder("chat")(item, tiny_tokenizer)
     assert tiny_tokenizer.decode(example.ids) == "[user]hi</s>[assistant]one</s>[user]more</s>[assistant]two</s>"
     learned = [i for i, a in zip(example.ids, example.answer) if a]
     assert tiny_tokenizer.decode(learned) == "one</s>two</s>"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from doratune.data import chat, encoder, instruction
+from doratune.data import encoder, instruction
 from doratune.data.encode import IGNORED, encode_all
 from doratune.data.published_prompts import encode, evaluation_prompt, training_prompt
 from doratune.errors import UserError
@@ -85,11 +85,11 @@ def test_a_tokenizer_that_closes_every_text(tiny_tokenizer):
     assert encode(ITEM, closing) == encode(ITEM, tiny_tokenizer)
 
 
-def test_chat_data_has_no_published_prompt(tmp_path):
-    assert encoder(instruction) is instruction.encode and encoder(chat) is chat.encode
-    assert encoder(instruction, "published") is encode
+def test_chat_data_has_no_published_prompt(tiny_tokenizer):
+    assert encoder("instruction")(ITEM, tiny_tokenizer) == instruction.encode(ITEM, tiny_tokenizer)
+    assert encoder("instruction", "published")(ITEM, tiny_tokenizer) == encode(ITEM, tiny_tokenizer)
     with pytest.raises(UserError, match="prompt is published, which is for instruction data"):
-        encoder(chat, "published")
+        encoder("chat", "published")
     with pytest.raises(UserError, match="prompt is 'alpaca'; expected one of plain, published"):
         TrainRecipe(data="x", prompt="alpaca").check()
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from doratune.cli.main import main
 from doratune.data import facts
-from doratune.evaluation.tasks import choices, family
+from doratune.evaluation.kinds.commonsense import choices, family
 
 
 def words(items):

@@ -11,9 +11,10 @@ from doratune.cli.main import main
 from doratune.data.instruction import prompt_of
 from doratune.errors import UserError
 from doratune.evaluation.evaluate import evaluate, load_tasks
+from doratune.evaluation.kinds.commonsense import ANSWERS, choices, first_answer
 from doratune.evaluation.likelihood import CONTINUATION, likelihood
 from doratune.evaluation.summary import add_published, overall, summarize, table
-from doratune.evaluation.tasks import ANSWERS, chance, choices, first_answer, load_task, majority
+from doratune.evaluation.tasks import chance, load_task, majority
 from doratune.support.models import load_model, load_tokenizer
 
 

@@ -16,10 +16,11 @@ from doratune.evaluation import paper as paper_file
 from doratune.evaluation import prefix
 from doratune.evaluation.evaluate import evaluate
 from doratune.evaluation.generate import generate
+from doratune.evaluation.kinds.commonsense import first_answer
 from doratune.evaluation.likelihood import likelihood
 from doratune.evaluation.paper import last_response, paper
 from doratune.evaluation.summary import add_published, summarize
-from doratune.evaluation.tasks import first_answer, load_task
+from doratune.evaluation.tasks import load_task
 from doratune.support.models import load_model, load_tokenizer
 
 

@@ -8,6 +8,7 @@ import llama_cpp
 import pytest
 import torch
 from conftest import randomize
+from engines import engine
 
 import doratune
 from doratune import UserError
@@ -99,7 +100,7 @@ def test_transformers_reads_it_back(exported):
 
 
 def test_llama_cpp_computes_the_same(exported):
-    llama_cpp.needed()
+    engine("xllamacpp")
     _, logits, file = exported
     body = {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "n_probs": len(logits), "cache_prompt": False}
     answer = llama_cpp.ask(file, ("/completion", body))[0]
@@ -284,7 +285,7 @@ def greedy(model, ids) -> tuple[list[int], list[float]]:
 def test_the_real_model_says_the_same_in_llama_cpp(tmp_path, smollm2):
     """Greedy text of base + adapter here and of the file there: all of it in f16; in q8_0, whose rounding moves logits by some
     tenths, up to the first token that leads by less than 1. The tokens and the rendered chat besides."""
-    llama_cpp.needed()
+    engine("xllamacpp")
     from doratune.support.models import load_model, load_tokenizer
 
     model, tokenizer = load_model(smollm2), load_tokenizer(smollm2)

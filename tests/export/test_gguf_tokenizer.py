@@ -3,6 +3,7 @@
 import llama_cpp
 import pytest
 import torch
+from engines import engine
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,7 +83,7 @@ def fields(file) -> dict:
 @pytest.mark.parametrize("kind", [*KINDS, "sentencepiece", "sentencepiece without prefix"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_llama_cpp_makes_the_same_tokens(kind, bos, tmp_path):
-    llama_cpp.needed()
+    engine("xllamacpp")
     tokenizer = tokenizer_of(kind, bos)
     file = exported(tokenizer, tmp_path)
     requests = [("/tokenize", {"content": text, "add_special": True, "parse_special": True}) for text in TEXTS]

@@ -1,10 +1,9 @@
 """ONNX: the merged model exports and agrees, also one with LoRA alone; an attached DoRA is refused with the way out."""
 
-import importlib.util
-
 import pytest
 import torch
 from conftest import randomize, tiny_gpt2, tiny_llama
+from engines import engine
 
 import doratune
 
@@ -22,9 +21,7 @@ class Logits(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def _exporter():
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
+    engine("onnx", "onnxscript", "onnxruntime")
 
 
 def attached(model, **config):

@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_llama
 
 from doratune.cli.main import main
-from doratune.data import chat, instruction, load_items
+from doratune.data import encoder, instruction, load_items
 from doratune.data.encode import encode_all, encoded
 from doratune.errors import UserError
 
@@ -39,6 +39,7 @@ STRICT = (
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
 )
+CHAT = encoder("chat")
 USER, ANSWER = {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "the answer"}
 
 
@@ -74,7 +75,7 @@ def merging_tokenizer():
 
 def answers_of(item, tokenizer):
     """(the text of each run of answer tokens, the example); the example has the tokens of the whole rendered text."""
-    example = chat.encode(item, tokenizer)
+    example = CHAT(item, tokenizer)
     text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
     assert example.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     runs, before = [], False
@@ -128,7 +129,7 @@ def test_offsets_without_their_white_space(merging_tokenizer):
     trimming = copy.deepcopy(merging_tokenizer)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     for item in (dialogue("\n\nthe answer", " x "), dialogue("a\n\n", "b")):
-        plain, trimmed = (chat.encode(item, with_template(t, CHATML)) for t in (merging_tokenizer, trimming))
+        plain, trimmed = (CHAT(item, with_template(t, CHATML)) for t in (merging_tokenizer, trimming))
         assert plain.ids == trimmed.ids and plain.last_answer == trimmed.last_answer
         assert plain.answer == trimmed.answer
 
@@ -144,6 +145,9 @@ class Slow:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
+    def __len__(self):
+        return len(self.inner)
+
     def __call__(self, text, **settings):
         assert "return_offsets_mapping" not in settings
         return self.inner(text, **settings)
@@ -153,7 +157,7 @@ class Slow:
 @pytest.mark.parametrize("answers", [["one"], ["\n\none", "two\n"], ["a", "\n\nb", "c"]])
 def test_a_tokenizer_without_offsets_finds_the_same(template, answers, merging_tokenizer):
     tokenizer = with_template(merging_tokenizer, template)
-    assert chat.encode(dialogue(*answers), Slow(tokenizer)) == chat.encode(dialogue(*answers), tokenizer)
+    assert CHAT(dialogue(*answers), Slow(tokenizer)) == CHAT(dialogue(*answers), tokenizer)
 
 
 def test_every_token_that_holds_a_character_of_the_answer(merging_tokenizer):
@@ -183,11 +187,11 @@ def test_a_bad_item_is_one_line_or_skipped_and_counted(kind, tiny_tokenizer, tmp
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps(item) for item in (good, good, {"messages": BAD[kind]}, good)))
     with pytest.raises(UserError, match=r"x\.jsonl: item 3") as caught:
-        encode_all(load_items(str(path))[0], chat.encode, tokenizer, 512)
+        encode_all(load_items(str(path))[0], CHAT, tokenizer, 512)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     unusable = []
     items, _ = load_items(str(path), unusable=unusable)
-    rows, report = encode_all(items, chat.encode, tokenizer, 512, unusable=unusable)
+    rows, report = encode_all(items, CHAT, tokenizer, 512, unusable=unusable)
     assert len(rows) == 3 and report.counts() == {"examples": 3, "cut": 0, "too_long": 0, "unusable": 1}
     assert "3 examples, none too long; 1 unusable items skipped (the first: " in str(report) and "item 3" in str(report)
 
@@ -212,13 +216,13 @@ def test_instruction_data_likewise(item, tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize("template", ["{{ messages[9].content }}", "{{ 1 / 0 }}", "{% for %}", "{{ messages[0].x.y }}", "same"])
 def test_a_template_that_fails_or_hides_the_answer(template, tiny_tokenizer):
     with pytest.raises(UserError, match="item 1") as caught:
-        encode_all([{"messages": [USER, ANSWER]}], chat.encode, with_template(tiny_tokenizer, template), 512)
+        encode_all([{"messages": [USER, ANSWER]}], CHAT, with_template(tiny_tokenizer, template), 512)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_usable_is_said(tiny_tokenizer):
     with pytest.raises(UserError, match="none of 2 items can be used; the first: item 1"):
-        encode_all([{"messages": [ANSWER, USER]}] * 2, chat.encode, with_template(tiny_tokenizer, STRICT), 512, unusable=[])
+        encode_all([{"messages": [ANSWER, USER]}] * 2, CHAT, with_template(tiny_tokenizer, STRICT), 512, unusable=[])
 
 
 def test_a_run_says_and_records_what_it_skipped(tmp_path, tiny_tokenizer, capsys):

@@ -1,4 +1,4 @@
-"""What we write, read by LyCORIS's and mlx-lm's own loaders, and their files by ours (where they are installed)."""
+"""What we write, read by LyCORIS's and mlx-lm's own loaders, and their files by ours."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from definitions import CLOSE, IDS, IMAGES, Convolutional, assert_merges_to, logits
+from engines import engine
 from test_convert import LLAMA, saved, weights_of
 
 import doratune
@@ -17,7 +18,7 @@ class TestLycoris:
 
     @pytest.fixture
     def lycoris(self):
-        return pytest.importorskip("lycoris")
+        return engine("lycoris")
 
     @pytest.mark.parametrize("method", ["lora", "dora", "loha", "dloha", "lokr", "dlokr"])
     @pytest.mark.parametrize("build", [tiny_llama, Convolutional])
@@ -60,8 +61,8 @@ class TestMlx:
 
     @pytest.fixture
     def llama(self, tmp_path):
-        mx = pytest.importorskip("mlx.core")
-        models = pytest.importorskip("mlx_lm.models.llama")
+        mx = engine("mlx.core")
+        models = engine("mlx_lm.models.llama")
         base = tiny_llama()
         arguments = models.ModelArgs.from_dict(json.loads(base.config.to_json_string(use_diff=False)) | {"rope_theta": 10000.0})
         model = models.Model(arguments)

@@ -144,13 +144,16 @@ def test_states_refuse_what_makes_no_sense():
     doratune.merge(model, keep="none")
     for call, text in (
         (lambda: doratune.merge(model), "merged already"),
-        (lambda: doratune.attach(model), "merged"),
-        (lambda: doratune.parameter_groups(model), "unmerge"),
-        (lambda: doratune.detach(model), "unmerge"),
+        (lambda: doratune.parameter_groups(model), "merged for good"),
         (lambda: doratune.unmerge(model), "no original weight"),
     ):
         with pytest.raises(UserError, match=text):
             call()
+    kept, _ = one_layer()
+    doratune.merge(kept)
+    for call in (doratune.parameter_groups, doratune.detach, doratune.attach):
+        with pytest.raises(UserError, match=r"call doratune\.unmerge"):
+            call(kept)
     plain = nn.Linear(3, 3)
     with pytest.raises(UserError, match="no adapter is attached"):
         doratune.merge(plain)

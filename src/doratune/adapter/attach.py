@@ -15,20 +15,25 @@ from torch.nn.parameter import UninitializedParameter
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, is_adapted
+from ..layers.fsdp import resharded
 from ..layers.layouts import named_layers
-from ..layers.registry import Begin, End, Registry
+from ..layers.registry import Registry
+from ..layers.shares import at_hand
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
-from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, synchronizing, unwrapped
+from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
 from . import guards, whole
 from . import start as initial
+from .elsewhere import refuse_elsewhere, refuse_synchronized
 from .foreign import refuse_foreign
 from .fresh import trained_whole
 from .kernels import writing_kernels
 from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
+from .states import RECORD, has_adapter, let_go, refuse_merged
 from .targets import Selection, select
 
-RECORD, BASELINE = "_doratune", "_doratune_baseline"
+BASELINE = "_doratune_baseline"
 
 
 @dataclass
@@ -50,6 +55,11 @@ class Attachment:
     base: tuple[str, ...] = ()  # base weights that came with the adapter's file: their originals are in `replaced`
     fresh: dict[str, str] = field(default_factory=dict)  # modules trained whole because no file holds them → why
     name: str = "default"
+
+    @property
+    def for_good(self) -> bool:
+        """Is it merged, with no original weight kept?"""
+        return bool(self.merged) and all(stored.original is None for stored in self.merged.values())
 
 
 @dataclass
@@ -98,7 +108,7 @@ def _refuse_unready(model: nn.Module) -> None:
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
         raise UserError(f"{listed(lazy)}: not initialized yet (a lazy module); run the model once before attaching")
     for name, module in named_modules(model):
-        if isinstance(module, Adapted | whole.Whole) or vars(module).get(RECORD) is not None or BASELINE in vars(module):
+        if isinstance(module, Adapted | whole.Whole) or has_adapter(module) or BASELINE in vars(module):
             raise UserError(f"{name} has an adapter already, attached to a part of this model or a whole it is in; detach it first")
 
 
@@ -108,8 +118,7 @@ def attach_selection(
     """`attach` for modules, ranks and alphas that are resolved already; loading: the values come from a file afterwards."""
     modules = dict(named_layers(model))
     bases = {name: kind_of(modules[name]).base(modules[name]) for name in selection.ranks}
-    if empty := [name for name, base in bases.items() if base.device(modules[name]).type == "meta"]:
-        raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
+    refuse_elsewhere(model, modules, bases, config, selection, trainable)
     if not loading and initial.needs_original(config):
         for name, base in bases.items():
             initial.original_weight(original, name, base.shape(modules[name]), config)
@@ -123,6 +132,7 @@ def attach_selection(
     shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
     overwritten = writing_kernels(model) if config.keep_base_output is None else "keep_base_output" * config.keep_base_output
     common = Common(Registry(), config, shapes, bool(overwritten), original, loading)
+    common.shares = resharded(model)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -138,49 +148,16 @@ def attach_selection(
     setattr(model, RECORD, record)
     try:
         for name, rank in selection.ranks.items():
-            adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
+            with at_hand(modules[name], names=()):
+                adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     except BaseException:
         detach(model)  # as it was
         raise
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     return model
-
-
-def refuse_synchronized(model: nn.Module, trainable: bool) -> None:
-    """Raise where new parameters would be trained without being averaged over the processes.
-
-    Raises:
-        UserError: the model, or a part of it, is in DistributedDataParallel or FullyShardedDataParallel already.
-    """
-    if trainable and (wrapper := synchronizing(model)):
-        raise UserError(f"{wrapper} averages the gradients of the parameters it was made with; attach first, then wrap the model")
-
-
-def watch(model: nn.Module) -> None:
-    """Tell the registry when a forward of the model begins and ends, also where only its body is called (`model.model(…)`)."""
-    module, registry = model, record_of(model).registry
-    while True:
-        module = unwrapped(module)
-        if type(module).forward is not nn.Module.forward and not isinstance(module, Adapted):
-            module.register_forward_pre_hook(Begin(registry), with_kwargs=True)
-            module.register_forward_hook(End(registry), always_call=True)
-        holding = [child for child in module.children() if any(isinstance(inner, Adapted) for inner in child.modules())]
-        if len(holding) != 1:
-            return
-        module = holding[0]
-
-
-def unwatch(model: nn.Module) -> None:
-    """Undo `watch`: while merged or detached, forwards cost nothing."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Begin | End)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -188,9 +165,12 @@ def detach(model: nn.Module) -> nn.Module:
     use is taken off; the others stay set aside.
 
     Raises:
-        UserError: nothing is attached, or the adapter is merged (unmerge first).
+        UserError: nothing is attached, or the adapter is merged (unmerge first). Merged for good, it is forgotten.
     """
-    set_aside(model, "doratune.detach(model)", "detached")
+    if record_of(model).for_good:
+        let_go(unwrapped(model))
+    else:
+        set_aside(model, "doratune.detach(model)", "detached")
     return model
 
 
@@ -202,14 +182,14 @@ def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
         UserError: nothing is attached, the adapter is merged, or another package changed an adapted layer.
     """
     record, model = record_of(model), unwrapped(model)
-    if record.merged is not None:
-        raise UserError(f"this model is merged; call doratune.unmerge(model) before {what}")
+    refuse_merged(record, what)
     adapted = list(adapters(model))
     refuse_altered(adapted, done)
     refuse_foreign(model, what.partition("(")[0])
+    record.registry.find_shares(model)
     layers = {name: (module.adapted, take_off(module)) for name, module in adapted}
     fastpath.reopen(model)
-    unwatch(model)
+    take_hooks(model)
     guards.take_off(model)
     trained = {path: _parameter(model, path) for path in record.replaced}
     whole.give_back(model, record.replaced)
@@ -243,7 +223,7 @@ def put_back(model: nn.Module, aside: SetAside) -> None:
     setattr(model, RECORD, record)
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
 
 
@@ -296,4 +276,4 @@ def refresh(model: nn.Module) -> None:
     """Declare a hand edit of A, B, m or W: everything derived is prepared anew on its next use."""
     for module in model.modules():
         if isinstance(module, Adapted):
-            module.adapted.changed()
+            module.adapted.moved()

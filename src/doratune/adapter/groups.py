@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers.adapted import own_parameters
 from .attach import adapters, record_of
 from .foreign import refuse_foreign
+from .states import refuse_merged
 
 
 def parameter_groups(
@@ -36,8 +37,7 @@ def parameter_groups(
     """
     record = record_of(model)
     refuse_foreign(model, "doratune.parameter_groups")
-    if record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) before training")
+    refuse_merged(record, "training")
     for name, value in (("magnitude_lr_ratio", magnitude_lr_ratio), ("output_factor_lr_ratio", output_factor_lr_ratio)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise UserError(f"{name} is {value!r}; expected a number of at least 0")

@@ -15,11 +15,16 @@ from ..bases import accumulation_dtype
 from ..config import AdapterConfig
 from ..directions import Direction, direction_for
 from ..errors import UserError, listed
-from ..layers import kind_of
-from ..layers.adapted import Adapted, adapted_class, become, own_parameters
+from ..layers import fsdp, kind_of
+from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
+from ..layers.magnitude import MAGNITUDES
+from ..layers.offload import offloaded, take_along
 from ..layers.registry import Registry
-from ..layers.weight import MAGNITUDES, AdaptedWeight
+from ..layers.shares import is_share
+from ..layers.weight import AdaptedWeight
 from . import start as initial
+from .base_norms import RowNorms, row_norms, spread
+from .whole import Whole, keep_whole_wide
 
 
 class Common:
@@ -31,6 +36,13 @@ class Common:
         self.loading = loading  # the values come from a file afterwards
         self.norm_memory = config.norm_memory  # bytes left for products that are kept
         self.directions: dict[bool, Direction] = {}
+        self.shares: dict[tuple[int, str], fsdp.Share] = {}  # of a model in shards
+        self.measured, self.adapted = spread(len(self.shapes)), 0
+
+    def norms(self, base, module: nn.Module) -> RowNorms | None:
+        """Of some layers, spread over the order in which they are adapted, what tells their base again."""
+        self.adapted += 1
+        return row_norms(base, module) if self.adapted - 1 in self.measured else None
 
     def direction(self, rank: int) -> Direction:
         """The one direction of all layers with a rank, and that of all without."""
@@ -74,6 +86,7 @@ def adapt(
         overwritten=common.overwritten,
     )
     weight.keep_product = common.may_keep(weight, module)
+    weight.base_norms = common.norms(base, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adapted = weight
     weight.belongs_to(module)
@@ -90,6 +103,11 @@ def adapt(
         p.requires_grad_(trainable and key not in frozen)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     kind.joined(module)
+    home = kind.home(module)
+    if share := common.shares.get((id(home), kind.leaf(module))):
+        fsdp.join(module, list(own_parameters(module)), share)
+    elif offloaded(home):
+        take_along(module, list(own_parameters(module)))
 
 
 def never_trained(weight: AdaptedWeight) -> tuple[str, ...]:
@@ -108,11 +126,10 @@ def _create(module: nn.Module, weight: AdaptedWeight, config: AdapterConfig, see
         first = weight.facts.w2.sqrt() if weight.magnitude else None
     else:
         first = initial.of_layer(weight, config, seed, name, common.original)
-    if weight.magnitude and weight.relative:
-        module.register_parameter("magnitude_delta", nn.Parameter(torch.zeros_like(first)))
-        module.register_parameter("magnitude_start", nn.Parameter(first))
-    else:
-        module.register_parameter("magnitude", nn.Parameter(first) if weight.magnitude else None)
+    relative = weight.magnitude and weight.relative
+    values = (torch.zeros_like(first), first) if relative else (first,)
+    for key, value in zip(MAGNITUDES[relative], values, strict=True):
+        module.register_parameter(key, nn.Parameter(value) if weight.magnitude else None)
 
 
 def altered(module: nn.Module, weight: AdaptedWeight) -> str | None:
@@ -161,6 +178,7 @@ def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     names = (*weight.names, "lora_A", "lora_B", "magnitude")
     own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
     weight.base.release(module)
+    fsdp.leave(weight)
     del module.adapted
     become(module, type(module).plain_class)
     weight.kind.left(module)
@@ -173,15 +191,35 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
         module.register_parameter(name, p)
     module.adapted = weight
     weight.belongs_to(module)
+    fsdp.rejoin(weight)
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+@torch.no_grad()
+def keep_wide(model: nn.Module) -> None:
+    """What is trained in fp32 again, where somebody gave it other data (`p.data = p.data.to(torch.bfloat16)`): the very parameters,
+    and magnitudes that were at the start are the norms again."""
+    for module in model.modules():
+        if isinstance(module, Whole):
+            keep_whole_wide(module)
+        if not isinstance(module, Adapted):
+            continue
+        weight, own = module.adapted, own_parameters(module)
+        before = {name: p.dtype for name, p in own.items()}
+        if set(before.values()) == {accumulation_dtype(weight.base.dtype(module))}:
+            continue
+        follow(module, weight, own)
+        weight.changed()
+        if MAGNITUDE in own and own[MAGNITUDE].dtype != before[MAGNITUDE]:
+            start_again(module, before[MAGNITUDE])
 
 
 def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:
     """Bring an adapter's own parameters to where its layer is now, in fp32 (fp64 over an fp64 base)."""
     device, wide = weight.base.device(module), accumulation_dtype(weight.base.dtype(module))
     for p in own.values():
-        if p is not None and (p.device, p.dtype) != (device, wide):
+        if p is not None and not is_share(p) and (p.device, p.dtype) != (device, wide):
             p.data = p.data.to(device, wide)
             p.grad = None if p.grad is None else p.grad.to(device, wide)

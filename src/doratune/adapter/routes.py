@@ -4,7 +4,8 @@
 
 A `Route` stands in the `forward` of each layer while some thread is in such a block; other threads find the layer's own behind it.
 
-Cost: nothing outside of the blocks. `mixed` runs each layer once for each adapter of the batch, on that adapter's examples.
+Cost: nothing outside of the blocks. Without gradients, `mixed` makes the base's product once for the whole batch and adds each
+adapter's part to its examples; else it runs each layer once for each adapter of the batch, on that adapter's examples.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from ..errors import UserError, listed
 from ..layers.kind import outside_compile
 from ..layers.layouts import layer_at
+from ..layers.registry import Registry, few_tokens
 from ..layers.wrappers import unwrapped
-from .attach import RECORD, adapters
+from .attach import adapters
 from .several import check_known, layers_of, record_named
+from .states import RECORD, refuse_merged
 
 
 @contextlib.contextmanager
@@ -36,10 +39,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mixed(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
+def mixed(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[Destination]:
     """In the block and in this thread, example i of a batch goes through the adapter `chosen[i]`; None: through the base.
 
-    The first dimension of every adapted layer's input is the batch: linear layers, convolutions and embeddings.
+    The first dimension of every adapted layer's input is the batch: linear layers, convolutions and embeddings. For a batch of
+    other examples in the same block, `choose` of what this gives; entering a block prepares each adapter anew, choosing does not.
 
     Raises:
         UserError: no adapter of a name, an attention's or experts' layers, modules that are trained whole; in the block: a batch
@@ -49,17 +53,17 @@ def mixed(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
         check_known(model, name)
     if not chosen:
         raise UserError("chosen is empty; give the name of an adapter, or None, for each example of the batch")
-    with _routed(model, list(chosen)):
-        yield
+    with _routed(model, list(chosen)) as way:
+        yield way
 
 
 @contextlib.contextmanager
-def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[None]:
+def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[Destination]:
     """Send this thread's calls of adapted layers another way."""
     model = unwrapped(model)
     record = vars(model).get(RECORD)
     if record is not None and record.merged is not None:
-        raise UserError("this model is merged; call doratune.unmerge(model) first")
+        refuse_merged(record, "another way of its calls")
     used = sorted({name for name in chosen or () if name is not None}) or ([] if record is None else [record.name])
     for name in used:
         if record_named(model, name).also_train:
@@ -69,7 +73,7 @@ def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[None]
     layers = set(active).union(*shadows.values())
     if chosen is not None:
         _check_mixable(model, layers)
-    way = Destination(chosen, {})
+    way = Destination(chosen, {} if chosen is None else {name: record_named(model, name).registry for name in used})
     routes = []
     try:
         for layer in layers:
@@ -77,27 +81,68 @@ def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[None]
             kind = module.adapted.kind if hasattr(module, "adapted") else None
             routes.append(Route.of(module if kind is None else kind.home(module)))
             routes[-1].enter(way, {name: each[layer] for name, each in shadows.items() if layer in each})
-        yield
+        yield way
     finally:
+        way.end_pass()
         for route in routes:
             route.leave()
 
 
 class Destination:
-    """Where the calls of one block go: to the base (None), or each example to an adapter. indices: device → who goes where."""
+    """Where the calls of one block go: to the base (None), or each example to an adapter.
 
-    def __init__(self, chosen: list[str | None] | None, indices: dict):
-        self.chosen, self.indices = chosen, indices
+    registries: of the adapters that the block was entered with. groups: (adapter, how many examples), in the sorted order.
+    """
 
-    def groups(self, x: Tensor) -> list[tuple[str | None, Tensor]]:
+    def __init__(self, chosen: list[str | None] | None, registries: dict[str, Registry]):
+        self.registries = registries
+        self.ran: set[int] = set()
+        self.choose(chosen)
+
+    def choose(self, chosen: Sequence[str | None] | None) -> None:
+        """Send the examples of the next batch through these adapters, of those that the block was entered with, or the base.
+
+        Raises:
+            UserError: an adapter that the block was not entered with.
+        """
+        self.end_pass()
+        self.chosen = chosen if chosen is None else list(chosen)
+        self._orders: dict = {}
+        if chosen is None:
+            return
+        if unknown := sorted({name for name in self.chosen if name is not None} - self.registries.keys()):
+            entered = listed(sorted(self.registries))
+            raise UserError(f"chosen names {listed(map(repr, unknown))}; this block was entered with {entered}")
+        places = {name: [i for i, other in enumerate(self.chosen) if other == name] for name in dict.fromkeys(self.chosen)}
+        self.groups = [(name, len(members)) for name, members in places.items()]
+        self._sorted = [i for members in places.values() for i in members]
+
+    def arrive(self, module: nn.Module, x: Tensor) -> None:
+        """A layer is called. The first call, and one of a layer that ran already, begins a forward of the model, in which all
+        parameters of these adapters are looked at once, as the adapter in use is (`layers/registry.py`)."""
+        if not self.ran or id(module) in self.ran:
+            self.end_pass()
+            for registry in self.registries.values():
+                registry.enter(not torch.is_grad_enabled() and few_tokens((x,)))
+        self.ran.add(id(module))
+
+    def end_pass(self) -> None:
+        """What was looked at in this forward may change from here on."""
+        if self.ran:
+            for registry in self.registries.values():
+                registry.leave()
+        self.ran = set()
+
+    def order(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(the examples' indices sorted by adapter, each example's place among them), on x's device; None: sorted already."""
         if len(x) != len(self.chosen):
             raise UserError(f"the batch has {len(x)} examples, chosen names {len(self.chosen)}; give one name for each example")
-        if x.device not in self.indices:
-            every = dict.fromkeys(self.chosen)
-            self.indices[x.device] = [
-                (name, torch.tensor([i for i, other in enumerate(self.chosen) if other == name], device=x.device)) for name in every
-            ]
-        return self.indices[x.device]
+        if self._sorted == list(range(len(x))):
+            return None, None
+        if x.device not in self._orders:
+            order = torch.tensor(self._sorted, device=x.device)
+            self._orders[x.device] = order, order.argsort()
+        return self._orders[x.device]
 
 
 class Route:
@@ -122,7 +167,10 @@ class Route:
             return held
 
     def enter(self, way: Destination, shadows: dict) -> None:
-        self.ways[threading.get_ident()].append((way, shadows))
+        mine = self.ways[threading.get_ident()]
+        if mine:
+            mine[-1][0].end_pass()
+        mine.append((way, shadows))
 
     def leave(self) -> None:
         with self.lock:
@@ -150,15 +198,29 @@ class Route:
         if way.chosen is None:
             return plain_forward(self.module, *args, **kwargs)
         x, *rest = args or (kwargs.pop("input"),)
-        out = None
-        for name, index in way.groups(x):
-            layer = shadows.get(name)
-            part = x[index]
-            layer, forward = (self.module, plain_forward) if layer is None else (layer, type(layer).forward)
-            y = forward(layer, part, *rest, **kwargs)
-            out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
-            out = out.index_copy(0, index, y)
-        return out
+        way.arrive(self.module, x)
+        order, back = way.order(x)
+        x = x if order is None else x[order]
+        sizes = [size for _, size in way.groups]
+        shared = None
+        if not torch.is_grad_enabled() and len(sizes) > 1 and any(finishes(layer) for layer in shadows.values()):
+            shared = plain_forward(self.module, x, *rest, **kwargs).split(sizes)  # one product for the examples of all adapters
+        parts = []
+        for i, ((name, _), part) in enumerate(zip(way.groups, x.split(sizes), strict=True)):
+            layer, plain = shadows.get(name), None if shared is None else shared[i]
+            if layer is None:
+                parts.append(plain_forward(self.module, part, *rest, **kwargs) if plain is None else plain)
+            elif plain is not None and finishes(layer):
+                parts.append(layer.adapted.kind.finish(layer, part, plain))
+            else:
+                parts.append(type(layer).forward(layer, part, *rest, **kwargs))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out if back is None else out[back]
+
+
+def finishes(layer: nn.Module) -> bool:
+    """Is its output made from the plain layer's?"""
+    return layer.adapted.kind.finishes(layer.adapted)
 
 
 def plain_forward(module: nn.Module, *args, **kwargs):

@@ -10,8 +10,10 @@ moves no numbers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,11 +22,9 @@ from ..layers.adapted import Adapted, adapted_class
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
-from .attach import RECORD, Attachment, SetAside, adapters, put_back, set_aside
+from .attach import Attachment, SetAside, adapters, detach, put_back, record_of, set_aside
 from .layer import follow
-
-ASIDE = "_doratune_aside"
-"""On a model with several adapters: name → `SetAside`, of those that are not in use."""
+from .states import ASIDE, RECORD
 
 
 def names(model: nn.Module) -> list[str]:
@@ -47,12 +47,29 @@ def use(model: nn.Module, name: str | None) -> nn.Module:
     if name is not None:
         check_known(plain, name)
     aside = dict(vars(plain).get(ASIDE, {}))
-    if record is not None:
+    if record is not None and record.for_good:
+        detach(plain)
+    elif record is not None:
         aside[record.name] = set_aside(plain, "using another adapter")
     if name is not None:
         put_back(plain, aside.pop(name))
     setattr(plain, ASIDE, aside)
     return model
+
+
+def duplicate(model: nn.Module, name: str) -> None:
+    """A frozen copy of the adapter in use under another name, set aside: A, B, m and the modules trained whole, as they are now.
+
+    Raises:
+        UserError: nothing is attached, the adapter is merged, or the name is taken.
+    """
+    record, model = record_of(model), unwrapped(model)
+    with room_for(model, name) as aside:
+        twin = copy.deepcopy(replace(aside, record=replace(record, name=name, replaced={})))
+        for p in (*twin.whole.values(), *(p for _, own in twin.layers.values() for p in own.values() if p is not None)):
+            p.requires_grad_(False)
+        put_back(model, twin)
+    use(model, record.name)
 
 
 def delete(model: nn.Module, name: str) -> None:
@@ -65,7 +82,7 @@ def delete(model: nn.Module, name: str) -> None:
     check_known(model, name)
     record = vars(model).get(RECORD)
     if record is not None and record.name == name:
-        set_aside(model, f"deleting {name!r}")
+        detach(model) if record.for_good else set_aside(model, f"deleting {name!r}")
     else:
         vars(model)[ASIDE] = {other: aside for other, aside in vars(model)[ASIDE].items() if other != name}
 
@@ -78,14 +95,15 @@ def check_known(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def room_for(model: nn.Module, name: str) -> Iterator[None]:
-    """A plain model in the block, for another adapter of this name; the one that was in use is set aside, or in use again where
-    the block fails.
+def room_for(model: nn.Module, name: str) -> Iterator[SetAside | None]:
+    """A plain model in the block, for another adapter of this name; the one that was in use is set aside (the block gets it), or in
+    use again where the block fails.
 
     Raises:
         UserError: an adapter of this name is there already, or the one in use is merged.
     """
     record, aside = vars(model).get(RECORD), vars(model).get(ASIDE, {})
+    merged, record = (record, None) if record is not None and record.for_good else (None, record)  # an ordinary model
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"name is {name!r}; expected a name of letters, digits, _, -, + and .")
     if record is not None and record.merged is not None:
@@ -99,10 +117,12 @@ def room_for(model: nn.Module, name: str) -> Iterator[None]:
         raise UserError(f"an adapter {name!r} is set aside already; call doratune.use(model, {name!r}), or give another name")
     before = None if record is None else set_aside(model, "attaching another")
     try:
-        yield
+        yield before
     except BaseException:
         if before is not None:
             put_back(model, before)
+        if merged is not None:
+            setattr(model, RECORD, merged)
         raise
     if before is not None:
         setattr(model, ASIDE, aside | {before.record.name: before})
@@ -128,7 +148,9 @@ _OWN_PLACE = ("adapted", "forward", "_old_forward", "_hf_hook")
 
 
 def _shadow(module: nn.Module, weight: AdaptedWeight, own: dict) -> nn.Module:
-    """The layer as it is with another adapter: an object of its own over the same tensors."""
+    """The layer as it is with another adapter: an object of its own over the same tensors, one for all threads at a time."""
+    if weight.attached:
+        return weight.layer
     follow(module, weight, own)
     plain, in_use = module._parameters, ()
     if isinstance(module, Adapted):

@@ -165,6 +165,14 @@ def train_whole(modules, names, trainable: bool) -> dict[str, nn.Parameter]:
     return replaced
 
 
+def keep_whole_wide(module: Whole) -> None:
+    """Its own parameters in the precision of training, in place."""
+    for name, dtype in module.computes_in.items():
+        p = module._parameters.get(name)
+        if p is not None and p.dtype.itemsize < accumulation_dtype(dtype).itemsize and p.requires_grad:
+            p.data = p.data.to(accumulation_dtype(dtype))
+
+
 def put_values(model: nn.Module, parameters: dict[str, nn.Parameter], trainable: dict[str, bool]) -> None:
     """Give modules that `train_whole` has just prepared parameters that were trained before, where the model is now."""
     for path, p in parameters.items():
@@ -206,6 +214,11 @@ def give_back(model: nn.Module, replaced: dict[str, nn.Parameter]) -> None:
         p.data = p.data.to(now.device, dtype)
         module._parameters[leaf] = p
         _seen(module)
+    leave(model)
+
+
+def leave(model: nn.Module) -> None:
+    """Give modules that were trained whole their plain classes, with the parameters that they have now."""
     for module in model.modules():
         if isinstance(module, Whole):
             del module.computes_in

@@ -24,16 +24,18 @@ from ..formats import recognized
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
+from ..publishing.card import CARD, write_merged_card
 from ..support.files import open_tensors, read_json, write_json, write_tensors
 from ..support.folders import new_folder
 from ..support.headers import Keys
 from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import CONFIG, OWN, read_folder
+from .base_check import refuse_other_checkpoint
 from .fitting import fit, put_layer
 from .ties import keep_ties, like_of, tied_to
 
-_LEFT_BEHIND = {"adapter_config.json", "doratune.json"}
+_LEFT_BEHIND = {"adapter_config.json", "doratune.json", CARD}  # the base's card is about the base
 
 
 @dataclass
@@ -68,20 +70,24 @@ def merge_checkpoint(
     dtype: str | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    check_base: bool = True,
 ) -> Path:
     """Write the merged model to `output`, whole or not at all.
 
     Args:
         base: local folder, hub id or smollm2-135m-instruct; dtype: of the result, None keeps each tensor's own.
         check: looks at the merged folder before it takes the place of `output`; what it raises leaves `output` as it was.
+        check_base: refuse a base with other row norms than the adapter was trained on.
 
     Raises:
-        UserError: no safetensors, an adapter that does not fit, an output folder that exists.
+        UserError: no safetensors, an adapter that does not fit or is another base's, an output folder that exists.
     """
     folder, output = base_folder(base), Path(output)
     out_dtype = torch_dtype(dtype) if dtype else None
     shards = list_shards(folder)
     plan = make_plan(folder, Path(adapter), {key for keys in shards.values() for key in keys})
+    if check_base:
+        refuse_other_checkpoint(plan, lambda key: _read(folder, shards, key), adapter)
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
@@ -105,6 +111,7 @@ def merge_checkpoint(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(temporary / f"{weights_name(folder_config(folder))}.index.json", index)
         copy_rest(folder, temporary, out_dtype, untied, changed_config(folder, plan.skeleton, bool(plan.new)))
+        write_merged_card(temporary, base, adapter, plan.config.method, folder)
         if check is not None:
             check(temporary)
     return output

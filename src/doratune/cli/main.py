@@ -12,6 +12,7 @@ import sys
 
 COMMANDS = {
     "demo": "fine-tune a real 135M model with DoRA, score it before and after, merge it",
+    "data": "what a model sees of a data set, and what is wrong with it",
     "plan": "the memory of a training run before it runs: term by term, does it fit, what would",
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
@@ -21,14 +22,17 @@ COMMANDS = {
     "extract": "a DoRA adapter out of a base and a fully fine-tuned model",
     "generate": "answers to many prompts, as JSON lines",
     "chat": "talk with a model and its adapters in the terminal",
+    "push": "an adapter or merged model to a model hub, with its card",
+    "serve": "a model and its adapters under OpenAI's API, to try them out",
     "compare": "methods × ranks × seeds on one recipe, with intervals, paired tests and cost",
     "analyze": "how far magnitude and direction moved, with figures",
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
     "inspect": "what an adapter adapts in a model, what is left out, rows without direction",
+    "doctor": "what this environment has and lacks: Python, torch, devices, extras",
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
 
-OF_SEVERAL = ("train", "inspect", "plan")
+OF_SEVERAL = ("train", "inspect", "plan", "doctor")
 """Commands that several processes of one launch may run: training together, or writing nothing."""
 
 USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
@@ -42,9 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     if argv[0] in ("--version", "version"):
-        from .. import __version__
-
-        print(f"doratune {__version__}")
+        print(_version())
         return 0
     if argv[0] not in COMMANDS:
         from ..errors import near_misses
@@ -85,8 +87,18 @@ def _run(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("doratune"):
             raise
-        print(f"doratune {command}: needs {error.name}; pip install 'doratune[train,plots,report]'", file=sys.stderr)
+        from ..support.packages import install_line
+
+        print(f"doratune {command}: needs {error.name}; {install_line(error.name or 'doratune')}", file=sys.stderr)
         return 2
+
+
+def _version() -> str:
+    """What runs, and on what: read from the metadata, nothing is imported."""
+    from .. import __version__
+    from ..support.packages import versions
+
+    return f"doratune {__version__} ({', '.join(f'{name} {version}' for name, version in versions().items())})"
 
 
 def _refuse_several(command: str) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, listed
-from ..evaluation.protocols import protocols_of
 from ..support.files import read_json
 from ..support.text import lines, read_text
 from ..support.yaml_text import as_read_back, read_yaml
@@ -89,7 +88,7 @@ def finished(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> Result | N
         protocols = {protocol for _, protocol, _ in named}
     except (KeyError, TypeError, ValueError):
         protocols = set()
-    if not protocols >= set(protocols_of(shared.tasks_protocol)):
+    if not protocols or (grid.score != "eval_loss" and grid.score not in protocols):
         raise UserError(f"{scores / 'results.json'} holds no whole results; delete the cell's metrics.json, and it runs again")
     for task, protocol, total in named:
         verdicts, items[f"{task} ({protocol})"] = read_verdicts(scores / f"{task}.{protocol}.jsonl", total)

@@ -8,23 +8,26 @@ few positions only (`logits_to_keep`): with a vocabulary of 49,152 that is a fif
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..errors import UserError
+from .files import placed
 
 IGNORED = -100
 
 
 class Encoded(NamedTuple):
-    """One example: token ids, which of them are answer, and where the last answer starts."""
+    """One example: token ids, which of them are answer, where the last answer starts, and whether it may be divided into several
+    examples (a plain text) instead of being cut."""
 
     ids: list[int]
     answer: list[bool]
     last_answer: int
+    divisible: bool = False
 
     @classmethod
     def of_mask(cls, ids: list[int], answer: list[bool]) -> Encoded:
@@ -46,12 +49,14 @@ class DataReport:
     examples: int = 0
     cut: int = 0
     skipped: int = 0
+    divided: int = 0
     unusable: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.examples} examples"
         text += f": {self.cut} cut on the prompt's left, {self.skipped} skipped as too long" if self.cut or self.skipped else ""
         text += "" if self.cut or self.skipped else ", none too long"
+        text += f"; {self.divided} texts divided into examples of that length" if self.divided else ""
         if self.unusable:
             text += f"; {len(self.unusable)} unusable items skipped (the first: {self.unusable[0]})"
         return text
@@ -126,24 +131,8 @@ def encode_all(
     Raises:
         UserError: no example fits, or an item that cannot be tokenized or masked.
     """
-    report, rows = DataReport(len(items)), []
-    report.unusable = [] if unusable is None else unusable
-    for number, item in enumerate(items, 1):
-        try:
-            whole = _encode_one(item, encode, tokenizer, number)
-        except UserError as error:
-            if unusable is None:
-                raise
-            unusable.append(str(error))
-            continue
-        example = fit(whole, max_length, too_long, tokenizer.bos_token_id)
-        if example is None:
-            report.skipped += 1
-            continue
-        report.cut += len(example.ids) < len(whole.ids)
-        labels = [i if a or on_prompt else IGNORED for i, a in zip(example.ids, example.answer)]
-        rows.append({"input_ids": example.ids, "labels": labels, "length": len(labels)})
-    report.examples -= len(items) - len(rows) - report.skipped
+    report = DataReport()
+    rows = list(encode_each(items, encode, tokenizer, max_length, too_long, on_prompt, unusable, report))
     if not rows and report.skipped:
         raise UserError(f"all {len(items)} examples are longer than max_length {max_length}; raise max_length")
     if not rows:
@@ -151,19 +140,61 @@ def encode_all(
     return rows, report
 
 
-def _encode_one(item, encode, tokenizer, number: int) -> Encoded:
+def encode_each(
+    items: Iterable,
+    encode,
+    tokenizer,
+    max_length: int,
+    too_long: str,
+    on_prompt: bool,
+    unusable: list[str] | None,
+    report: DataReport,
+) -> Iterator[dict]:
+    """{input_ids, labels, length} of each item that can be used, one after the other, counted in `report`; see `encode_all`."""
+    report.unusable = [] if unusable is None else unusable
+    for number, item in enumerate(items, 1):
+        try:
+            whole = encode_one(item, encode, tokenizer, number)
+        except UserError as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
+            continue
+        report.examples += 1
+        examples = fitting(whole, max_length, too_long, tokenizer.bos_token_id)
+        report.skipped += not examples
+        report.divided += len(examples) > 1
+        report.cut += len(examples) == 1 and len(examples[0].ids) < len(whole.ids)
+        for example in examples:
+            labels = [i if a or on_prompt else IGNORED for i, a in zip(example.ids, example.answer)]
+            yield {"input_ids": example.ids, "labels": labels, "length": len(labels)}
+
+
+def fitting(example: Encoded, max_length: int, too_long: str, bos: int | None) -> list[Encoded]:
+    """An example within max_length tokens, several where it may be divided; none where it must be skipped."""
+    if example.divisible and too_long == "cut" and len(example.ids) > max_length:
+        starts = [i for i in range(0, len(example.ids), max_length) if len(example.ids) - i > 1]  # one token alone predicts nothing
+        return [Encoded(example.ids[i : i + max_length], example.answer[i : i + max_length], 0, True) for i in starts]
+    one = fit(example, max_length, too_long, bos)
+    return [] if one is None else [one]
+
+
+def encode_one(item, encode, tokenizer, number: int = 1) -> Encoded:
+    """The tokens of one item; whatever fails in a template or a tokenizer is a UserError that begins with the item's place."""
     where = getattr(item, "where", f"item {number}")
     try:
         example = encode(item, tokenizer)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(placed(f"{where}: {error}", item)) from None
     except Exception as error:  # a template or a tokenizer is a program of others: jinja2's, Rust's and Python's own types
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise UserError(
+        problem = (
             f"{where} cannot be put into tokens ({type(error).__name__}: {reason[:200]}); mend or remove it, or set bad_items: skip"
-        ) from None
+        )
+        raise UserError(placed(problem, item)) from None
     if not any(example.answer[1:]):
-        raise UserError(f"{where}: no token of it is answer, so there is nothing to learn; remove it, or set bad_items: skip")
+        problem = f"{where}: no token of it is answer, so there is nothing to learn; remove it, or set bad_items: skip"
+        raise UserError(placed(problem, item))
     return example
 
 

@@ -1,74 +1,75 @@
-"""Reading JSON and JSONL files of examples, with the line or item named when something is wrong."""
+"""Files of examples: every item as an object, with its place for messages; what no item can be is named by its number.
+
+The containers (.json, .jsonl, .csv, …) and compressions are in `containers/`. Cost: the container's.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
-from ..support.text import lines, read_text
+from ..errors import UserError, listed
+from .containers import read_values
+from .containers.json_text import repeated_names
 
 
 class Item(dict):
-    """One example as its file has it, with where it stands there, for messages."""
+    """One example as its file has it, with where it stands there, for messages.
 
-    def __init__(self, values: dict, where: str):
+    Attributes:
+        where: "FILE: item 3". line: its first line in the file, or its row's number. source: the file or name it comes from.
+        raw: the item before `columns` renamed its fields.
+    """
+
+    def __init__(self, values: dict, where: str, line: int | None = None, source: str = "", raw: dict | None = None):
         super().__init__(values)
-        self.where = where
+        self.where, self.line, self.source, self.raw = where, line, source, raw if raw is not None else values
+
+    def renamed(self, values: dict) -> Item:
+        """The same item under other names of its fields."""
+        return Item(values, self.where, self.line, self.source, self.raw)
 
 
 def read_examples(path: Path, unusable: list[str] | None = None) -> list[Item]:
-    """A list of JSON objects from a .json (one list) or .jsonl (one object a line, lines end in a line feed) file.
-
-    Args:
-        unusable: takes a line for each item that is no object, and the item is skipped; None: the first stops.
+    """The examples of a file: see `each_example`.
 
     Raises:
         UserError: missing, empty or malformed file, with file and line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file")
-    try:
-        text = read_text(path)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 JSON") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that you may read") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; expected a JSON list or one JSON object a line")
-    examples = _lines(path, text) if path.suffix == ".jsonl" or not text.lstrip().startswith("[") else _whole(path, text)
-    if not examples:
+    items = list(each_example(path, unusable))
+    if not items and not unusable:
         raise UserError(f"{path} holds no examples")
-    items = []
-    for number, example in enumerate(examples, 1):
-        if isinstance(example, dict):
-            items.append(Item(example, f"{path}: item {number}"))
-            continue
-        problem = f"{path}: item {number} is a {type(example).__name__}, expected a JSON object"
-        if unusable is None:
-            raise UserError(problem)
-        unusable.append(problem)
     return items
 
 
-def _whole(path: Path, text: str) -> list:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: malformed JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise UserError(f"{path}: JSON that cannot be read ({str(error)[:100]})") from None
+def each_example(path: Path, unusable: list[str] | None = None) -> Iterator[Item]:
+    """The objects of a file, one after the other.
+
+    Args:
+        unusable: takes a line for each item that is malformed, no object, or names a value twice, and the item is skipped; None:
+            the first stops.
+
+    Raises:
+        UserError: missing, empty or malformed file, with file and line.
+    """
+    for number, (line, value) in enumerate(read_values(path), 1):
+        where = f"{path}: item {number}"
+        problem = None
+        if isinstance(value, UserError):
+            problem = str(value)
+        elif not isinstance(value, dict):
+            problem = f"{where} is a {type(value).__name__}, expected a JSON object"
+        elif names := repeated_names(value):
+            problem = f"{where} (line {line}) names {listed(map(repr, names), 3)} twice; leave one of the two"
+        if problem is None:
+            yield Item(value, where, line, str(path))
+        elif unusable is None:
+            raise UserError(problem)
+        else:
+            unusable.append(problem)
 
 
-def _lines(path: Path, text: str) -> list:
-    examples = []
-    for number, line in enumerate(lines(text), 1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: malformed JSON ({error.msg})") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: JSON that cannot be read ({str(error)[:100]})") from None
-    return examples
+def placed(problem: str, item) -> str:
+    """A problem with the line of its item in the file, where the item's number is not the line's."""
+    line = getattr(item, "line", None)
+    return problem if line is None or item.where.endswith(f" {line}") else f"{problem} (line {line})"

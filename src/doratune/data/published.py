@@ -1,4 +1,4 @@
-"""The commonsense data of the paper (§5.1) by name, fetched once from where LLM-Adapters publishes it.
+"""The published data sets by name: commonsense and arithmetic (§5.1) as LLM-Adapters publishes it, Orca-Math (§6.1) from the hub.
 
 A file enters the cache whole or not at all: it is downloaded beside its final name and checked (length, JSON, number of items,
 SHA-256 where it is known) before it is renamed.
@@ -43,8 +43,31 @@ TEST_SETS = {
     "openbookqa": Published(
         "dataset/openbookqa/test.json", 500, "8479930f7b8a26052c78250280b5465a4016ca7fc806af440d0f37e243f3099e"
     ),
+    "AddSub": Published("dataset/AddSub/test.json", 395),
+    "MultiArith": Published("dataset/MultiArith/test.json", 600),
+    "SingleEq": Published("dataset/SingleEq/test.json", 508),
+    "SVAMP": Published("dataset/SVAMP/test.json", 1_000),
+    "gsm8k": Published("dataset/gsm8k/test.json", 1_319),
 }
 ALL = TRAINING_SETS | TEST_SETS
+
+
+class HubPart(NamedTuple):
+    """Items `start` to `stop` of a hub data set in the order of `datasets`' shuffle with `seed`."""
+
+    repository: str
+    items: int
+    seed: int
+    start: int
+    stop: int
+
+
+ORCA_MATH = "microsoft/orca-math-word-problems-200k"
+HUB_PARTS = {
+    "orca_math_100k": HubPart(ORCA_MATH, 200_035, 42, 0, 100_000),
+    "orca_math": HubPart(ORCA_MATH, 200_035, 42, 195_035, 195_535),
+}
+"""Orca-Math as the published QDoRA runs have it (§6.1, Answer.AI's scripts): the training half, the score's 500 problems."""
 
 
 def fetch(name: str, base_url: str = PUBLISHED_AT, folder: Path | None = None) -> Path:
@@ -64,12 +87,43 @@ def fetch(name: str, base_url: str = PUBLISHED_AT, folder: Path | None = None) -
         return target
     url = base_url.rstrip("/") + "/" + published.path
     with replacing(target) as temporary:
-        _download(url, temporary, name, target)
+        download(url, temporary, name, target)
         _check(temporary, published, url)
     return target
 
 
-def _download(url: str, path: Path, name: str, target: Path) -> None:
+def hub_part(name: str) -> list[dict]:
+    """The items of one of `HUB_PARTS`: the parts of one data set share no item.
+
+    Raises:
+        UserError: the hub cannot be reached, or the data set is not what was published.
+    """
+    part = HUB_PARTS[name]
+    whole = from_hub(part.repository)
+    if len(whole) != part.items:
+        raise UserError(f"{part.repository} has {len(whole)} items, {part.items} were published; {name} would be other items")
+    return whole.shuffle(seed=part.seed).select(range(part.start, part.stop)).to_list()
+
+
+def from_hub(name: str):
+    """The training split of a hub data set.
+
+    Raises:
+        UserError: it cannot be loaded, with the reason.
+    """
+    from datasets import load_dataset
+
+    from ..support.hub import hub_settings
+
+    hub_settings(name, "dataset")
+    try:
+        return load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load the data set {name} from the hub: {reason[:200]}") from None
+
+
+def download(url: str, path: Path, name: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(path, "wb") as file:
             expected = response.headers.get("Content-Length")

@@ -1,7 +1,9 @@
-"""Scoring a model on the commonsense tasks (§5.1): one file a protocol, one for the tasks, one for the report.
+"""Scoring a model on tasks whose answers can be checked (§5.1, §6.1): one file a protocol, one a kind of items.
 
 evaluate.py     one evaluation: model × tasks × protocols
-tasks.py        the tasks: which answers each allows
+tasks.py        tasks by name or file, chance and majority level
+kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math
+numbers.py      numbers in a text
 protocols.py    the protocols' names
 generate.py     protocol generate: the model writes
 likelihood.py   protocol likelihood: the most probable allowed answer

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..checkpoint.values import finite
-from ..data.instruction import prompt_of
 from ..data.limits import check_tokens
 from ..errors import UserError, listed, near_misses
 from ..support.environment import peak_bytes
@@ -20,11 +19,12 @@ from ..support.folders import whole_folder
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
+from .kinds import kind_of
 from .likelihood import continuation_tokens, likelihood
 from .paper import check_fixed, paper
 from .protocols import BOTH, PROTOCOLS, protocols_of
 from .summary import add_published, overall, summarize, table
-from .tasks import load_task
+from .tasks import kinds_of, load_task, protocols_for
 
 
 def evaluate(
@@ -44,7 +44,8 @@ def evaluate(
 
     Args:
         tasks: (name, items) pairs, see `tasks.load_task`.
-        beams, max_new_tokens: of protocol `generate`, 1 and 32 by default; `paper` has its own.
+        protocols: each task is scored by those of them that its kind of items has; one at least.
+        beams, max_new_tokens: of protocol `generate`, 1 and what the items' kind needs by default; `paper` has its own.
         output: folder for the item files and results.json, whole or as it was; None writes nothing.
         facts: (base model, method, rank), to find the published figure.
         progress: (label, number of items) → (advance, close).
@@ -53,13 +54,12 @@ def evaluate(
         {"results": […], "averages": […], "peak_bytes": …}
 
     Raises:
-        UserError: an unknown protocol, or a model whose weights or scores are NaN or infinite.
+        UserError: an unknown protocol, one that a task does not have, or a model whose weights or scores are NaN or infinite.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"protocol is {protocol!r}; expected {' or '.join(PROTOCOLS)}{near_misses(protocol, PROTOCOLS)}")
-    if "paper" in protocols:
-        check_fixed(beams=beams, max_new_tokens=max_new_tokens)
+    check_protocols(tasks, protocols, beams=beams, max_new_tokens=max_new_tokens)
     refuse_spoiled(model)
     check_items(model, tokenizer, tasks, protocols, max_new_tokens)
     if output is not None:
@@ -78,11 +78,14 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
     results = []
     for protocol in protocols:
         for name, items in tasks:
+            if not protocols_for(items, [protocol]):
+                continue
             advance, close = progress(f"{name} {protocol}", len(items)) if progress else (lambda n: None, lambda: None)
             started = time.perf_counter()
             with contiguous_head(model):
                 if protocol == "generate":
-                    records = generate(model, tokenizer, items, batch_size, beams or 1, max_new_tokens or 32, advance)
+                    longest = max_new_tokens or longest_output(items)
+                    records = generate(model, tokenizer, items, batch_size, beams or 1, longest, advance)
                 elif protocol == "paper":
                     records = paper(model, tokenizer, items, batch_size, advance)
                 else:
@@ -116,9 +119,32 @@ def check_items(
     Raises:
         UserError: a token that the model does not have, or an item longer than its positions.
     """
-    prompts = (tokenizer(prompt_of(item))["input_ids"] for _, items in tasks for item in items)
-    answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else max_new_tokens or 32
-    check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
+    for _, items in tasks:
+        prompts = (tokenizer(kind_of(item).prompt(item))["input_ids"] for item in items)
+        written = max_new_tokens or longest_output(items)
+        answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else written
+        check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
+
+
+def longest_output(items: Sequence[dict]) -> int:
+    """Tokens that an answer to these items may have."""
+    return max(kind.max_new_tokens for kind in kinds_of(items))
+
+
+def check_protocols(tasks: Sequence[tuple[str, list[dict]]], protocols: Sequence[str], **settings: int | None) -> None:
+    """Hold the protocols, and the settings that `paper` fixes, against the tasks.
+
+    Raises:
+        UserError: a task that no protocol fits; a setting that differs from the published script's.
+    """
+    for name, items in tasks:
+        if not protocols_for(items, protocols):
+            have = " or ".join(protocols_for(items, PROTOCOLS))
+            asked = " or ".join(protocols)
+            raise UserError(f"{name} has no protocol {asked}: its answers are not chosen from a few; use {have}")
+        if "paper" in protocols:
+            for kind in kinds_of(items):
+                check_fixed(kind.published.settings, **settings)
 
 
 def show(summary: dict) -> str:
@@ -148,6 +174,7 @@ class AfterTraining:
         self.protocols = protocols_of(recipe.tasks_protocol)
 
     def check(self, model, tokenizer) -> None:
+        check_protocols(self.tasks, self.protocols)
         check_items(model, tokenizer, self.tasks, self.protocols)
 
     def __call__(self, model, tokenizer) -> None:

@@ -1,8 +1,9 @@
-"""Protocol `generate`: the model writes, the first match of the task's pattern counts (the paper's rule).
+"""Protocol `generate`: the model writes, and the item's kind says what in the text is the answer (`kinds/`).
 
-Left-padded with attention mask, sorted by length; greedy, or beam search. Greedy decoding stops a sequence as soon as its
-first match is there: what comes after cannot change the verdict. What the checkpoint's generation config says is left out:
-transformers fills every setting that a call leaves open from it, sampling and penalties too.
+Left-padded with attention mask, sorted by length; greedy, or beam search. Greedy decoding stops a sequence as soon as nothing
+that comes after can change the verdict: a commonsense answer is the first match, a number the last before a heading. What the
+checkpoint's generation config says is left out: transformers fills every setting that a call leaves open from it, sampling and
+penalties too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..data.instruction import prompt_of as plain_prompt
 from ..errors import UserError
 from . import prefix
-from .tasks import first_answer
+from .kinds import TaskKind, kind_of
 
 
 @torch.no_grad()
@@ -28,16 +28,17 @@ def generate(
     beams: int,
     max_new_tokens: int,
     done: Callable[[int], None],
-    prompt_of: Callable[[Mapping], str] = plain_prompt,
-    response_of: Callable[[str], str] | None = None,
+    prompt_of: Callable[[Mapping], str] | None = None,
+    read: Callable[[str, Mapping], tuple[str | None, bool]] | None = None,
 ) -> list[dict]:
     """One record an item, in the items' order: prompt, output, predicted answer, correct.
 
     Args:
-        prompt_of: the text in front of the answer.
-        response_of: the part of an output that is searched for the answer; None searches all of it.
+        prompt_of: the text in front of the answer; default: as the item's kind asks.
+        read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
-    prompts = [tokenizer(prompt_of(item))["input_ids"] for item in items]
+    texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
+    prompts = [tokenizer(texts_of(item))["input_ids"] for item in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -47,7 +48,8 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    stops_early = beams == 1 and response_of is None
+    stops_early = beams == 1 and read is None
+    read = read or read_output
     records: list[dict] = [{}] * len(items)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -64,16 +66,18 @@ def generate(
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
-            answer = first_answer(response_of(text) if response_of else text, items[i])
-            records[i] = {
-                "prompt": prompt_of(items[i]),
-                "output": text,
-                "answer": answer,
-                "gold": items[i]["answer"],
-                "correct": answer == items[i]["answer"],
-            }
+            answer, right = read(text, items[i])
+            gold = kind_of(items[i]).gold(items[i])
+            records[i] = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": gold, "correct": right}
         done(len(batch))
     return records
+
+
+def read_output(text: str, item: Mapping) -> tuple[str | None, bool]:
+    """(the answer that an output gives to an item, whether it is right), as the item's kind says."""
+    kind = kind_of(item)
+    answer = kind.answer(kind.response(text), item)
+    return answer, kind.right(answer, item)
 
 
 @contextlib.contextmanager
@@ -96,15 +100,16 @@ class NumbersOnly(LogitsProcessor):
 
 
 class AnswerFound(StoppingCriteria):
-    """True for each sequence whose text holds an allowed answer."""
+    """True for each sequence whose answer is settled, whatever it goes on with."""
 
     def __init__(self, tokenizer, items: list[dict], prompt_length: int):
-        self.tokenizer, self.items, self.prompt_length = tokenizer, items, prompt_length
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.items: list[tuple[TaskKind, dict]] = [(kind_of(item), item) for item in items]
         self.has_answer = [False] * len(items)
 
     def __call__(self, input_ids, scores, **kwargs):
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        self.has_answer = [f or first_answer(t, i) is not None for f, t, i in zip(self.has_answer, texts, self.items)]
+        self.has_answer = [has or kind.settled(t, i) for has, t, (kind, i) in zip(self.has_answer, texts, self.items)]
         return torch.tensor(self.has_answer, device=input_ids.device)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..data.instruction import prompt_of
 from ..errors import UserError
 from .generate import left_pad
-from .tasks import ANSWERS, choices
+from .kinds.commonsense import ANSWERS, choices
 
 CONTINUATION = "the correct answer is {}"
 

@@ -1,12 +1,11 @@
-"""The eight commonsense tasks: which answers each allows, how an answer is found in a text, chance and majority level.
+"""Tasks by name or file, chance and majority level. What an item is, and when an answer is right: `kinds/`.
 
-The pattern is the paper's: the first allowed answer anywhere in the output; none means unparsable, which counts as wrong.
-A file of mixed items is scored as well: each item's allowed answers follow from its gold answer.
+Named tasks are those of the published data: eight commonsense tasks, five arithmetic test sets, Orca-Math's held-out problems, and
+`demo`, the demonstration's test half. A file may hold items of several kinds.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,76 +13,81 @@ from pathlib import Path
 from ..data import DEMO, facts, published
 from ..data.files import read_examples
 from ..errors import UserError, near_misses
+from .kinds import TaskKind, kind_of, kinds
+from .protocols import PROTOCOLS
 
-ANSWERS = {
-    "boolq": ("true", "false"),
-    "piqa": ("solution1", "solution2"),
-    "social_i_qa": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
-    "winogrande": ("option1", "option2"),
-    "ARC-Easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-    "ARC-Challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-    "openbookqa": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-}
-"""Task → the answers that its published pattern accepts."""
-
-_FAMILIES = tuple(dict.fromkeys(ANSWERS.values()))
-_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
+NAMES = tuple(task for kind in kinds() for task in kind.tasks)
+"""The published tasks."""
 
 
 def load_task(task: str, mirror: str | None = None, limit: int | None = None) -> tuple[str, list[dict]]:
     """(name, items) of a task by name, of `demo` (the demonstration's test half), or of a .json/.jsonl file in the tasks' format.
 
     Raises:
-        UserError: unknown task, malformed file, or an item without instruction, or whose answer no pattern accepts.
+        UserError: unknown task, malformed file, or an item without a question, or whose answer no kind of task accepts.
     """
     path = Path(task)
+    if task == "mt_bench":
+        raise UserError("mt_bench is judged, not scored against answers; use doratune evaluate --task mt_bench by itself")
     if task == DEMO:
         return DEMO, facts.items("test")[:limit]
-    if task in ANSWERS:
+    if task in published.HUB_PARTS and task in NAMES:
+        return task, published.hub_part(task)[:limit]
+    if task in NAMES:
         name, path = task, published.fetch(task, **({"base_url": mirror} if mirror else {}))
     elif path.suffix in (".json", ".jsonl") or path.exists():
         name = path.parent.name if path.stem == "test" and path.parent.name else path.stem
     else:
-        raise UserError(f"unknown task {task!r}{near_misses(task, ANSWERS)}; give {', '.join(ANSWERS)}, {DEMO} or a .json file")
+        raise UserError(f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO} or a .json file")
     items = read_examples(path)[:limit]
     for number, item in enumerate(items, 1):
-        where = f"{path}: item {number}"
-        if not isinstance(item.get("instruction"), str) or not item["instruction"].strip():
-            raise UserError(f"{where} has no text under 'instruction'")
-        if family(item) is None:
-            raise UserError(f"{where}: answer is {item.get('answer')!r}, which no task's pattern accepts")
+        if problem := _problem(item):
+            raise UserError(f"{path}: item {number}{problem}")
     return name, items
 
 
-def family(item: Mapping) -> tuple[str, ...] | None:
-    """The answers that the pattern of this item's task accepts."""
-    return next((answers for answers in _FAMILIES if item.get("answer") in answers), None)
+def _problem(item: Mapping) -> str | None:
+    """Why an item cannot be scored; None where it can."""
+    kind = kind_of(item)
+    if kind is not None:
+        return kind.problem(item)
+    for key in ("question", "instruction"):
+        if key == "instruction" or key in item:
+            if not isinstance(item.get(key), str) or not item[key].strip():
+                return f" has no text under {key!r}"
+            break
+    return f": answer is {item.get('answer')!r}, which no task's pattern accepts"
 
 
-def choices(item: Mapping) -> tuple[str, ...]:
-    """The answers that this item offers: what its "Answer format: a/b/c" lists, else all of its task's."""
-    if match := _FORMAT.search(item["instruction"]):
-        listed = tuple(match[1].split("/"))
-        if item["answer"] in listed and set(listed) <= set(family(item)):
-            return listed
-    return family(item)
+def protocols_for(items: Sequence[Mapping], protocols: Sequence[str]) -> tuple[str, ...]:
+    """Those of the protocols by which every item of a task can be scored."""
+    present = {kind_of(item) for item in items}
+    return tuple(p for p in protocols if all(kind is not None and p in kind.protocols for kind in present))
 
 
-def first_answer(text: str, item: Mapping) -> str | None:
-    """The first allowed answer in a text, as the published scripts find it; None where there is none."""
-    match = re.search("|".join(family(item)), text)
-    return match[0] if match else None
+def protocols_of_task(task: str) -> tuple[str, ...]:
+    """The protocols that a named task or a file on this machine can be scored by; all of them where that cannot be told yet."""
+    for kind in kinds():
+        if task in kind.tasks:
+            return kind.protocols
+    return protocols_for(load_task(task)[1], PROTOCOLS) if Path(task).is_file() else PROTOCOLS
+
+
+def kinds_of(items: Sequence[Mapping]) -> tuple[TaskKind, ...]:
+    """The kinds of a task's items, each once."""
+    present = {kind_of(item) for item in items}
+    return tuple(kind for kind in kinds() if kind in present)
 
 
 def chance(items: Sequence[Mapping]) -> float:
-    """Accuracy of guessing: mean of 1 / number of choices."""
-    return sum(1 / len(choices(item)) for item in items) / len(items)
+    """Accuracy of guessing: mean of 1 / number of choices; a free answer is not guessed."""
+    return sum(kind_of(item).chance(item) for item in items) / len(items)
 
 
 def majority(items: Sequence[Mapping]) -> float:
     """Accuracy of always giving the most frequent answer of each kind of item."""
-    kinds: dict[tuple, Counter] = {}
+    groups: dict[object, Counter] = {}
     for item in items:
-        kinds.setdefault(family(item), Counter())[item["answer"]] += 1
-    return sum(max(counts.values()) for counts in kinds.values()) / len(items)
+        kind = kind_of(item)
+        groups.setdefault(kind.group(item), Counter())[kind.gold(item)] += 1
+    return sum(max(counts.values()) for counts in groups.values()) / len(items)

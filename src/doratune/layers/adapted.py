@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
+from .magnitude import MAGNITUDES
 from .weight import AdaptedWeight
+
+MAGNITUDE = MAGNITUDES[False][0]
 
 
 class Adapted:
@@ -46,7 +49,7 @@ class Adapted:
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         restore_precision(self)
-        self.adapted.changed()
+        self.adapted.moved()
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -69,6 +72,10 @@ class Adapted:
         a = self.adapted
         parts = [super().extra_repr(), f"{a.direction.name} rank={a.rank}, scaling={a.scaling:g}"]
         return ", ".join([part for part in parts if part] + ([f"magnitude per {a.axis}"] if a.magnitude else []))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, Adapted)
 
 
 class RelativeMagnitude:
@@ -123,12 +130,23 @@ def keep_precision(module: nn.Module, apply):
             if grad is not None:
                 p.grad = grad.to(p.device, wide)
     a.changed()
+    low = before[MAGNITUDE][0].dtype if MAGNITUDE in before else wide
+    if low.itemsize < wide.itemsize and base.device(module).type != "meta":
+        start_again(module, low)
     if w_before is not None and base.dtype(module) != dtype and base.device(module).type != "meta":
         m = getattr(module, start)
         w = a.facts.w2.sqrt().to(m.dtype)
         m_before = before[start][0].to(m.device)
         m.data = torch.where(m_before == w_before.to(m_before), w, m.data)
     return result
+
+
+@torch.no_grad()
+def start_again(module: nn.Module, low: torch.dtype) -> None:
+    """Give magnitudes that are the norms of their rows, rounded to `low` by somebody, the norms themselves."""
+    m = module._parameters[MAGNITUDE]
+    w = module.adapted.facts.w2.sqrt().to(m.dtype)
+    m.data = torch.where(m == w.to(low).to(m.dtype), w, m)
 
 
 def restore_precision(module: nn.Module) -> None:

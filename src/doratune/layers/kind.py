@@ -32,6 +32,8 @@ class LayerKind:
     """Is its weight a batch of matrices (E, O, I)?"""
     transposed = False
     """Is its weight stored (I, O)?"""
+    linear_in_x = True
+    """Is its output linear in its input, but for a bias? Not where that holds ids."""
     batch_first = True
     """Is the first dimension of its input, where it has more than the last, the batch?"""
 
@@ -48,6 +50,14 @@ class LayerKind:
 
     def forward(self, layer, *args, **kwargs):
         """The adapted layer's output; `layer.base_forward` is the plain layer's own forward."""
+        raise NotImplementedError
+
+    def finishes(self, weight) -> bool:
+        """Can `finish` make the adapted layer's output?"""
+        return False
+
+    def finish(self, layer, x: Tensor, out: Tensor) -> Tensor:
+        """The adapted layer's output from the plain layer's, without gradients."""
         raise NotImplementedError
 
     def base(self, module: nn.Module) -> Base | None:

@@ -56,6 +56,13 @@ class LinearKind(LayerKind):
             out = BaseGradient.apply(x, out, weight)
         return out if not weight.rank and weight.axis == "input" else weight.compose(x, out, getattr(layer, "bias", None))
 
+    def finishes(self, weight) -> bool:
+        return not (weight.magnitude and weight.axis == "input")
+
+    def finish(self, layer, x: Tensor, out: Tensor) -> Tensor:
+        layer.adapted.calls += 1
+        return layer.adapted.compose(x, out, getattr(layer, "bias", None))
+
     def own_product(self, weight, cls: type) -> bool:
         """Is the forward of this plain class just x·Wᵀ + bias with a plain W?"""
         return cls.forward is nn.Linear.forward and weight.base.writable and weight.rank > 0

@@ -4,6 +4,7 @@
     nn.DataParallel, DistributedDataParallel, AveragedModel        `module`
     checkpoint_wrapper, offload_wrapper    `_checkpoint_wrapped_module`
     FullyShardedDataParallel               `_fsdp_wrapped_module`
+    doratune.as_peft(m)                    `base_model.model`
 
 A model is the same model before and after one of its layers was compiled or wrapped: names here are those of the plain one. A
 wrapper is known by its class, so that a user's own child called `module` keeps its name. Cost: one walk, as `named_modules`.
@@ -24,6 +25,8 @@ _WRAPPERS = (
     ("torch.optim.swa_utils", "AveragedModel", "module"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    ("doratune.training.peft_view", "PeftView", "base_model"),
+    ("doratune.training.peft_view", "Tuner", "model"),
 )
 """(where its class lives, the class, the name of the child that it stands around). A class whose file was never imported has no
 instances: nothing is imported to look."""

@@ -1,7 +1,7 @@
 """What an allocator holds where a log of allocations needs less: freed blocks lie between others and are too small for the next.
 
 A heap that grows at its end, takes the smallest free block that is large enough, joins free neighbours and gives nothing back:
-glibc as the commands set it (`cli/output.py`), where no block is mapped by itself. A block must be larger than what is asked for by the
+glibc as the commands set it (`cli/output.py`), where no block is mapped by itself. A block must exceed what is asked for by the
 slack of an aligned request, so that a block that was freed is too small for the same request again, unless its neighbour is free.
 Cost: a few microseconds an allocation.
 """

@@ -2,7 +2,7 @@
 tensors, which have shapes and no numbers. The real layers read numbers (norms, guards against cancellation, hashes).
 
     PackedLinear    a linear layer whose weight is packed: W is dequantized for each product and dropped
-    Composed        y = g ⊙ out + z·Bᵀ: keeps x, z = x·Aᵀ and y (`math/autograd.py`); where the layer's forward is one product with a
+    Composed        y = g ⊙ out + z·Bᵀ: keeps x, z = x·Aᵀ and y (`math/autograd.py`); where a layer's forward is one product with a
                     plain W, that product is made inside and y takes its place
     Scaled          x̃ = g ⊙ x in front of a layer, on the input axis
 

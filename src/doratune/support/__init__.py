@@ -10,6 +10,7 @@ hub.py           whether a hub answers, asked once
 model_folders.py   model folders of transformers and diffusers: class, modules, config
 headers.py       names and shapes in the files a model came from
 examples.py      an input for any model, from its config
+packages.py      requirements of every extra, and what is installed of them
 environment.py   machine, versions, commit, peak memory
 tables.py        text tables: aligned, Markdown
 text.py          UTF-8 text and its lines

@@ -49,6 +49,14 @@ def with_settings_of(source: type, after: str | None = None) -> Callable[[type[T
     return extended
 
 
+def documented(cls: type[T]) -> type[T]:
+    """A decorator, above `@dataclass`: `help(cls)` shows the string below each field."""
+    texts = documentation(cls)
+    head, raises, rest = inspect.cleandoc(cls.__doc__).partition("\nRaises:")
+    cls.__doc__ = f"{head}\nArgs:\n" + "".join(f"    {name}: {text}\n" for name, text in texts.items()) + raises + rest
+    return cls
+
+
 @cache
 def documentation(cls: type) -> dict[str, str]:
     """{field: the string below it, on one line}, of a dataclass and its bases; nothing where the source is not at hand."""

