@@ -1,9 +1,10 @@
 """Tokens a second of training, the same examples in three kinds of batches: shuffled and padded, grouped by length, packed.
 
-    python benchmarks/packing.py DATA.jsonl --examples 192 --output benchmarks/results/packing_cpu.json
+    python benchmarks/packing.py DATA.jsonl --output benchmarks/results/packing_cpu.json
 
-One DoRA model in one process; a step of each arm in turn, until each has seen all examples once. Batches hold about as many
-real tokens: `--batch_size` examples, or the rows of `--max_length` tokens that come nearest to them. Real tokens alone are counted.
+One DoRA model in one process; a step of each arm in turn. The batches are those of an epoch of all examples, `--steps` of each arm
+drawn at random. They hold about as many real tokens: `--batch_size` examples, or the rows of `--max_length` tokens nearest to
+them. Real tokens alone are counted.
 The losses at the start, in float32 over the first `--compared` examples, say that the arms compute the same.
 """
 
@@ -79,18 +80,18 @@ def step(model, optimizer, batch: dict) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(model, optimizer, arms: dict[str, list[dict]], most: int | None) -> dict[str, dict]:
+def measure(model, optimizer, arms: dict[str, list[dict]], steps: int) -> dict[str, dict]:
     """Seconds and tokens of each arm, its first step not counted; the arms take turns."""
     spent = {arm: {"wall_s": 0.0, "cpu_s": 0.0, "tokens": 0, "steps": 0} for arm in arms}
     for arm in arms:
-        step(model, optimizer, arms[arm][0])
-    for turn in range(min(most or 10**9, max(len(batches) for batches in arms.values()))):
-        for arm, batches in arms.items():
-            if turn < len(batches):
-                wall, cpu = step(model, optimizer, batches[turn])
-                one = spent[arm]
-                one["wall_s"], one["cpu_s"], one["steps"] = one["wall_s"] + wall, one["cpu_s"] + cpu, one["steps"] + 1
-                one["tokens"] += int(batches[turn]["attention_mask"].sum())
+        step(model, optimizer, arms[arm][0])  # the first step is not counted
+    drawn = {arm: random.Random(0).sample(batches, steps) for arm, batches in arms.items()}
+    for turn in range(steps):
+        for arm, batches in drawn.items():
+            wall, cpu = step(model, optimizer, batches[turn])
+            one = spent[arm]
+            one["wall_s"], one["cpu_s"], one["steps"] = one["wall_s"] + wall, one["cpu_s"] + cpu, one["steps"] + 1
+            one["tokens"] += int(batches[turn]["attention_mask"].sum())
     return {arm: one | {"tokens_a_second": one["tokens"] / one["wall_s"]} for arm, one in spent.items()}
 
 
@@ -98,13 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--examples", type=int, default=192)
+    parser.add_argument("--examples", type=int, default=None, help="only so many of the data")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", default="template")
     parser.add_argument("--compared", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=None, help="at most so many steps of each arm")
+    parser.add_argument("--steps", type=int, default=12, help="of each arm")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     keep_freed_memory()

@@ -4,6 +4,7 @@ attach.py     attach to a model in place, walk over it, take it off again
 layer.py      one layer: adapted, and a plain one again
 targets.py    which modules a configuration selects, and why others are left out
 start.py      what A, B and m start from
+base_norms.py   by which an adapter knows its base again
 fresh.py      parameters that no file holds: drawn at random, or a vocabulary that grew
 whole.py      modules trained whole, in fp32
 states.py     merged, and merged for good

@@ -23,6 +23,7 @@ from ..layers.registry import Registry
 from ..layers.shares import is_share
 from ..layers.weight import AdaptedWeight
 from . import start as initial
+from .base_norms import RowNorms, row_norms, spread
 from .whole import Whole, keep_whole_wide
 
 
@@ -36,6 +37,12 @@ class Common:
         self.norm_memory = config.norm_memory  # bytes left for products that are kept
         self.directions: dict[bool, Direction] = {}
         self.shares: dict[tuple[int, str], fsdp.Share] = {}  # of a model in shards
+        self.measured, self.adapted = spread(len(self.shapes)), 0
+
+    def norms(self, base, module: nn.Module) -> RowNorms | None:
+        """Of some layers, spread over the order in which they are adapted, what tells their base again."""
+        self.adapted += 1
+        return row_norms(base, module) if self.adapted - 1 in self.measured else None
 
     def direction(self, rank: int) -> Direction:
         """The one direction of all layers with a rank, and that of all without."""
@@ -79,6 +86,7 @@ def adapt(
         overwritten=common.overwritten,
     )
     weight.keep_product = common.may_keep(weight, module)
+    weight.base_norms = common.norms(base, module)
     seed = (config.seed << 32) + zlib.crc32(name.encode())
     module.adapted = weight
     weight.belongs_to(module)
@@ -98,7 +106,7 @@ def adapt(
     home = kind.home(module)
     if share := common.shares.get((id(home), kind.leaf(module))):
         fsdp.join(module, list(own_parameters(module)), share)
-    elif offloaded(home):
+    elif offloaded(module):
         take_along(module, list(own_parameters(module)))
 
 

@@ -37,12 +37,14 @@ class Wanted:
         magnitude_axis: of ordinary models; adapters have their own.
         spectrum: of the last checkpoint: all; adapters, because that of a dense weight costs; or none.
         batch: for the shares of its loss's gradient; None: no gradients.
+        check_base: as `doratune.load`.
     """
 
     modules: tuple[str, ...] = ()
     magnitude_axis: str = "output"
     spectrum: str = "all"
     batch: Mapping | None = None
+    check_base: bool = True
 
     def counts(self, name: str) -> bool:
         return not self.modules or module_name(name) in self.modules
@@ -131,7 +133,7 @@ def _finite(changes: dict[str, Change], folder: Path) -> dict[str, Change]:
 
 def _look_at_adapter(base: nn.Module, folder: Path, wanted: Wanted, last: bool) -> _Checkpoint:
     read_folder(folder)  # says what is wrong before the base is touched
-    load(base, folder)
+    load(base, folder, check_base=wanted.check_base)
     try:
         parts = {name: part for name, part in named_parts(base) if wanted.counts(name)}
         checkpoint = _Checkpoint(_finite({name: layer_change(part) for name, part in parts.items()}, folder))

@@ -78,18 +78,19 @@ def analyze(
     overwrite: bool = False,
     spectrum: str = "all",
     batch: Mapping | None = None,
+    check_base: bool = True,
 ) -> Analysis:
     """Measure the runs against their base model and write `output`, whole or not at all.
 
     Args:
-        spectrum, batch: see `measure.Wanted`.
+        spectrum, batch, check_base: see `measure.Wanted`.
 
     Raises:
         UserError: none of the runs could be measured; an output folder that exists; an unknown spectrum.
     """
     if spectrum not in SPECTRA:
         raise UserError(f"spectrum is {spectrum!r}; expected one of {', '.join(SPECTRA)}{near_misses(spectrum, SPECTRA)}")
-    wanted = Wanted(modules, axis, spectrum, batch)
+    wanted = Wanted(modules, axis, spectrum, batch, check_base)
     measured: dict[str, Measured] = {}
     problems: dict[str, str] = {}
     with new_folder(output, overwrite, key="points.json") as folder:

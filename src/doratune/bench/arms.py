@@ -38,12 +38,13 @@ def build(name: str, base: nn.Module, targets: list[str], rank: int, moved: bool
     return model
 
 
-def attach_arm(name: str, model: nn.Module, targets: list[str], rank: int) -> nn.Module:
-    """`model` with what the arm `name` adds to it, as it starts; it may be another module around it."""
+def attach_arm(name: str, model: nn.Module, targets: list[str], rank: int, adapter: str = "default") -> nn.Module:
+    """`model` with what the arm `name` adds to it, as it starts; it may be another module around it. adapter: its name there."""
     hold_still()
     targets = pattern(targets)
     if name in ("lora", "dora"):
-        return doratune.attach(model, doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets))
+        config = doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets)
+        return doratune.attach(model, config, name=adapter)
     if name.endswith("_peft"):
         import peft
 

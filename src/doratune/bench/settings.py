@@ -11,7 +11,7 @@ from ..support.values import check_values, choices, number
 
 STANDARD_ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
 ARMS = (*STANDARD_ARMS, "accelerated_peft")
-MEASUREMENTS = ("train_step", "decode", "memory", "norm", "layer", "sizes", "host")
+MEASUREMENTS = ("train_step", "decode", "mixed", "memory", "norm", "layer", "sizes", "host")
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -20,7 +20,7 @@ class BenchSettings:
     """Time and memory of every way to train the same adapter, interleaved in one process; one JSON a measurement.
 
     Args:
-        what: train_step, decode, memory, norm, layer, sizes, host
+        what: train_step, decode, mixed, memory, norm, layer, sizes, host
         arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense, accelerated_peft
         model: hub id, local folder, smollm2-135m-instruct, or random weights: llama-8b-shape, llama-768-shape, tiny-shape
         quantize: none, or the base in nf4, fp4 or int8: train_step and memory of QLoRA and QDoRA, in a file of their own
@@ -33,7 +33,7 @@ class BenchSettings:
         new_tokens: tokens that a decode writes
         rounds: how often each arm runs; long measurements take a quarter, at least 5 (never more than this)
         warm_up: further rounds in front, not kept
-        threads: train_step and decode are measured with each; 0: as many as the machine gives; 1: into files of their own
+        threads: train_step, decode and mixed are measured with each; 0: as many as the machine gives; 1: into files of their own
         tokens: rows of x for layer and sizes
         layer_sizes: sides of the square layers of layer
         hidden_sizes: sides of the square layers of sizes

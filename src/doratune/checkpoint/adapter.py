@@ -22,13 +22,13 @@ from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
 from ..adapter.several import room_for
 from ..adapter.states import base_name
-from ..adapter.targets import Selection, name_matches
+from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
 from ..errors import UserError, listed
 from ..formats import recognized
 from ..layers.layouts import layer_at, named_layers
-from ..layers.shares import at_hand, first, sharded, whole
+from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
 from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
@@ -36,10 +36,13 @@ from ..support.folders import generation, recover, steady
 from ..support.model_folders import class_record
 from ..support.processes import agree
 from . import peft
+from .base_check import KEY, OTHER, base_norms, refuse_apart, refuse_other_base
+from .base_check import recorded as recorded_norms
 from .base_weights import base_tensors, put_in, split, take_out
 from .fitting import check, fit, put, put_starts
 from .foreign import read_foreign
 from .names import plain_names
+from .own_file import agreeing
 from .tensors import Key, file_key, parse_keys, to_file
 from .values import STARTS, read_starts
 
@@ -92,13 +95,14 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
         state |= {key: t for key, t in record.wide.items() if key in state}
         for key, t in state.items():
-            tensors |= {("", key): value.detach().clone()} if (value := whole(t)) is not None and writes else {}
+            tensors |= {("", key): value.detach().clone()} if (value := gathered(t)) is not None and writes else {}
     described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if trained_class := class_record(model):
         own["model"] = trained_class
     if any(not layer.adapted.base.writable for layer in layers.values()) and (quantization := _quantization(model)):
         own["quantization"] = quantization
+    own[KEY] = base_norms(layers, modules, merged=record.merged is not None)
     files = {TENSORS: {file_key(key, direction_of(config.method)): t for key, t in tensors.items()}}
     if config.magnitude_form == "relative":
         starts = {name: _start(layer, modules[name]) for name, layer in layers.items()}
@@ -109,7 +113,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
 def _start(layer, module: nn.Module) -> Tensor:
     """m₀ of a relative magnitude."""
     with at_hand(module, ("magnitude_start",)):
-        return whole(layer.magnitude_start)
+        return gathered(layer.magnitude_start)
 
 
 def _write(folder: Path, described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> None:
@@ -180,6 +184,7 @@ def load(
     name: str = "default",
     magnitude_axis: str | None = None,
     alpha: float | None = None,
+    check_base: bool = True,
 ) -> nn.Module:
     """Attach the adapter in `folder` to a model, in place; ours, PEFT's own (DoRA or LoRA), or a file or folder of another program
     (`formats/`: kohya, LyCORIS, diffusers, torchtune, mlx-lm, ai-toolkit, the authors'). Returns the model.
@@ -188,10 +193,12 @@ def load(
         trainable: leave A, B and m trainable (to go on training); False for inference.
         name: of the adapter, where the model gets several (`doratune.use`); the one in use is set aside.
         magnitude_axis: output or input, where another program's file leaves it open; alpha: likewise.
+        check_base: refuse a base with other row norms than the adapter was trained on (`base_check.py`); False where the base was
+            changed on purpose.
 
     Raises:
-        UserError: a missing, corrupt or ill-typed file, a field that is not honoured, or tensors that do not fit the model
-            (all mismatches in one message). The model is then unchanged.
+        UserError: a missing, corrupt or ill-typed file, a field that is not honoured, tensors that do not fit the model
+            (all mismatches in one message), or another base. The model is then unchanged.
     """
     config, raw, tensors = read_folder(Path(folder), unwrapped(model), magnitude_axis, alpha)
     plain = unwrapped(model)
@@ -203,6 +210,8 @@ def load(
         read = fit(plain, Path(folder), config, raw, tensors)
         originals = put_in(plain, read.base, read.selection.ranks)
         try:
+            if check_base:
+                refuse_other_base(plain, folder, raw.get("base_model_name_or_path"))
             attach_selection(plain, read.config, read.selection, trainable, loading=True)
         except BaseException:
             take_out(plain, originals)
@@ -219,8 +228,8 @@ def load(
     return model
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Put the tensors of a folder into a model that is attached with the same settings (resuming).
+def load_weights(model: nn.Module, folder: str | Path, check_base: bool = True) -> None:
+    """Put the tensors of a folder into a model that is attached with the same settings (resuming); check_base: as `load`.
 
     Raises:
         UserError: as `load`.
@@ -233,6 +242,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     base, tensors = split(model, layers, record.also_train, tensors)
     starts = read_starts(Path(folder), layers, record.config)
     check(model, record.config, selection, tensors, where, raw, base, starts)
+    if check_base:
+        norms = {name: layer.adapted.base_norms for name, layer in layers.items()}
+        refuse_apart(recorded_norms(folder), norms.get, OTHER.format(where))
     put(model, tensors)
     put_starts(model, starts)
 
@@ -261,7 +273,7 @@ def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tens
         _refuse_mixed(folder, own.get("fingerprint"))
         try:
             adapter = own.get("adapter", {})
-            config = _agreeing(AdapterConfig.from_dict(adapter), config, folder, raw["peft_type"] == peft.OWN_TYPE)
+            config = agreeing(AdapterConfig.from_dict(adapter), config, folder, raw["peft_type"] == peft.OWN_TYPE)
             raw = raw | {OWN: adapter}
         except TypeError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
@@ -269,25 +281,3 @@ def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tens
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
     tensors = parse_keys(read_tensors(folder / TENSORS), direction_of(config.method), str(folder / TENSORS))
     return config, raw, tensors
-
-
-def _agreeing(own: AdapterConfig, theirs: AdapterConfig, folder: Path, ours: bool) -> AdapterConfig:
-    """doratune.json, if adapter_config.json (ours: of our type) says the same; PEFT or a hand may have changed the latter since."""
-    written = peft.as_written(own)
-    compared = ["method", "rank"]
-    compared += [] if _same_modules(written.also_train, theirs.also_train) else ["also_train"]
-    compared += [] if not direction_of(theirs.method).scaled else ["alpha", "rank_scaling"]
-    compared += ["magnitude_axis", "embedding_magnitude"] if ours else []
-    for name in compared:
-        if getattr(written, name) != getattr(theirs, name):
-            raise UserError(
-                f"{folder}: {OWN} says {name} {getattr(written, name)!r}, {CONFIG} says {getattr(theirs, name)!r}; delete {OWN} if "
-                f"{CONFIG} is right"
-            )
-    return own
-
-
-def _same_modules(entries: tuple[str, ...], written: tuple[str, ...]) -> bool:
-    """Does `modules_to_save` say what `also_train` does? It may hold full names where PEFT would take entries otherwise."""
-    each = all(any(name_matches((entry,), name) for name in written) for entry in entries)
-    return entries == written or (each and all(name_matches(entries, name) for name in written))

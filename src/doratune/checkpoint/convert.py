@@ -28,6 +28,7 @@ from ..support.model_folders import meta_model
 from ..support.outputs import refuse_inputs
 from . import peft
 from .adapter import CONFIG, OWN, TENSORS, read_folder
+from .base_check import header, recorded
 from .foreign import as_folder, read_neutral
 from .merge import base_folder
 from .tensors import file_key
@@ -89,7 +90,7 @@ def convert(
     if source_format is None:
         source_format = "peft" if read_json(source / CONFIG, "").get("peft_type") != peft.OWN_TYPE else "doratune"
     write = _write_folder if to in FOLDERS else _write_foreign
-    count = write(neutral, to, output, stated, overwrite)
+    count = write(neutral, to, output, stated, overwrite, recorded(source))
     return Converted(source_format, to, str(output), len(neutral.layers), count, tuple(neutral.left_behind))
 
 
@@ -188,7 +189,7 @@ def _is_own(path: Path) -> bool:
         return False
 
 
-def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: Stated, overwrite: bool) -> int:
+def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: Stated, overwrite: bool, norms: dict) -> int:
     one = format_named(to)
     if neutral.shared:
         raise UserError(f"method is {neutral.method!r}, whose layers share factors: {to} has no place for these")
@@ -196,7 +197,7 @@ def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: State
         raise UserError(f"{to} cannot say this adapter: {problem}")
     written = one.write(neutral, stated)
     tensors = _apart({key: _saved(t) for key, t in written.tensors.items()})
-    metadata = written.metadata | {VERSION: __version__}
+    metadata = written.metadata | {VERSION: __version__} | header(norms)
     if output.suffix == ".safetensors":
         write_tensors(output, tensors, metadata)
         return len(tensors)
@@ -207,7 +208,7 @@ def _write_foreign(neutral: NeutralAdapter, to: str, output: Path, stated: State
     return len(tensors)
 
 
-def _write_folder(neutral: NeutralAdapter, to: str, output: Path, stated: Stated, overwrite: bool) -> int:
+def _write_folder(neutral: NeutralAdapter, to: str, output: Path, stated: Stated, overwrite: bool, norms: dict) -> int:
     """An adapter folder: PEFT's type where PEFT has words for it, ours else."""
     neutral = replace(neutral, layers={name: _framed(one) for name, one in shaped(neutral.layers, stated.model).items()})
     config, described, tensors = as_folder(neutral)
@@ -222,7 +223,7 @@ def _write_folder(neutral: NeutralAdapter, to: str, output: Path, stated: Stated
     direction = direction_of(config.method)
     named = _apart({file_key(key, direction): _saved(t) for key, t in tensors.items()})
     with new_folder(output, overwrite) as temporary:
-        write_tensors(temporary / TENSORS, named)
+        write_tensors(temporary / TENSORS, named, header(norms))
         write_json(temporary / CONFIG, described)
         if to == "doratune":
             write_json(temporary / OWN, {VERSION: __version__, "adapter": config.to_dict()})

@@ -104,7 +104,7 @@ def _logits(model: nn.Module, ids: list[Tensor]) -> Tensor:
 def _loaded(folder: Path, dtype: str, want: TrainedClass, adapter) -> nn.Module:
     shapes = None if adapter is None else trained_shapes(read_folder(Path(adapter))[2])
     model = load_folder(folder, torch_dtype(dtype), want, shapes)
-    return model if adapter is None else load(model, adapter)
+    return model if adapter is None else load(model, adapter, check_base=False)  # the merge has looked at it
 
 
 def _tried(model: nn.Module, example: dict[str, Tensor]) -> bool:

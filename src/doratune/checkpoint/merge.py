@@ -31,6 +31,7 @@ from ..support.headers import Keys
 from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
 from ..support.models import model_path, readable_errors, torch_dtype
 from .adapter import CONFIG, OWN, read_folder
+from .base_check import refuse_other_checkpoint
 from .fitting import fit, put_layer
 from .ties import keep_ties, like_of, tied_to
 
@@ -69,20 +70,24 @@ def merge_checkpoint(
     dtype: str | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    check_base: bool = True,
 ) -> Path:
     """Write the merged model to `output`, whole or not at all.
 
     Args:
         base: local folder, hub id or smollm2-135m-instruct; dtype: of the result, None keeps each tensor's own.
         check: looks at the merged folder before it takes the place of `output`; what it raises leaves `output` as it was.
+        check_base: refuse a base with other row norms than the adapter was trained on.
 
     Raises:
-        UserError: no safetensors, an adapter that does not fit, an output folder that exists.
+        UserError: no safetensors, an adapter that does not fit or is another base's, an output folder that exists.
     """
     folder, output = base_folder(base), Path(output)
     out_dtype = torch_dtype(dtype) if dtype else None
     shards = list_shards(folder)
     plan = make_plan(folder, Path(adapter), {key for keys in shards.values() for key in keys})
+    if check_base:
+        refuse_other_checkpoint(plan, lambda key: _read(folder, shards, key), adapter)
     extra = {k: t for k, t in plan.replaced.items() if not any(k in keys for keys in shards.values())}
     dtypes = {k: _read(folder, shards, plan.like[k]).dtype for k in extra if k in plan.like}  # what is trained whole is fp32
     extra |= {peer: _read(folder, shards, key) for peer, key in plan.untied.items()}
@@ -156,6 +161,8 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
     if (folder / index).is_file():
         weight_map = read_json(folder / index, "it lists the shards").get("weight_map", {})
         files = sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise UserError(f"{folder} lacks {listed(missing)}, which {index} names; copy or download the model again")
     else:
         files = [single]
     if not files or not (folder / files[0]).is_file():

@@ -54,14 +54,14 @@ def plain_names(model: nn.Module, config: AdapterConfig, raw: dict, tensors: dic
 def _of_model(key: Key, names: set[str]) -> Key:
     name, parameter = key
     if name:
-        return _candidate(name, names) or name, parameter
+        return name_in_model(name, names) or name, parameter
     owner, _, leaf = parameter.rpartition(".")
     inner = ".base_layer" if owner.endswith(".base_layer") else ""
-    new = _candidate(owner.removesuffix(".base_layer"), names)
+    new = name_in_model(owner.removesuffix(".base_layer"), names)
     return key if not new else ("", f"{new}{inner}.{leaf}")
 
 
-def _candidate(name: str, names: Iterable[str]) -> str | None:
+def name_in_model(name: str, names: Iterable[str]) -> str | None:
     """The module of this name: as it is, else without what wrappers and PEFT put into it."""
     return next((candidate for candidate in _spellings(name) if candidate in names), None)
 

@@ -60,8 +60,10 @@ def merge_quantized(
     dtype: str = "bfloat16",
     overwrite: bool = False,
     check: bool = True,
+    check_base: bool = True,
 ) -> MergeDifference | None:
-    """Write the merged model to `output`, whole or not at all; check: compare what was written (None: not compared).
+    """Write the merged model to `output`, whole or not at all; check: compare what was written (None: not compared); check_base: as
+    `load`.
 
     Raises:
         UserError: the adapter records no quantization, or does not fit; an output folder that exists.
@@ -71,22 +73,24 @@ def merge_quantized(
         raise UserError(f"{adapter} was trained on a base that is not quantized; merge it without --into")
     refuse_existing(Path(output), overwrite)
     if into == "original":
-        merge_checkpoint(base, adapter, output, dtype, overwrite)
+        merge_checkpoint(base, adapter, output, dtype, overwrite, check_base=check_base)
     else:
-        _merge_in_memory(base, adapter, Path(output), into, dtype, overwrite, quantization)
+        _merge_in_memory(base, adapter, Path(output), into, dtype, overwrite, quantization, check_base)
     if not check:
         return None
     tokenizer = load_tokenizer(base)
     ids = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
-    trained = logits(load(load_model(base, dtype, quantization), adapter), ids)
+    trained = logits(load(load_model(base, dtype, quantization), adapter, check_base=False), ids)
     gc.collect()
     result = logits(load_model(str(output), dtype), ids)
     same = (result.argmax(-1) == trained.argmax(-1)).double().mean().item()
     return MergeDifference(into, distance(result, trained), same)
 
 
-def _merge_in_memory(base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict) -> None:
-    model = load(load_model(base, dtype, quantization), adapter)
+def _merge_in_memory(
+    base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict, check_base
+) -> None:
+    model = load(load_model(base, dtype, quantization), adapter, check_base=check_base)
     method = record_of(model).config.method
     merge(model, keep="none", quantized="same" if into == "same" else "dense")
     if into == "dequantized":

@@ -25,6 +25,7 @@ class AnalyzeSettings:
         gradient_data: training data (.json, .jsonl, a published set, demo), for the share of the gradient that changes magnitudes
         gradient_items: the first so many items of it, in one batch
         dtype: dtype of the base model
+        check_base: refuse a base whose row norms are not those of the base that an adapter was trained on
         format: of the figures: png or svg
         output: folder for points.json and the figures
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -39,6 +40,7 @@ class AnalyzeSettings:
     gradient_data: str | None = None
     gradient_items: int = number(16, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    check_base: bool = True
     format: Literal["png", "svg"] = "png"
     output: str = "runs/analysis"
     trust_remote_code: bool = False
@@ -72,7 +74,8 @@ def main(argv: list[str]) -> int:
     if settings.gradient_data is not None:
         batch = batch_of(settings.gradient_data, base, load_tokenizer(name, **trusted), settings.gradient_items)
     places = (output, settings.format, settings.overwrite)
-    result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, settings.spectrum, batch)
+    more = settings.spectrum, batch, settings.check_base
+    result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, *more)
     say(result.table())
     say(f"points and figures written to {output}")
     if as_json:

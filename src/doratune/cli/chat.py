@@ -29,6 +29,7 @@ class ChatSettings:
         max_new_tokens: longest answer
         seed: of sampling
         dtype: dtype of the model
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
         trust_remote_code: run the Python code that the model's folder or repository brings
     """
@@ -43,6 +44,7 @@ class ChatSettings:
     max_new_tokens: int = number(512, least=1)
     seed: int = number(0, least=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    check_base: bool = True
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     trust_remote_code: bool = False
 
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> int:
     from ..generation.sampling import Sampling
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
-    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code)
+    adapters = NamedAdapters(
+        settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code, settings.check_base
+    )
     speaker = next(iter(adapters.folders), BASE)
     chat = Conversation(adapters, sampling, _write, settings.template, settings.system, settings.compare, speaker)
     adapters.use(speaker)

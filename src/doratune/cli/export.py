@@ -25,6 +25,7 @@ class ExportSettings:
         type: of gguf: f32, f16, bf16 or q8_0
         rank: of lora: the rank of every layer
         error: of lora, instead of rank: the largest relative error of a layer's update; each layer takes the smallest rank
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         overwrite: replace an output folder that doratune wrote
     """
 
@@ -35,6 +36,7 @@ class ExportSettings:
     type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
     rank: int | None = number(None, least=1)
     error: float | None = number(None, above=0, below=1)
+    check_base: bool = True
     overwrite: bool = False
 
 
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
 def _gguf(base: str, settings: ExportSettings) -> dict:
     from ..export.gguf import export_gguf
 
-    export = export_gguf(base, settings.adapter, settings.output, settings.type, settings.overwrite)
+    export = export_gguf(base, settings.adapter, settings.output, settings.type, settings.overwrite, settings.check_base)
     for note in export.notes:
         say(f"note: {note}")
     say(f"{export.file}: {export.tensors} tensors, {export.nbytes / 1e6:.1f} MB; a Modelfile for Ollama beside it")
@@ -73,7 +75,7 @@ def _gguf(base: str, settings: ExportSettings) -> dict:
 def _scaled(base: str, settings: ExportSettings) -> dict:
     from ..export.output_scale import export_scaled
 
-    export = export_scaled(base, settings.adapter, settings.output, settings.overwrite)
+    export = export_scaled(base, settings.adapter, settings.output, settings.overwrite, settings.check_base)
     say(str(export))
     return export.to_dict()
 
@@ -81,6 +83,8 @@ def _scaled(base: str, settings: ExportSettings) -> dict:
 def _truncated(base: str, settings: ExportSettings) -> dict:
     from ..export.truncated import export_truncated
 
-    export = export_truncated(base, settings.adapter, settings.output, settings.rank, settings.error, settings.overwrite)
+    export = export_truncated(
+        base, settings.adapter, settings.output, settings.rank, settings.error, settings.overwrite, settings.check_base
+    )
     say(export.table())
     return export.to_dict()

@@ -33,6 +33,7 @@ class GenerateSettings:
         batch_size: prompts at once
         limit: only the first so many prompts
         dtype: dtype of the model
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
         trust_remote_code: run the Python code that the model's folder or repository brings
         output: .jsonl file; none prints the answers
@@ -53,6 +54,7 @@ class GenerateSettings:
     batch_size: int = number(8, least=1)
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    check_base: bool = True
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     trust_remote_code: bool = False
     output: str | None = None
@@ -83,15 +85,20 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
     items = [{"prompt": settings.prompt}] if settings.prompts is None else read_prompts(Path(settings.prompts))
     items = items[: settings.limit]
-    adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code)
+    adapters = NamedAdapters(
+        settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code, settings.check_base
+    )
     ids = rendered_all(items, adapters.tokenizer, settings.template, settings.system)
     check_lengths(ids, adapters.model, sampling.max_new_tokens)
     speakers = ([BASE] if settings.compare or not adapters.folders else []) + list(adapters.folders)
     columns = []
     for speaker in speakers:
+        model = adapters.use(speaker)
         advance, close = progress(speaker, len(items))
-        columns.append(answers(adapters.use(speaker), adapters.tokenizer, ids, sampling, settings.batch_size, advance))
-        close()
+        try:
+            columns.append(answers(model, adapters.tokenizer, ids, sampling, settings.batch_size, advance))
+        finally:
+            close()
     rows = [
         json.dumps({**item, "adapter": speaker, "output": a.text, "tokens": a.tokens, "finish": a.finish}, ensure_ascii=False)
         for item, row in zip(items, zip(*columns, strict=True), strict=True)

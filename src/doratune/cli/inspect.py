@@ -24,6 +24,7 @@ class InspectSettings:
     Args:
         model: hub id, local folder, or smollm2-135m-instruct; default: the adapter's base model
         adapter: show this adapter folder instead of the settings below
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         quantize: look at the base in 4 or 8 bits: none, nf4, fp4 or int8; with an adapter, none is what it was trained on
         dtype: dtype of the model
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -31,6 +32,7 @@ class InspectSettings:
 
     model: str | None = None
     adapter: str | None = None
+    check_base: bool = True
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     trust_remote_code: bool = False
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
     quantize = (recorded if settings.quantize == "none" else None) or settings.quantize
     model = load_model(name, settings.dtype, quantize, trust_remote_code=settings.trust_remote_code)
     if settings.adapter:
-        load(model, settings.adapter, trainable=True)
+        load(model, settings.adapter, trainable=True, check_base=settings.check_base)
     else:
         attach(model, config)
     inspection = inspect(model)

@@ -24,6 +24,7 @@ class MergeSettings:
         dtype: dtype of the result; none keeps the base's
         into: for adapters trained on a quantized base: dequantized (16 bit, what was trained; the default), original (the base
             before quantization), or same (quantized again)
+        check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         check: compare logits of base + adapter and of the result (loads both models, one after the other)
         overwrite: replace an output folder that doratune wrote
     """
@@ -33,6 +34,7 @@ class MergeSettings:
     output: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     into: Literal["dequantized", "original", "same"] | None = None
+    check_base: bool = True
     check: bool = True
     overwrite: bool = False
 
@@ -73,7 +75,13 @@ def main(argv: list[str]) -> int:
 
     try:
         output = merge_checkpoint(
-            base, settings.adapter, settings.output, settings.dtype, settings.overwrite, check if settings.check else None
+            base,
+            settings.adapter,
+            settings.output,
+            settings.dtype,
+            settings.overwrite,
+            check if settings.check else None,
+            settings.check_base,
         )
     except Disagreement as error:
         print(f"doratune merge: {error}", file=sys.stderr)
@@ -88,7 +96,9 @@ def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:
     from ..checkpoint.quantized import merge_quantized
 
     into, dtype = settings.into or "dequantized", settings.dtype or "bfloat16"
-    difference = merge_quantized(base, settings.adapter, settings.output, into, dtype, settings.overwrite, settings.check)
+    difference = merge_quantized(
+        base, settings.adapter, settings.output, into, dtype, settings.overwrite, settings.check, settings.check_base
+    )
     say(f"merged model written to {settings.output}")
     if difference is not None:
         say(str(difference))

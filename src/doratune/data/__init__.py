@@ -23,8 +23,8 @@ limits.py              tokens and lengths against what a model has
 
 from __future__ import annotations
 
-from .loading import encoder, load_items, recognition
+from .loading import encoder, load_items, preference_pairs, recognition
 from .settings import DataSettings
 from .sources import DEMO
 
-__all__ = ["DEMO", "DataSettings", "encoder", "load_items", "recognition"]
+__all__ = ["DEMO", "DataSettings", "encoder", "load_items", "preference_pairs", "recognition"]

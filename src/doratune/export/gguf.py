@@ -39,13 +39,18 @@ class GgufExport:
 
 
 def export_gguf(
-    base: str, adapter: str | Path | None, output: str | Path, type: str = "f16", overwrite: bool = False
+    base: str,
+    adapter: str | Path | None,
+    output: str | Path,
+    type: str = "f16",
+    overwrite: bool = False,
+    check_base: bool = True,
 ) -> GgufExport:
     """Write OUTPUT/NAME-TYPE.gguf and OUTPUT/Modelfile.
 
     Args:
         base: local folder, hub id or smollm2-135m-instruct; adapter: merged into it, None for the model as it is.
-        type: of the matrices: f32, f16, bf16 or q8_0.
+        type: of the matrices: f32, f16, bf16 or q8_0; check_base: as `doratune.load`.
 
     Raises:
         UserError: an architecture, a setting, a tokenizer or a tensor that llama.cpp does not take; values beyond float16.
@@ -59,7 +64,7 @@ def export_gguf(
             f"output is {output}; give a folder, e.g. --output {output.with_suffix('')}: the file comes with a Modelfile"
         )
     refuse_existing(output, overwrite)
-    weights = Weights(base, adapter)
+    weights = Weights(base, adapter, check_base)
     with readable_errors(base):
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     family = family_of(config, base)

@@ -47,14 +47,16 @@ class ScaledExport:
         return {"layers": self.layers, "smallest_scale": self.smallest_scale, "largest_scale": self.largest_scale}
 
 
-def export_scaled(base: str, adapter: str | Path, output: str | Path, overwrite: bool = False) -> ScaledExport:
-    """Write `output`, whole or not at all.
+def export_scaled(
+    base: str, adapter: str | Path, output: str | Path, overwrite: bool = False, check_base: bool = True
+) -> ScaledExport:
+    """Write `output`, whole or not at all; check_base: as `doratune.load`.
 
     Raises:
         UserError: an adapter that does not fit the base; what this form cannot say: the input axis, embeddings (which multiply
             nothing), modules that were trained whole.
     """
-    weights, tensors, layers = Weights(base, adapter), {}, {}
+    weights, tensors, layers = Weights(base, adapter, check_base), {}, {}
     refuse_whole(weights, "LoRA + output scale")
     for layer in adapted_layers(weights):
         _refuse(layer)

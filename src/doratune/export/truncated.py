@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import peft
+from ..checkpoint.base_check import header, recorded
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..support.files import write_json, write_tensors
@@ -67,19 +68,25 @@ class TruncatedExport:
 
 
 def export_truncated(
-    base: str, adapter: str | Path, output: str | Path, rank: int | None = None, error: float | None = None, overwrite: bool = False
+    base: str,
+    adapter: str | Path,
+    output: str | Path,
+    rank: int | None = None,
+    error: float | None = None,
+    overwrite: bool = False,
+    check_base: bool = True,
 ) -> TruncatedExport:
     """Write a plain LoRA folder (PEFT's layout, use_dora false).
 
     Args:
-        rank: of every layer, at most min(O, I); or error: the largest relative residual of a layer.
+        rank: of every layer, at most min(O, I); or error: the largest relative residual of a layer; check_base: as `doratune.load`.
 
     Raises:
         UserError: neither or both of rank and error, or out of range; an adapter that does not fit; modules trained whole.
     """
     _check(rank, error)
     refuse_existing(Path(output), overwrite)
-    weights, tensors, residuals, transposed = Weights(base, adapter), {}, {}, []
+    weights, tensors, residuals, transposed = Weights(base, adapter, check_base), {}, {}, []
     refuse_whole(weights, "plain LoRA")
     for layer in adapted_layers(weights):
         A, B, residuals[layer.name] = truncated(layer, rank, error)
@@ -87,7 +94,7 @@ def export_truncated(
         transposed.append(layer.kind.transposed)
     ranks = {name: residual.rank for name, residual in residuals.items()}
     with new_folder(Path(output), overwrite) as folder:
-        write_lora(folder, base, tensors, ranks, all(transposed))
+        write_lora(folder, base, tensors, ranks, all(transposed), header(recorded(adapter)))
         write_json(folder / "residuals.json", TruncatedExport(Path(output), residuals).to_dict())
     return TruncatedExport(Path(output), residuals)
 
@@ -131,8 +138,19 @@ def _file_tensors(layer: AdaptedMatrix, A: Tensor, B: Tensor) -> dict[str, Tenso
     return {f"base_model.model.{layer.name}.lora_A.weight": A, f"base_model.model.{layer.name}.lora_B.weight": B}
 
 
-def write_lora(folder: Path, base: str, tensors: dict[str, Tensor], ranks: dict[str, int], transposed: bool = False) -> None:
-    """A LoRA folder in PEFT's layout whose scaling is 1 in every layer; transposed: weights are stored (I, O)."""
+def write_lora(
+    folder: Path,
+    base: str,
+    tensors: dict[str, Tensor],
+    ranks: dict[str, int],
+    transposed: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """A LoRA folder in PEFT's layout whose scaling is 1 in every layer.
+
+    Args:
+        transposed: weights are stored (I, O); metadata: of the file of tensors.
+    """
     most = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != most}
     config = AdapterConfig(
@@ -144,6 +162,6 @@ def write_lora(folder: Path, base: str, tensors: dict[str, Tensor], ranks: dict[
         alpha_overrides={name: float(rank) for name, rank in others.items()},
     )
     described = peft.describe(config, ranks, {name: float(rank) for name, rank in ranks.items()}, base, transposed)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
     write_json(folder / "adapter_config.json", described | {"task_type": "CAUSAL_LM"})
     write_json(folder / "doratune.json", {"doratune_version": __version__, "adapter": config.to_dict()})

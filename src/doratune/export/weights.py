@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.base_check import refuse_other_checkpoint
 from ..checkpoint.merge import Plan, base_folder, list_shards, make_plan, merged_shard
 from ..checkpoint.quantized import recorded_quantization
 from ..errors import UserError
@@ -24,11 +25,13 @@ class Weights:
     """Names, shapes and values of a model's tensors.
 
     Raises:
-        UserError: no safetensors folder, a quantized base, an adapter of a quantized base or one that does not fit.
+        UserError: no safetensors folder, a quantized base, an adapter of a quantized base, of another base (`check_base`), or one
+            that does not fit.
     """
 
     base: str
     adapter: str | Path | None = None
+    check_base: bool = True
     folder: Path = field(init=False)
     shards: dict[str, list[str]] = field(init=False)
     plan: Plan | None = field(init=False, default=None)
@@ -43,6 +46,8 @@ class Weights:
         self.shards = list_shards(self.folder)
         if self.adapter is not None:
             self.plan = make_plan(self.folder, Path(self.adapter), self.names)
+            if self.check_base:
+                refuse_other_checkpoint(self.plan, self.stored, self.adapter)
 
     @property
     def names(self) -> set[str]:

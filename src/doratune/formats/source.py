@@ -62,7 +62,7 @@ def source_of(path: Path) -> Source | None:
             raise UserError(f"{path} is a file of an adapter folder; give the folder {path.parent}")
         tensors, metadata = read_weights(path)
         return Source(path, tensors, metadata, _settings(path.parent))
-    weights = _weights_in(path) if path.is_dir() else None
+    weights = weights_in(path) if path.is_dir() else None
     if weights is None or (weights.name in _PEFT_WEIGHTS and _is_peft(path)):
         return None
     tensors, metadata = read_weights(weights)
@@ -79,7 +79,7 @@ def _is_peft(folder: Path) -> bool:
         return True
 
 
-def _weights_in(folder: Path) -> Path | None:
+def weights_in(folder: Path) -> Path | None:
     """The file of weights that a folder stands for: of a name that programs use, or the only one where no settings are."""
     if known := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None):
         return known

@@ -50,6 +50,7 @@ class AdaptedWeight(FrozenWeight):
     handle: compiled.Handle = field(default_factory=compiled.Handle)
     overwritten: bool = False  # by kernels that autograd does not see: the base's output is kept, not y
     keep_product: bool = False  # A is constant, so U = W·Aᵀ may be kept
+    base_norms: object = None  # what tells its base again, of some layers (adapter/base_norms.py)
     calls: int = 0  # how often the adapted forward really ran
     preparations: int = 0  # how often its factors were prepared
     factors: Factors | None = None

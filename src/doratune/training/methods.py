@@ -68,7 +68,7 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers"):
+        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers", "check_base"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -8,7 +8,7 @@ forwards.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +16,7 @@ from ..adapter.verify import evaluating
 from ..data.packing import PackingCollator, pack, without_mask
 from ..errors import UserError
 from .recipe import TrainRecipe
+from .streaming import StreamedRows
 
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.2}
 """The largest difference of logits, of their own size, that another shape of the same computation makes."""
@@ -45,14 +46,17 @@ def check_packing(model, collate: PackingCollator) -> None:
 
 
 def packed_rows(
-    rows: Sequence[dict], recipe: TrainRecipe, collate: PackingCollator, model, say: Callable[[str], None]
-) -> list[dict]:
+    rows: list[dict] | StreamedRows, recipe: TrainRecipe, collate: PackingCollator, model, say: Callable[[str], None]
+) -> list[dict] | StreamedRows:
     """The examples of a run in rows of max_length tokens, for a model that keeps them apart; how full they are is said.
 
     Raises:
         UserError: see `check_packing`.
     """
     check_packing(model, collate)
+    if isinstance(rows, StreamedRows):
+        rows.packing = True
+        return rows
     packs = pack(rows, recipe.max_length, recipe.seed)
     full = sum(row["length"] for row in packs) / (len(packs) * recipe.max_length)
     say(

@@ -37,6 +37,7 @@ class TrainRecipe:
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
+        streaming: read the data while it is trained on, for what does not fit in memory; needs max_steps
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -82,6 +83,7 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         tensorboard: write TensorBoard logs into the run's folder
         trust_remote_code: run the Python code that the model's folder or repository brings
+        check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
         overwrite: replace the run in the output folder, once this one has finished; other files there stay
     """
@@ -92,6 +94,7 @@ class TrainRecipe:
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
+    streaming: bool = False
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
@@ -138,6 +141,7 @@ class TrainRecipe:
     keep_checkpoints: int = number(1, least=1)
     tensorboard: bool = True
     trust_remote_code: bool = False
+    check_base: bool = True
     resume: bool = False
     overwrite: bool = False
 

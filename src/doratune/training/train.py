@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
-from ..data.packing import PackingCollator, examples_of
+from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
 from ..publishing.card import write_training_card
@@ -31,7 +31,8 @@ from ..support.processes import agree, connect, is_first, launched, refuse_stran
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import datasets
+from .examples import count_of, datasets, first_rows, streamed_counts
+from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
 from .packing import packed_rows
@@ -68,10 +69,11 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
+    recipe = restarted(recipe)
     connect(recipe.timeout)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
-    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
@@ -79,7 +81,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     set_seed(recipe.seed)
     method = method_of(recipe)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
+    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
@@ -89,23 +91,34 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
+    _say_engine(trainer, recipe, say)
+    _train_to_the_end(trainer, model, checkpoint)
+    metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
+    if folder is None and is_first():
+        run.finish()
+    return metrics
+
+
+def _say_engine(trainer, recipe: TrainRecipe, say) -> None:
     if (count := launched()[1]) > 1:
         engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
         say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
-    _train_to_the_end(trainer, model, checkpoint)
+
+
+def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, counts: dict, say, score) -> dict:
+    """Write what the run leaves behind; the contents of metrics.json, nothing in the other processes. Those take part where the
+    model is in shards."""
+    folder = Path(method.recipe.output) / method.result
     if not is_first() and not sharded(model):
         return {}
-    method.save(model, output / method.result)
-    if not is_first():  # shards: what is measured needs all processes
+    method.save(model, folder)
+    if not is_first():
         measured(method, model)
         return {}
-    tokenizer.save_pretrained(output / method.result)
+    tokenizer.save_pretrained(folder)
     if score is not None:
         score(method.scored(model), tokenizer)
-    metrics = finish(method, trainer, clock, model, counts, say)
-    if folder is None:
-        run.finish()
-    return metrics
+    return finish(method, trainer, clock, model, counts, say)
 
 
 def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
@@ -179,7 +192,9 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length and not recipe.packing else "random",
+        train_sampling_strategy="group_by_length"
+        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
+        else "random",
         length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -195,6 +210,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         disable_tqdm=False,
+        accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
         **fsdp_arguments(recipe.fsdp),
         **method.settings(),
@@ -252,8 +268,8 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "trainable": trainable,
         "total": total,
         "zero_rows": zero_rows,
-        "examples": examples_of(trainer.train_dataset),
-        "data": counts,
+        "examples": count_of(trainer.train_dataset),
+        "data": counts | streamed_counts(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),

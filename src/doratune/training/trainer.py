@@ -26,6 +26,7 @@ from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
+from .faults import refuse_spoiled_steps
 from .half import scale_loss
 from .idle import IdleWatch
 from .rng import load_rng_state
@@ -87,6 +88,11 @@ class SteadyMixin:
             )
         return loss
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Transformers makes it when the optimizer is there, wherever that came from."""
+        refuse_spoiled_steps(self)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _save_checkpoint(self, model, trial=None):
         if not finite(p for p in self.model.parameters() if p.requires_grad):
             raise NonFiniteLoss(
@@ -104,7 +110,7 @@ class SteadyMixin:
                 self.state.best_model_checkpoint = str(target)
                 self.state.save_to_json(str(stage / target.name / STATE))
         if self.args.should_save:
-            remove_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            remove_old(target, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(target))
 
@@ -147,6 +153,9 @@ class TrainerMixin(SteadyMixin):
     """LoRA+: learning rate of B over that of A."""
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
+
+    check_base: bool = True
+    """Is a checkpoint of another base refused when the training is resumed?"""
 
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
@@ -198,10 +207,12 @@ class TrainerMixin(SteadyMixin):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False), resume_from_checkpoint)
+        plain = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        load_weights(plain, resume_from_checkpoint, self.check_base)
 
     def _load_best_model(self):
-        load_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.state.best_model_checkpoint)
+        plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_weights(plain, self.state.best_model_checkpoint, check_base=False)  # this run's own
 
 
 class FullTrainer(SteadyMixin, transformers.Trainer):
