@@ -19,6 +19,8 @@ import doratune
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PATIENCE_S = 300
+"""A machine that others use too may be slow; nothing here is timed."""
 
 
 def make(folder, tokenizer):
@@ -80,7 +82,7 @@ class Served:
         assert match, (self.said, self.errors.read_text()[-2000:])
         self.url, self.port, self.names = match[1], int(match[2]), match[3].split(", ")
 
-    def ask(self, path, body=None, method=None, timeout=60, **headers):
+    def ask(self, path, body=None, method=None, timeout=PATIENCE_S, **headers):
         """(status, the JSON of the answer, {} of a stream); body: bytes as they are, anything else as JSON."""
         data = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
         headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
@@ -96,7 +98,7 @@ class Served:
     def begin(self, path, body, **headers):
         """A connection on which this request was sent."""
         data = json.dumps(body).encode()
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(data)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + data)
@@ -104,7 +106,7 @@ class Served:
 
     def until(self, **wanted):
         """Wait until /health says so."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_S
         while True:
             state = self.ask("/health")[1]
             if all(state[key] == value for key, value in wanted.items()):
@@ -116,7 +118,7 @@ class Served:
         """(exit status, the last line on standard error)."""
         self.process.send_signal(sig)
         try:
-            status = self.process.wait(60)
+            status = self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
             self.process.stdout.close()

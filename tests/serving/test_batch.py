@@ -173,7 +173,7 @@ class Heard:
 
     @property
     def finish(self):
-        assert self.over.wait(60)
+        assert self.over.wait(300)
         return self.said[-1][1]
 
 
@@ -211,7 +211,7 @@ def test_a_thread_that_dies_says_so(engine, capfd, monkeypatch):
     monkeypatch.setattr(Batch, "drop", lambda self: 1 / 0)  # a fault of our own, where no pass of the model is
     engine.submit([job([5, 6], None, 3, heard)])
     assert heard.finish == "failed"
-    engine.thread.join(60)
+    engine.thread.join(300)
     with pytest.raises(EngineEnded):
         engine.submit([job([5], None, 1)])
     assert "ZeroDivisionError" in capfd.readouterr().err and not engine.alive

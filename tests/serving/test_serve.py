@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from served import Alone, Served, make
+from served import PATIENCE_S, Alone, Served, make
 
 NEVER = {"model": "one", "prompt": "true", "temperature": 0, "max_tokens": 60_000}
 
@@ -37,7 +37,7 @@ def server(folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as one:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as one:
         yield one
 
 
@@ -69,7 +69,7 @@ def test_two_adapters_at_once_streaming(client, alone):
             model=name, messages=[{"role": "user", "content": "true"}], temperature=0, max_tokens=60, stream=True,
             stream_options={"include_usage": True},
         )  # fmt: skip
-        both.wait(60)
+        both.wait(PATIENCE_S)
         chunks = list(events)
         assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
         assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 60
@@ -151,7 +151,7 @@ def test_a_hundred_at_once(client, alone):
 
     def ask(request):
         name, text, new, streaming, chat = request
-        start.wait(60)
+        start.wait(PATIENCE_S)
         way = client.chat.completions.create if chat else client.completions.create
         prompt = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         answer = way(model=name, temperature=0, max_tokens=new, stream=streaming, **prompt)
