@@ -164,6 +164,27 @@ def test_a_system_text_goes_into_the_first_user_turn_where_it_is_told_to(name, t
     assert marked(example, tokenizer) == (last_only(MERGED) if name in ONE_ANSWER else MERGED)
 
 
+def test_pairs_of_whole_conversations_and_names_of_either_kind(tiny_tokenizer):
+    """UltraFeedback's layout: the prompt as text, `messages` with the chosen answer in it, two whole conversations."""
+    kind, settings = format_named("preference"), DataSettings()
+    whole = {side: [*LONG, turn("assistant", text)] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    for more in (
+        {},
+        {"prompt": "be kind"},
+        {"messages": whole["chosen"]},
+        {"prompt": "x", "messages": whole["chosen"], "score": 3},
+    ):
+        prompt, chosen, rejected = kind.pair(more | whole, "it", settings)
+        assert (prompt, chosen, rejected) == (LONG, [turn("assistant", "yes")], [turn("assistant", "no")])
+    tokenizer = with_template(tiny_tokenizer, TOOLS)
+    for name, key, turns in (
+        ("sharegpt", "conversations", [USER, turn("assistant", "one")]),
+        ("chat", "messages", [said("human", "hi there"), said("gpt", "one")]),
+    ):
+        format_named(name).check({key: turns}, "it", settings)
+        assert marked(format_named(name).encode({key: turns}, tokenizer, settings), tokenizer) == EXPECTED["short"]["tools"]
+
+
 def test_a_rejected_answer_is_rendered_too(tiny_tokenizer):
     tokenizer, kind = with_template(tiny_tokenizer, TOOLS), format_named("preference")
     for conversation, other in (("short", "no"), ("long", "no"), ("called", "It is 4.")):
