@@ -25,7 +25,7 @@ from .attach import adapters
 
 _METADATA = {
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "grad"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "grad", "requires_grad_"),
 }
 """Torch functions that take a tensor for its shape, dtype and device alone."""
 
