@@ -1,4 +1,4 @@
-"""Sums in any order in training, evaluation and merged; the base bit for bit (`disabled`, t = 0) under torch.compile and in threads."""
+"""Sums in any order, trained, evaluated and merged; `disabled` and t = 0 bit for bit under torch.compile and in threads."""
 
 import itertools
 import threading
