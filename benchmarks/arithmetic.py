@@ -1,8 +1,10 @@
-"""The arithmetic test sets without what the training file holds already.
+"""The arithmetic run of docs/arithmetic.md: test sets without what the training file holds already, and the page's tables.
 
-    python benchmarks/arithmetic.py held_out data/math      writes data/math/held_out/TASK.json, says how much of each was left out
+    python benchmarks/arithmetic.py held_out data/math            data/math/held_out/TASK.json, and how much of each was left out
+    python benchmarks/arithmetic.py record runs/compare_arithmetic benchmarks/results/arithmetic.json of a grid's finished cells
+    python benchmarks/arithmetic.py tables                        docs/arithmetic.md from that file, between markers
 
-LLM-Adapters' arithmetic training file is four fifths of the five test sets' own problems, so a score on a whole test file is
+LLM-Adapters' arithmetic training file holds four fifths of the five test sets' own problems, so a score on a whole test file is
 mostly one of memory. Two problems are the same where their words and digits are, whatever case, spaces and punctuation.
 """
 
@@ -13,7 +15,9 @@ import re
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAINING = "train.json"
+FACTS = ("trainable", "total", "seconds", "cpu_seconds", "eval_loss", "tokens_per_second")
 
 
 def words(text: str) -> str:
@@ -35,8 +39,60 @@ def held_out(folder: Path) -> list[tuple[str, int, int]]:
     return counts
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "held_out":
+def record(run: Path) -> dict:
+    """The scores of the base model and of every finished cell, and what each cost."""
+    arms = {}
+    for folder in [run / "base", *sorted((run / "cells").glob("*"))]:
+        scores = folder / "results.json" if folder.name == "base" else folder / "scores" / "after" / "results.json"
+        metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").is_file() else {}
+        if not scores.is_file() or (folder.name != "base" and not metrics):
+            continue
+        results = json.loads(scores.read_text())["results"]
+        tasks = {r["task"]: {key: r[key] for key in ("right", "total", "unparsable", "majority", "seconds")} for r in results}
+        facts = {key: metrics.get(key) for key in FACTS} if metrics else {}
+        arms[folder.name] = {"tasks": tasks} | facts | {"environment": metrics.get("environment")}
+    return arms
+
+
+def table(arms: dict) -> str:
+    """A line an arm: right of total in each task with the 95 % interval of Wilson, and all of them together."""
+    from doratune.report.scores import wilson
+    from doratune.support.tables import markdown
+
+    names = list(next(iter(arms.values()))["tasks"])
+    rows = []
+    for arm, scores in arms.items():
+        pairs = [(scores["tasks"][name]["right"], scores["tasks"][name]["total"]) for name in names]
+        pairs.append((sum(right for right, _ in pairs), sum(total for _, total in pairs)))
+        cells = [
+            f"{right}/{total} ({100 * low:.0f} – {100 * high:.0f} %)"
+            for right, total in pairs
+            for low, high in [wilson(right, total)]
+        ]
+        lost = sum(t["unparsable"] * t["total"] for t in scores["tasks"].values()) / pairs[-1][1]
+        loss, seconds = scores.get("eval_loss"), scores.get("cpu_seconds")
+        rest = [f"{100 * lost:.0f} %", "-" if loss is None else f"{loss:.3f}", "-" if seconds is None else f"{seconds:.0f} s"]
+        trained = scores.get("trainable")
+        rows.append([arm, "-" if trained is None else f"{trained:,}", *cells, *rest])
+    head = ["run", "trained", *names, "all", "unparsable", "loss on 16 held-out", "CPU time of training"]
+    return markdown(head, rows)
+
+
+def main(words: list[str]) -> None:
+    from doratune.support.tables import placed
+
+    page, results = ROOT / "docs" / "arithmetic.md", ROOT / "benchmarks" / "results" / "arithmetic.json"
+    if words[:1] == ["held_out"] and len(words) == 2:
+        for task, total, fresh in held_out(Path(words[1])):
+            print(f"{task}: {fresh} of {total} problems are not in {TRAINING}")
+    elif words[:1] == ["record"] and len(words) == 2:
+        results.write_text(json.dumps(record(Path(words[1])), indent=1) + "\n", encoding="utf-8")
+    elif words == ["tables"]:
+        arms = json.loads(results.read_text(encoding="utf-8"))
+        page.write_text(placed(page, "scores", table(arms), page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
         sys.exit(__doc__)
-    for task, total, fresh in held_out(Path(sys.argv[2])):
-        print(f"{task}: {fresh} of {total} problems are not in {TRAINING}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

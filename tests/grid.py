@@ -10,6 +10,7 @@ from typing import Any
 
 import reference
 import torch
+from expectations import section
 from refusals import REFUSALS, message
 from torch import nn
 from torch.nn import functional as F
@@ -239,6 +240,7 @@ def page() -> str:
     lines += ["", "## What users do that is refused", "", "Each is a real call (`tests/refusals.py`), with what it says.", ""]
     lines += ["| | situation | message |", "|---|---|---|"]
     lines += [f"| {kind} | {situation} | {message(call).replace('|', chr(92) + '|')} |" for kind, situation, call in REFUSALS]
+    lines += section()
     return "\n".join(lines) + "\n"
 
 

@@ -59,6 +59,21 @@ def over_ours():
     return get_peft_model(attached(), LoraConfig(target_modules=["q_proj"]))
 
 
+def prompts_over():
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(attached(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def for_good(model):
+    doratune.merge(model, keep="none")
+    return model
+
+
+def two():
+    return doratune.attach(doratune.attach(tiny_llama(layers=1), SMALL, name="a"), SMALL, name="b")
+
+
 def normed():
     model = attached()
     nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
@@ -80,14 +95,19 @@ REFUSALS = [
     ("selection", "a target that names nothing", lambda f: attached(targets=["q_prj"])),
     ("selection", "a rank larger than the layer", lambda f: attached(rank=64)),
     ("selection", "a weight that is tied to another", lambda f: tied()),
+    ("selection", "a layer that is not there", lambda f: attached(layers=[3])),
+    ("settings", "PEFT's name of one", lambda f: doratune.AdapterConfig.from_dict({"target_modules": ["q_proj"]})),
     ("settings", "a number out of its range", lambda f: attached(rank=0)),
     ("settings", "a choice that is none", lambda f: attached(magnitude_axis="inputs")),
     ("settings", "on the command line", lambda f: parse(MergeSettings, ["--into", "gguf"], "merge", "")),
     ("states", "attaching twice", lambda f: doratune.attach(attached(), SMALL)),
     ("states", "training a merged model", lambda f: doratune.parameter_groups((lambda m: (doratune.merge(m), m)[1])(attached()))),
+    ("states", "training what was merged for good", lambda f: doratune.parameter_groups(for_good(attached()))),
+    ("states", "merging for good beside other adapters", lambda f: for_good(two())),
     ("states", "an adapter that is not there", lambda f: doratune.use(attached(), "other")),
     ("other packages", "attaching over PEFT's adapters", lambda f: under_peft()),
     ("other packages", "PEFT's adapters over attached layers", lambda f: over_ours()),
+    ("other packages", "PEFT's prompts over an attached model", lambda f: prompts_over()),
     ("other packages", "a weight norm on an adapted layer, then merge", lambda f: normed()),
     ("saving", "the base alone, by the inner model's save_pretrained", base_alone),
     ("files", "a folder that is none", lambda f: doratune.load(tiny_llama(), f / "nothing")),

@@ -34,7 +34,7 @@ _HOME = {
 }
 _PACKAGES = (
     *("analysis", "baselines", "bases", "bench", "checkpoint", "comparison", "data", "directions", "evaluation", "export"),
-    *("formats", "generation", "layers", "math", "report", "training"),
+    *("formats", "generation", "layers", "math", "peft", "report", "training"),
 )
 __all__ = sorted(_HOME)
 

@@ -1,4 +1,4 @@
-"""`python -m doratune COMMAND …`, also under torchrun."""
+"""`python -m doratune`, and so `torchrun … -m doratune train`, is `doratune`."""
 
 from .cli.main import entry
 

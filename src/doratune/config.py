@@ -15,6 +15,24 @@ from .errors import UserError, near_misses
 from .support.fields import documented
 from .support.values import check_choice, check_value, check_values, number
 
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "target_parameters": "targets (a module of experts by its name)",
+    "exclude_modules": "exclude",
+    "modules_to_save": "also_train",
+    "layers_to_transform": "layers",
+    "rank_pattern": "rank_overrides",
+    "alpha_pattern": "alpha_overrides",
+    "use_dora": "method (dora or lora)",
+    "use_rslora": "rank_scaling (rslora)",
+    "init_lora_weights": "start",
+    "trainable_token_indices": "also_train or targets of the embedding (all its rows)",
+}
+"""What PEFT calls settings that are here."""
+
 
 @documented
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +60,8 @@ class AdapterConfig:
     `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses), or `"all-layers"`."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave out: a list of names or suffixes, or a regex."""
+    layers: tuple[int, ...] = ()
+    """Only modules in these layers, by the first index in their names (PEFT's `layers_to_transform`); (): in all."""
     magnitude_only: str | tuple[str, ...] = ()
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
     also_train: tuple[str, ...] = ()
@@ -80,6 +100,7 @@ class AdapterConfig:
     def __post_init__(self):
         for name in ("targets", "exclude", "magnitude_only", "also_train"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "layers", _indices(self.layers))
         if isinstance(self.also_train, str):
             object.__setattr__(self, "also_train", (self.also_train,))
         check_choice("method", self.method, METHODS)
@@ -139,8 +160,16 @@ class AdapterConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"unknown adapter setting {key!r}{near_misses(key, known)}")
+                here = f"; PEFT's {key} is {PEFT_NAMES[key]} here" if key in PEFT_NAMES else near_misses(key, known)
+                raise UserError(f"unknown adapter setting {key!r}{here}")
         return cls(**values)
+
+
+def _indices(value) -> tuple[int, ...]:
+    values = () if value is None else (value,) if isinstance(value, int) else value
+    if not isinstance(values, list | tuple | range | set) or not all(type(i) is int and i >= 0 for i in values):
+        raise UserError(f"layers is {value!r}; expected indices of layers, such as [0, 1, 2]")
+    return tuple(sorted(set(values)))
 
 
 def _patterns(name: str, value) -> str | tuple[str, ...]:

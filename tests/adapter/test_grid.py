@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import expectations
 import grid
 import pytest
 import torch
@@ -104,6 +105,13 @@ def test_the_page_says_what_the_code_does():
     for package in ("bitsandbytes", "torchao.quantization", "hqq.core.quantize"):
         pytest.importorskip(package)
     assert (Path(__file__).parents[2] / "docs" / "support.md").read_text(encoding="utf-8") == grid.page()
+
+
+def test_each_expectation_names_a_test_that_is_there():
+    tests = Path(__file__).parents[1]
+    for behaviour, _, _, where in expectations.BEHAVIOURS:
+        path, _, name = where.partition("::")
+        assert f"def {name}" in (tests / path).read_text(encoding="utf-8"), behaviour
 
 
 @pytest.mark.parametrize(("kind", "situation", "call"), REFUSALS, ids=lambda value: value if isinstance(value, str) else "")

@@ -50,6 +50,47 @@ def test_magnitude_only_exclude_and_overrides():
     assert s.left_out[f"{prefix}0.self_attn.v_proj"] == "excluded"
 
 
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("layers", [1, [0], range(2)])
+def test_layers_as_peft_takes_them(build, layers, tmp_path):
+    import peft
+
+    model, targets = build(), ["q_proj", "up_proj"] if build is tiny_llama else ["c_attn", "c_fc"]
+    config = AdapterConfig(rank=2, targets=targets, layers=layers)
+    doratune.attach(model, config)
+    theirs = peft.LoraConfig(
+        target_modules=targets,
+        layers_to_transform=layers if type(layers) is int else list(layers),
+        fan_in_fan_out=build is tiny_gpt2,
+    )
+    lora = peft.get_peft_model(build(), theirs)
+    expected = [n.removeprefix("base_model.model.") for n, m in lora.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert [name for name, _ in doratune.adapters(model)] == expected
+    doratune.save(model, tmp_path)
+    again = doratune.load(build(), tmp_path)
+    assert [name for name, _ in doratune.adapters(again)] == expected
+    in_peft = peft.PeftModel.from_pretrained(build(), tmp_path)
+    assert sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in in_peft.modules()) == len(expected)
+
+
+def test_layers_go_by_the_first_index():
+    from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+    assert names(t5, targets=["q"], layers=[1], rank=2) == {
+        "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.1.EncDecAttention.q",
+    }
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=30, num_hidden_layers=2, num_local_experts=2, **sizes))
+    assert {name.split(".")[2] for name in names(mixtral, targets="all-layers", layers=[1], rank=2)} == {"1"}
+    assert names(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), layers=[0], rank=2) == {"0"}
+    s = select(tiny_llama(), AdapterConfig(targets=["q_proj", "lm_head"], magnitude_only=["v_proj"], layers=[1]))
+    assert s.ranks == {"model.layers.1.self_attn.q_proj": 16, "model.layers.1.self_attn.v_proj": 0}
+    assert s.left_out["lm_head"] == s.left_out["model.layers.0.self_attn.q_proj"] == "in another layer (layers)"
+
+
 def test_scaling_keeps_the_global_alpha():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     config = AdapterConfig(rank=4, alpha=8, targets=["0", "1"], rank_overrides={"1": 16}, rank_scaling="rslora")
@@ -81,6 +122,9 @@ MISTAKES = [
     ({"targets": 7}, "targets is 7"),
     ({"method": "lora", "magnitude_only": ["o_proj"]}, "magnitude_only needs"),
     ({"seed": "x"}, "seed is 'x'"),
+    ({"layers": [-1]}, "layers is [-1]; expected indices of layers"),
+    ({"layers": "0-3"}, "layers is '0-3'"),
+    ({"layers": [True]}, "layers is [True]"),
     ({"seed": 2**32}, "seed is 4294967296"),
     ({"alpha_overrides": {"q_proj": float("inf")}}, "alpha_overrides"),
 ]
@@ -114,6 +158,8 @@ TARGET_MISTAKES = [
     ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "select no module"),
     ({"targets": ["q_proj"], "rank_overrides": {"v_proj": 3}}, "'v_proj' fits no target"),
     ({"targets": ["q_proj"], "also_train": ["lm_hed"]}, "did you mean 'lm_head'"),
+    ({"layers": [0, 7, 9]}, "none of the selected modules is in layer 7, 9; they are in layers 0 to 1"),
+    ({"targets": ["lm_head"], "layers": [0]}, "their names have no index"),
 ]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from doratune.bench import arms, clock, decode, memory, norm, startup, train_step
+import doratune
+from doratune.bench import arms, clock, decode, memory, mixed, norm, startup, train_step
 from doratune.bench.pages import write_report
 from doratune.bench.settings import ARMS, MEASUREMENTS, BenchSettings
 from doratune.bench.shapes import load, random_ids
@@ -110,6 +111,17 @@ def test_merged_arm_leaves_the_shared_weights_alone(base):
     assert decode.decode(merged, ids, 5).shape == (1, 13)
 
 
+def test_eight_adapters_compute_what_each_computes_alone(base):
+    names = [f"n{i}" for i in range(mixed.ADAPTERS)]
+    model, prompts = mixed.adapted(base, 4, TARGETS, names), random_ids(base, mixed.ADAPTERS, 5)
+    with doratune.mixed(model, names) as way:
+        together = decode.decode(model, prompts, 4)
+        for i, name in enumerate(names):
+            way.choose([name])
+            assert torch.equal(decode.decode(model, prompts[i : i + 1], 4), together[i : i + 1])
+    assert doratune.names(model) == [names[-1], *names[:-1]]
+
+
 def test_a_product_keeps_its_two_factors():
     a, b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
     nothing = nn.Module()
@@ -169,7 +181,7 @@ def test_bench_measures_everything_and_reports(tmp_path, capsys, monkeypatch):
     assert main(["bench", *SMALL_FLAGS, "--output", str(results), "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     printed = json.loads(out[-1])
-    assert set(printed) == {*MEASUREMENTS, "train_step_1_thread", "decode_1_thread"}
+    assert set(printed) == {*MEASUREMENTS, "train_step_1_thread", "decode_1_thread", "mixed_1_thread"}
     assert any("dora/lora" in line for line in out)
     for what in MEASUREMENTS:
         content = json.loads((results / f"{what}_cpu.json").read_text())
@@ -179,6 +191,7 @@ def test_bench_measures_everything_and_reports(tmp_path, capsys, monkeypatch):
     step = printed["train_step"]["bfloat16"]["4"]
     assert set(step[PLAIN]["ratios"]) == set(train_step.RATIOS) and set(step[CHECKPOINTED]["arms"]) == {"lora", "dora"}
     assert set(printed["decode"]["bfloat16"]["4"]["ratios"]) == set(decode.RATIOS)
+    assert set(printed["mixed"]["bfloat16"]["4"]["ratios"]) == set(mixed.RATIOS)
     kept = printed["memory"]["bfloat16"]["4"]
     assert kept["checkpointing"]["arms"]["dora"]["live_bytes"] < kept["plain"]["arms"]["dora"]["live_bytes"]
     assert set(printed["norm"]["bfloat16"]["3"]["40"]["errors"]) == {"0.01", "0.1"}

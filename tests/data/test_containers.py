@@ -137,3 +137,23 @@ def test_weights_say_how_often_an_item_is_seen(tmp_path):
     assert len(set(half)) == 5 and half == sorted(half, key=int)
     assert items == load_items([a, b], weights=[2, 0.5], seed=3)[0] != load_items([a, b], weights=[2, 0.5], seed=4)[0]
     assert len(load_items([a, b], weights=[1.2, 1])[0]) == 16
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "owner/name:test", "owner/name#main:train", "owner/name:train[:10%]", "owner/name:test[:5]"]
+)
+def test_a_hub_id_with_configuration_and_split_is_asked_of_the_hub_once(name):
+    """Offline, as in all tests: one line that names the data set."""
+    from doratune.errors import UserError
+
+    with pytest.raises(UserError, match="cannot load the data set owner/name") as caught:
+        load_items(name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["owner/name/more", "name:test", "owner/na me", "owner/name#:x", "owner/name#a#b"])
+def test_what_no_hub_id_can_be_is_said(name):
+    from doratune.errors import UserError
+
+    with pytest.raises(UserError, match="no such file or known set"):
+        load_items(name)

@@ -99,6 +99,7 @@ ITEMS = {  # format → conversation → the item as that format spells it
         "long": {"prompt": LONG, "completion": [TWO]},
         "called": {"prompt": CALLED, "completion": [THREE], "tools": [ADD]},
     },
+    "questions": {"short": {"question": "hi there", "answer": "one"}},
     "preference": {
         "short": {"prompt": "hi there", "chosen": "one", "rejected": "no"},
         "long": {"prompt": LONG, "chosen": [TWO], "rejected": [turn("assistant", "no")]},
@@ -161,6 +162,27 @@ def test_a_system_text_goes_into_the_first_user_turn_where_it_is_told_to(name, t
     tokenizer, settings = with_template(tiny_tokenizer, NO_SYSTEM), DataSettings(prompt="template", system_as="user")
     example = format_named(name).encode(ITEMS[name]["long"], tokenizer, settings)
     assert marked(example, tokenizer) == (last_only(MERGED) if name in ONE_ANSWER else MERGED)
+
+
+def test_pairs_of_whole_conversations_and_names_of_either_kind(tiny_tokenizer):
+    """UltraFeedback's layout: the prompt as text, `messages` with the chosen answer in it, two whole conversations."""
+    kind, settings = format_named("preference"), DataSettings()
+    whole = {side: [*LONG, turn("assistant", text)] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    for more in (
+        {},
+        {"prompt": "be kind"},
+        {"messages": whole["chosen"]},
+        {"prompt": "x", "messages": whole["chosen"], "score": 3},
+    ):
+        prompt, chosen, rejected = kind.pair(more | whole, "it", settings)
+        assert (prompt, chosen, rejected) == (LONG, [turn("assistant", "yes")], [turn("assistant", "no")])
+    tokenizer = with_template(tiny_tokenizer, TOOLS)
+    for name, key, turns in (
+        ("sharegpt", "conversations", [USER, turn("assistant", "one")]),
+        ("chat", "messages", [said("human", "hi there"), said("gpt", "one")]),
+    ):
+        format_named(name).check({key: turns}, "it", settings)
+        assert marked(format_named(name).encode({key: turns}, tokenizer, settings), tokenizer) == EXPECTED["short"]["tools"]
 
 
 def test_a_rejected_answer_is_rendered_too(tiny_tokenizer):
@@ -234,6 +256,39 @@ def test_the_item_says_which_of_its_answers_are_learned(tiny_tokenizer):
     item = {"conversations": [said("human", "a"), said("gpt", "b") | {"train": False}, said("human", "c"), said("gpt", "d")]}
     example = format_named("sharegpt").encode(item, tokenizer, settings)
     assert marked(example, tokenizer).count("«") == 1 and marked(example, tokenizer).endswith("«d<end>\n»")
+
+
+@pytest.mark.parametrize("answer", ['{"a": 1}', "[1, 2]", '[{"name": "x"}]', "[not json", "{}", "[]"])
+def test_an_answer_may_be_json(answer, tiny_tokenizer):
+    tokenizer, settings = with_template(tiny_tokenizer, TOOLS), DataSettings(prompt="template")
+    text = f"<turn>user\n{answer}<end>\n<turn>assistant\n«{answer}<end>\n»"
+    for name, item in (
+        ("completion", {"prompt": answer, "completion": answer}),
+        ("preference", {"prompt": answer, "chosen": answer, "rejected": "no"}),
+        ("instruction", {"instruction": answer, "output": answer}),
+        ("chat", {"messages": [turn("user", answer), turn("assistant", answer)]}),
+        ("sharegpt", {"conversations": [said("human", answer), said("gpt", answer)]}),
+    ):
+        format_named(name).check(item, "it", settings)
+        assert marked(format_named(name).encode(item, tokenizer, settings), tokenizer) == text
+    item = {"prompt": answer, "completion": answer}
+    assert marked(format_named("completion").encode(item, tokenizer, DataSettings()), tokenizer).endswith(f"«{answer}</s>»")
+
+
+MARKS = (
+    "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}{% endfor %}"
+)
+
+
+def test_marks_of_the_template_and_what_the_settings_ask_for(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, MARKS)
+    turns = [turn("user", "a"), turn("assistant", "b", train=False), turn("user", "c"), turn("assistant", "d")]
+    expected = {"all": "«b<end>»", "last": "b<end>", "item": "b<end>"}
+    for loss, first in expected.items():
+        example = format_named("chat").encode({"messages": turns}, tokenizer, DataSettings(loss=loss))
+        text = f"<turn>user\na<end><turn>assistant\n{first}<turn>user\nc<end><turn>assistant\n«d<end>»"
+        assert marked(example, tokenizer) == text
 
 
 def test_thinking_of_an_answer_is_learned_where_the_template_shows_it(tiny_tokenizer):

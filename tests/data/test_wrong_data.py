@@ -35,7 +35,7 @@ def calling(name, arguments="{}", **more):
 
 BAD = [
     ("chat", {"messages": []}, "no list of role and content under 'messages'"),
-    ("chat", {"messages": [{"from": "human", "value": "a"}]}, "message 1 has no text under 'role'; its keys are 'from', 'value'"),
+    ("chat", {"messages": [{"speaker": "a", "text": "a"}]}, "message 1 has no text under 'role'; its keys are 'speaker', 'text'"),
     ("chat", chat(("usr", "a"), ("assistant", "b")), "message 1 has the role 'usr'.*did you mean 'user'"),
     ("chat", chat(("user", "a"), ("bot", "b")), "message 2 has the role 'bot'; expected one of system, .*set roles: {bot: ROLE}"),
     ("chat", chat(("user", "a"), ("assistant", None)), "message 2 has null under 'content'"),
@@ -77,6 +77,8 @@ BAD = [
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "the same answer under 'chosen' and 'rejected'"),
     ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, "an empty answer under 'chosen'"),
     ("preference", {"chosen": "b", "rejected": "c"}, "has no prompt"),
+    ("preference", GOOD["preference"] | {"prompt": GOOD["chat"]["messages"]}, "a prompt that ends with the assistant's turn"),
+    ("preference", {"chosen": GOOD["chat"]["messages"], "rejected": GOOD["chat"]["messages"][:1]}, "no answer under 'rejected'"),
 ]
 
 
@@ -151,7 +153,8 @@ def test_words_that_spell_a_special_token(name, item, where, tiny_tokenizer, tmp
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"question": "a", "answer": "b"}, "has the keys 'question', 'answer'.*columns: {instruction: question, output: answer}"),
+        ({"query": "a", "reply": "b"}, "has the keys 'query', 'reply'.*columns: {instruction: query, output: reply}"),
+        ({"query": "a", "answer": "b"}, "for questions data set columns: {question: query}"),
         ({"prompt": "a", "response": "b"}, "for completion data set columns: {completion: response}"),
         ({"dialog": []}, "for chat data set columns: {messages: dialog}"),
         ({"document": "a"}, "for text data set columns: {text: document}"),

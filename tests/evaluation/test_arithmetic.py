@@ -234,6 +234,6 @@ def test_a_grid_of_word_problems(tiny_folder, tmp_path, capsys):
     assert main(["compare", str(grid)]) == 2
     assert "score is likelihood, which task " in (error := capsys.readouterr().err) and "set score: generate or paper" in error
     assert main(["compare", str(grid), "--score", "generate"]) == 0
-    found = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert set(found["rows"][0]["scores"]) == {"generate"}
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert set(summary["rows"][0]["scores"]) == {"generate"}
     assert json.loads((tmp_path / "out" / "base" / "results.json").read_text())["results"][0]["task"] == "sums"

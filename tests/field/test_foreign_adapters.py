@@ -1,5 +1,7 @@
 """Adapters of other packages: attaching over one and putting one over ours are refused; nothing is touched."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -104,6 +106,46 @@ def test_prompts_of_peft():
     for act in (lambda: doratune.save(wrapped, "never"), lambda: doratune.parameter_groups(wrapped)):
         with pytest.raises(UserError, match="a part of it is: pass the model that was given"):
             act()
+
+
+AROUND = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "multitask": lambda: peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+    "CPT": lambda: peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1]),
+    "adaption prompt": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+}
+
+
+@pytest.mark.parametrize("way", ["attached", "a copy", "as PEFT", "in use again", "with a head"])
+@pytest.mark.parametrize("name", AROUND)
+def test_prompts_over_ours(name, way):
+    """They put nothing into a layer, and freeze the whole model: ours would be neither trained nor saved."""
+    config = AdapterConfig(rank=2, targets=["q_proj"], also_train=["norm"]) if way == "with a head" else CONFIG
+    model = randomize(doratune.attach(tiny_llama(), config))
+    over = {
+        "a copy": copy.deepcopy,
+        "as PEFT": doratune.as_peft,
+        "in use again": lambda m: doratune.use(doratune.use(m, None), "default"),
+    }.get(way, lambda m: m)(model)
+    expected, modules = logits(over), [type(m) for m in over.modules()]
+    grad = [p.requires_grad for p in over.parameters()]
+    with pytest.raises(UserError, match=r"has a doratune adapter; call doratune\.detach\(model\), or doratune\.merge\(model\)"):
+        peft.get_peft_model(over, AROUND[name]())
+    assert [type(m) for m in over.modules()] == modules
+    assert [p.requires_grad for p in over.parameters()] == grad
+    assert torch.equal(logits(over), expected)
+    assert doratune.verify(over).ok
+    doratune.merge(over)
+    peft.get_peft_model(model if way == "as PEFT" else over, AROUND[name]())  # as on any model
+
+
+def test_attaching_under_an_adaption_prompt():
+    wrapped = peft.get_peft_model(tiny_llama(), AROUND["adaption prompt"]())
+    for model in (wrapped, wrapped.base_model.model):
+        with pytest.raises(UserError, match=r"another package's adapter: .*self_attn \(AdaptedAttention\)"):
+            doratune.attach(model, CONFIG)
 
 
 class OtherLayer(nn.Module):

@@ -81,3 +81,21 @@ WORDS = ["1e-3", "2024-01-01", ".5", "1_000", "true", "~", "", "a: b", "- x", "\
 def test_text_stays_text_for_every_reader(text):
     assert parse_yaml(to_yaml({"name": text})) == yaml.safe_load(to_yaml({"name": text})) == {"name": text}
     assert parse_yaml(to_yaml([text], flow=True)) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["rank: 4\nlr: 1e-3\nrank: 8\n", "a: {b: 1, b: 2}", "x:\n- {lr: 1}\n- {lr: 1, lr: 1}\n", "'rank': 4\nrank: 8\n"]
+)
+def test_a_key_that_stands_twice(text, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"line \d: .* stands there twice"):
+        read_yaml(tmp_path / "x.yaml")
+    assert main(["train", str(tmp_path / "x.yaml"), "--data", "demo"]) == 2
+    assert "stands there twice; leave one of the two" in capsys.readouterr().err
+
+
+def test_keys_that_a_merge_brings_may_be_there_too():
+    text = "a: &a {lr: 1, rank: 2}\nb: &b\n  <<: *a\n  rank: 4\nc:\n  <<: [*b, *a]\n  lr: 3\n1: x\n'1': y\n"
+    assert parse_yaml(text) == {
+        "a": {"lr": 1, "rank": 2}, "b": {"lr": 1, "rank": 4}, "c": {"lr": 3, "rank": 4}, 1: "x", "1": "y",
+    }  # fmt: skip

@@ -219,3 +219,37 @@ def test_using_one_after_the_other(tiny_folder, folders):
     with pytest.raises(UserError, match="did you mean 'one'"):
         adapters.use("onne")
     assert adapters.current == "one"
+    assert sorted(doratune.names(adapters.model)) == ["one", "two"]  # both are loaded
+
+
+def test_switching_reads_no_file_again(tmp_path, tiny_folder, folders):
+    import shutil
+
+    copies = {name: tmp_path / name for name in ("a b", "a_b", "ö")}  # names that an adapter in a model cannot have, or two alike
+    for folder, source in zip(copies.values(), [*folders.values(), folders["one"]], strict=True):
+        shutil.copytree(source, folder)
+    adapters = NamedAdapters(str(tiny_folder), [f"{name}={folder}" for name, folder in copies.items()])
+    ids = torch.arange(3, 30)[None]
+    first = {name: adapters.use(name)(ids).logits for name in adapters.names}
+    for folder in copies.values():
+        shutil.rmtree(folder)
+    assert all(torch.equal(adapters.use(name)(ids).logits, first[name]) for name in ("a_b", "base", "ö", "a b"))
+    assert torch.equal(first["a b"], first["ö"]) and not torch.equal(first["a b"], first["a_b"])
+    with doratune.mixed(adapters.load_all(), [adapters.inside[name] for name in copies]):
+        assert torch.allclose(adapters.model(ids.expand(3, -1)).logits[1], first["a_b"][0], atol=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path, tiny_folder, folders):
+    from conftest import tiny_llama
+
+    other = tiny_llama(layers=3)
+    doratune.attach(other, doratune.AdapterConfig(rank=4, targets=["q_proj"]))
+    doratune.save(other, tmp_path / "deep")
+    adapters = NamedAdapters(str(tiny_folder), [str(folders["one"]), str(tmp_path / "deep")])
+    ids = torch.arange(3, 30)[None]
+    before = adapters.use("one")(ids).logits
+    with pytest.raises(UserError, match="does not fit"):
+        adapters.use("deep")
+    assert adapters.current == "one" and torch.equal(adapters.model(ids).logits, before)
+    with pytest.raises(UserError, match="does not fit"):
+        adapters.load_all()

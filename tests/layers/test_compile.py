@@ -143,13 +143,13 @@ def test_the_op_by_torchs_own_checks():
     x, out = torch.randn(5, 10), torch.randn(5, 13)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     weight = layer.adapted
-    settings = 1.0, False, torch.float32, 3, weight.handle.tensor
+    settings = 1.0, weight.s, False, torch.float32, 3, weight.handle.tensor
     torch.library.opcheck(
         compiled._compose, (x, out, layer.bias, None, list(weight.tensors()), layer.weight, *settings), test_utils=checks
     )
     model, layer = one_layer(magnitude_axis="input")
     weight = layer.adapted
-    settings = 1.0, True, torch.float32, 0, weight.handle.tensor
+    settings = 1.0, weight.s, True, torch.float32, 0, weight.handle.tensor
     torch.library.opcheck(
         compiled._compose, (None, x, None, None, list(weight.tensors()), layer.weight, *settings), test_utils=checks
     )

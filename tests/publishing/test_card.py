@@ -12,7 +12,7 @@ from doratune.publishing.card import CARD, OURS, add_scores, write_merged_card, 
 SETTINGS = {
     "model": "owner/base",
     "data": "owner/set",
-    "output": "/home/me/run",
+    "output": "/srv/run",
     "method": "dora",
     "rank": 8,
     "lr": 1e-3,
@@ -63,7 +63,7 @@ def test_a_training_card_says_base_data_settings_figures_versions_and_how_to_loa
         "PeftModel",
     ):
         assert words in text
-    assert "/home/me" not in text and "eval" not in text and "peft None" not in text
+    assert "/srv" not in text and "eval" not in text and "peft None" not in text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_peft_is_named_only_where_it_opens_the_folder(adapter, config, library):
     assert head["library_name"] == library and ("PeftModel" in text) == (library == "peft")
 
 
-@pytest.mark.parametrize("place", ["/home/me/models/base", "./base", "~/base"])
+@pytest.mark.parametrize("place", ["/srv/models/base", "./base", "~/base"])
 def test_a_card_tells_nobody_how_a_disk_looks(adapter, place):
     folder = adapter()
     write_training_card(folder, SETTINGS | {"model": place, "data": [place + ".jsonl", "owner/set"]}, {}, METRICS)

@@ -199,3 +199,29 @@ def test_what_is_refused():
     doratune.merge(model)
     with pytest.raises(UserError, match=r"this model is merged; call doratune\.unmerge\(model\) before doratune\.as_peft"):
         doratune.as_peft(model)
+
+
+@pytest.fixture
+def _one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_sharded_parameters_are_not_switched(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    view = doratune.as_peft(randomize(doratune.attach(tiny_llama(), CONFIGS["dora"])))
+    expected = logits(view)
+    view.add_adapter("ref")
+    fully_shard(view.get_base_model(), mesh=mesh)
+    torch.testing.assert_close(logits(view), expected, rtol=1e-4, atol=1e-5)
+    for call in (lambda: view.set_adapter("ref"), lambda: view.save_pretrained(tmp_path / "out")):
+        with pytest.raises(
+            UserError, match=r"sharded over processes, where it cannot be switched: .* precompute_ref_log_probs=True"
+        ):
+            call()
+    with view.disable_adapter():  # asks no parameter to move
+        torch.testing.assert_close(logits(view), logits(tiny_llama()), rtol=1e-4, atol=1e-5)

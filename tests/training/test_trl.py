@@ -1,6 +1,11 @@
 """TRL's plain trainers on `as_peft(model)`: step by step what they do with PEFT's own DoRA model, saved, resumed, reloaded."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +211,29 @@ def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, tmp_path, tiny
         assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5 if view else 1e-3)
 
 
+def test_with_the_mixin(base, adapter, tmp_path, tiny_tokenizer):
+    """Rates of their own, and checkpoints of the adapter alone."""
+    from doratune.training import TrainerMixin
+
+    class DoRADPO(TrainerMixin, trl.DPOTrainer):
+        output_factor_lr_ratio = 4.0
+
+    model = doratune.load(base("dpo"), adapter("dpo"), trainable=True)
+    arguments = trl.DPOConfig(
+        str(tmp_path / "run"), max_steps=2, save_steps=1, learning_rate=1e-3, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.1, bf16=False,
+    )  # fmt: skip
+    rows = Dataset.from_list(PAIRS)
+    trainer = DoRADPO(doratune.as_peft(model), args=arguments, train_dataset=rows, processing_class=tiny_tokenizer)
+    trainer.train()
+    assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    decays = {group["name"]: group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert decays == {"factors": 0.1, "output_factors": 0.1, "magnitude": 0.0}
+    ids = torch.arange(3, 15)[None]
+    saved = doratune.load(base("dpo"), tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(saved.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_an_adapted_head_that_trl_reads_past_is_refused(base, tmp_path, tiny_tokenizer):
     model = doratune.attach(base("sft"), AdapterConfig(rank=2, targets=["q_proj", "lm_head"]))
     trainer = trainer_of("dpo", doratune.as_peft(model), tmp_path, tiny_tokenizer)
@@ -232,3 +260,95 @@ def test_what_trl_itself_refuses_of_peft_models(base, tmp_path, tiny_tokenizer):
     with pytest.raises(ValueError, match="PeftModel"):
         cls(other, args=trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=Dataset.from_list(DATA["sft"]),
             processing_class=tiny_tokenizer, peft_config=peft.LoraConfig())  # fmt: skip
+
+
+def online(folder, model, tokenizer, settings):
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    arguments = OnlineDPOConfig(folder, max_new_tokens=5, **settings)
+    rows = Dataset.from_list(DATA["grpo"])
+    return OnlineDPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, reward_funcs=vowels)
+
+
+def orpo(folder, model, tokenizer, settings):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    arguments, rows = ORPOConfig(folder, max_length=64, **settings), Dataset.from_list(PAIRS)
+    return ORPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def gkd(folder, model, tokenizer, settings):
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    turns = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}] for r in PAIRS]
+    arguments, rows = (
+        GKDConfig(folder, max_length=64, max_new_tokens=5, **settings),
+        Dataset.from_list([{"messages": t} for t in turns]),
+    )
+    return GKDTrainer(model=model, teacher_model=tiny_llama(seed=4), args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("build", [online, orpo, gkd])
+def test_experimental_trainers_step_by_step_as_peft(build, base, adapter, tmp_path, tiny_tokenizer):
+    folder, seen = adapter("sft"), {}
+    settings = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 3, "gradient_checkpointing": False}
+    for who in ("theirs", "ours"):
+        theirs = who == "theirs"
+        model = (
+            peft.PeftModel.from_pretrained(base("sft"), folder, is_trainable=True)
+            if theirs
+            else doratune.as_peft(doratune.load(base("sft"), folder, trainable=True))
+        )
+        trainer = build(str(tmp_path / who), model, tiny_tokenizer, settings)
+        trainer.train()
+        seen[who] = [row["loss"] for row in trainer.state.log_history[:-1]]
+    assert seen["ours"] == pytest.approx(seen["theirs"], rel=2e-3, abs=2e-5)
+    assert len(seen["ours"]) == 3
+
+
+TWO = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import peft, torch
+from conftest import small_tokenizer
+from transformers import AutoModelForCausalLM
+import doratune
+import test_trl as here
+folder = Path(sys.argv[2])
+base = lambda: AutoModelForCausalLM.from_pretrained(folder / "base")
+seen = []
+for who in ("theirs", "ours"):
+    model = (peft.PeftModel.from_pretrained(base(), folder / "adapter", is_trainable=True) if who == "theirs"
+             else doratune.as_peft(doratune.load(base(), folder / "adapter", trainable=True)))
+    trainer = here.trainer_of("dpo", model, folder / who, small_tokenizer(), per_device_train_batch_size=2)
+    trainer.train()
+    seen.append([row["loss"] for row in trainer.state.log_history[:-1]])
+    trainer.save_model(str(folder / who / "saved"))
+if trainer.accelerator.is_main_process:
+    (folder / "seen.json").write_text(json.dumps({"losses": seen, "processes": trainer.accelerator.num_processes}))
+"""
+
+
+def test_two_processes(base, adapter, tmp_path):
+    """DPO under DistributedDataParallel: the reference is switched to beside what the wrapper was made around."""
+    adapter("dpo")
+    base("dpo").save_pretrained(tmp_path / "base")
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(tmp_path / "two.py")]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, *sys.path])}
+    run = subprocess.run(
+        [*launch, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["processes"] == 2
+    theirs, ours = seen["losses"]
+    assert ours == pytest.approx(theirs, rel=2e-3)
+    assert ours[0] == pytest.approx(math.log(2), abs=1e-5)
+    again = doratune.load(base("dpo"), tmp_path / "ours" / "saved")
+    theirs = peft.PeftModel.from_pretrained(base("dpo"), tmp_path / "theirs" / "saved")
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-2, atol=1e-3)

@@ -8,12 +8,12 @@ base_norms.py   by which an adapter knows its base again
 fresh.py      parameters that no file holds: drawn at random, or a vocabulary that grew
 whole.py      modules trained whole, in fp32
 states.py     merged, and merged for good
-watching.py   when a forward begins and ends
 several.py    several adapters on one model, by name
 combine.py    new adapters out of others: sums, and the line from the base
 routes.py     calls that go another way: the base in a block, an adapter for each example
 kernels.py     kernels that write over a layer's output
 foreign.py    other packages' adapters, refused
+elsewhere.py   what cannot be done where weights are in shards or offloaded
 guards.py     what save_pretrained and the like do on an attached model
 groups.py     parameter groups for an optimizer: decay, rates, LoRA+
 verify.py     is every target really DoRA?

@@ -15,20 +15,23 @@ from torch.nn.parameter import UninitializedParameter
 from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
-from ..layers.adapted import Adapted
+from ..layers.adapted import Adapted, is_adapted
+from ..layers.fsdp import resharded
 from ..layers.layouts import named_layers
 from ..layers.registry import Registry
+from ..layers.shares import at_hand
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
-from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, synchronizing, unwrapped
+from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
 from . import guards, whole
 from . import start as initial
+from .elsewhere import refuse_elsewhere, refuse_synchronized, refuse_unreturnable
 from .foreign import refuse_foreign
 from .fresh import trained_whole
 from .kernels import writing_kernels
 from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
 from .states import RECORD, has_adapter, let_go, refuse_merged
 from .targets import Selection, select
-from .watching import unwatch, watch
 
 BASELINE = "_doratune_baseline"
 
@@ -115,8 +118,7 @@ def attach_selection(
     """`attach` for modules, ranks and alphas that are resolved already; loading: the values come from a file afterwards."""
     modules = dict(named_layers(model))
     bases = {name: kind_of(modules[name]).base(modules[name]) for name in selection.ranks}
-    if empty := [name for name, base in bases.items() if base.device(modules[name]).type == "meta"]:
-        raise UserError(f"{listed(empty)}: the weight is on the meta device; load the model's weights before attaching")
+    refuse_elsewhere(model, modules, bases, config, selection, trainable)
     if not loading and initial.needs_original(config):
         for name, base in bases.items():
             initial.original_weight(original, name, base.shape(modules[name]), config)
@@ -130,6 +132,7 @@ def attach_selection(
     shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
     overwritten = writing_kernels(model) if config.keep_base_output is None else "keep_base_output" * config.keep_base_output
     common = Common(Registry(), config, shapes, bool(overwritten), original, loading)
+    common.shares = resharded(model)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -145,25 +148,16 @@ def attach_selection(
     setattr(model, RECORD, record)
     try:
         for name, rank in selection.ranks.items():
-            adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
+            with at_hand(kind_of(modules[name]).home(modules[name]), names=()):
+                adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     except BaseException:
         detach(model)  # as it was
         raise
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     return model
-
-
-def refuse_synchronized(model: nn.Module, trainable: bool) -> None:
-    """Raise where new parameters would be trained without being averaged over the processes.
-
-    Raises:
-        UserError: the model, or a part of it, is in DistributedDataParallel or FullyShardedDataParallel already.
-    """
-    if trainable and (wrapper := synchronizing(model)):
-        raise UserError(f"{wrapper} averages the gradients of the parameters it was made with; attach first, then wrap the model")
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -192,9 +186,11 @@ def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
     adapted = list(adapters(model))
     refuse_altered(adapted, done)
     refuse_foreign(model, what.partition("(")[0])
+    refuse_unreturnable(model, record.replaced, what.partition("(")[0])
+    record.registry.find_shares(model)
     layers = {name: (module.adapted, take_off(module)) for name, module in adapted}
     fastpath.reopen(model)
-    unwatch(model)
+    take_hooks(model)
     guards.take_off(model)
     trained = {path: _parameter(model, path) for path in record.replaced}
     whole.give_back(model, record.replaced)
@@ -228,7 +224,7 @@ def put_back(model: nn.Module, aside: SetAside) -> None:
     setattr(model, RECORD, record)
     whole.cover_readers(model)
     fastpath.close(model)
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
 
 
@@ -281,4 +277,4 @@ def refresh(model: nn.Module) -> None:
     """Declare a hand edit of A, B, m or W: everything derived is prepared anew on its next use."""
     for module in model.modules():
         if isinstance(module, Adapted):
-            module.adapted.changed()
+            module.adapted.moved()

@@ -1,6 +1,7 @@
 """Adapters of other packages in a model, which would be adapted or merged as if they were the model's own: found, and refused.
 
-    PEFT        BaseTunerLayer, or what looks like one (a `base_layer` and containers beside it); modules_to_save; prompt encoders
+    PEFT        BaseTunerLayer, or what looks like one (a `base_layer` and containers beside it); modules_to_save; prompt encoders;
+                modules of its own with parameters
     adapters    modules with a container of `loras` or `prefix_tunings`
 
 Asked before anything is touched, by attaching, saving, merging and taking off. Cost: one walk over the modules.
@@ -31,9 +32,23 @@ def _is_foreign(module: nn.Module) -> bool:
         return True
     if isinstance(held.get("original_module"), nn.Module) and isinstance(held.get("modules_to_save"), nn.ModuleDict):
         return True
+    if _of_peft(module) and module._parameters:
+        return True
     if "prompt_encoder" in held and hasattr(module, "peft_config"):
         return True
     return any(isinstance(held.get(name), nn.ModuleDict) and len(held[name]) for name in ("loras", "prefix_tunings"))
+
+
+def _of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def take_from_between(model: nn.Module) -> None:
+    """Give modules that PEFT stands in front of (`child.model`) their place in the model again."""
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            while child is not None and _of_peft(child) and isinstance(inner := child._modules.get("model"), nn.Module):
+                child = module._modules[key] = inner
 
 
 def refuse_foreign(model: nn.Module, before: str) -> None:

@@ -17,8 +17,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.adapted import Adapted, own_parameters
+from ..layers.shares import sharded
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
+from .foreign import take_from_between
 from .layer import keep_wide
 from .states import base_name
 
@@ -49,14 +51,35 @@ class OtherAdapters(dict):
         raise UserError(_ADDED)
 
 
-class AdapterSaved:
+class OfModel:
+    """A method that an attached model has for itself; a copy of the model, or a pickle of it, has its own."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __deepcopy__(self, memo):
+        model = self.model()
+        return _of_model(type(self), memo.get(id(model), model), self._own())
+
+    def __reduce__(self):
+        return _of_model, (type(self), self.model(), self._own())
+
+    def _own(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "model"}
+
+
+def _of_model(cls: type, model: nn.Module, own: dict) -> OfModel:
+    """The same method of another model, which need not be whole yet."""
+    method = cls.__new__(cls)
+    vars(method).update(own, model=weakref.ref(model))
+    return method
+
+
+class AdapterSaved(OfModel):
     """`save_pretrained` of an attached transformers model: the adapter's folder, which `from_pretrained` reads with its base.
 
     With `state_dict` (a Trainer's checkpoint) also what is trained under the model's own keys, which a Trainer puts back when it
     resumes or takes the best checkpoint."""
-
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
 
     def __call__(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs) -> None:
         from .. import save
@@ -65,7 +88,7 @@ class AdapterSaved:
             raise UserError("the model that this save_pretrained belongs to is gone; call doratune.save(model, folder)")
         if push_to_hub:
             raise UserError("push_to_hub: call save_pretrained without it, and upload the folder")
-        if not is_main_process:
+        if not is_main_process and not sharded(model):
             return
         save(model, save_directory)
         if base_name(model) is None:
@@ -75,31 +98,31 @@ class AdapterSaved:
         if "state_dict" in kwargs:
             write_tensors(Path(save_directory) / WEIGHTS, _trained(model, kwargs["state_dict"]))
 
-    def __deepcopy__(self, memo):
-        model = self.model()
-        return AdapterSaved(memo.get(id(model), model))
 
-    def __reduce__(self):
-        return AdapterSaved, (self.model(),)
-
-
-class Train:
+class Train(OfModel):
     """`train` of a model with a quantized base: TRL puts what is trained over such a base into bf16, in which m does not move."""
-
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
 
     def __call__(self, mode: bool = True):
         model = self.model()
         keep_wide(model)
         return type(model).train(model, mode)
 
-    def __deepcopy__(self, memo):
-        model = self.model()
-        return Train(memo.get(id(model), model))
 
-    def __reduce__(self):
-        return Train, (self.model(),)
+class Around(OfModel):
+    """What PEFT asks the model that it stands around, once it does (`_cast_adapter_dtype`): prompts and the like, which put nothing
+    into a layer and so meet no other guard. They have frozen the model by then: that is undone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+
+    def __call__(self, *args, **kwargs):
+        model = self.model()
+        take_from_between(model)
+        for name, p in model.named_parameters():
+            if name in self.trained:
+                p.requires_grad_(True)
+        raise UserError(_ADDED)
 
 
 def _trained(model: nn.Module, state: dict | None) -> dict[str, torch.Tensor]:
@@ -140,6 +163,7 @@ def put_on(model: nn.Module) -> None:
                 vars(module)[name] = Refused(_ADDED)
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
+    vars(model)["_cast_adapter_dtype"] = Around(model)
     if getattr(model, "is_quantized", False):
         vars(model).update({TRAINABLE: True, "train": Train(model)})
 
@@ -147,8 +171,6 @@ def put_on(model: nn.Module) -> None:
 def take_off(model: nn.Module) -> None:
     """Undo `put_on`."""
     for module in model.modules():
-        for name in [
-            key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | AdapterSaved | Train)
-        ]:
+        for name in [key for key, value in vars(module).items() if isinstance(value, Refused | OtherAdapters | OfModel)]:
             del vars(module)[name]
     vars(model).pop(TRAINABLE, None)

@@ -17,6 +17,7 @@ from ..directions import direction_for
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at
+from ..layers.shares import at_hand
 from ..layers.wrappers import module_at
 from ..support.tables import aligned
 from .attach import adapters, record_of
@@ -83,6 +84,7 @@ def inspect(model: nn.Module) -> Inspection:
     """
     record = record_of(model)
     refuse_merged(record, "doratune.inspect")
+    record.registry.find_shares(model)
     rows = [_row(name, layer) for name, layer in adapters(model)]
     adapter = {id(p) for _, layer in adapters(model) for p in own_parameters(layer).values()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -122,7 +124,8 @@ def _uncounted(layer) -> int:
 
 def _row(name: str, layer) -> Row:
     a = layer.adapted
-    w2, directionless, _ = a.facts
+    with at_hand(layer, names=()):
+        w2, directionless, _ = a.facts
     w = w2.sqrt()
     near = (w < NEAR * w.median()) & ~directionless if w.numel() else directionless
     return Row(

@@ -15,10 +15,13 @@ from ..bases import accumulation_dtype
 from ..config import AdapterConfig
 from ..directions import Direction, direction_for
 from ..errors import UserError, listed
-from ..layers import kind_of
+from ..layers import fsdp, kind_of
 from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
+from ..layers.magnitude import MAGNITUDES
+from ..layers.offload import offloaded, take_along
 from ..layers.registry import Registry
-from ..layers.weight import MAGNITUDES, AdaptedWeight
+from ..layers.shares import is_share
+from ..layers.weight import AdaptedWeight
 from . import start as initial
 from .base_norms import RowNorms, row_norms, spread
 from .whole import Whole, keep_whole_wide
@@ -33,6 +36,7 @@ class Common:
         self.loading = loading  # the values come from a file afterwards
         self.norm_memory = config.norm_memory  # bytes left for products that are kept
         self.directions: dict[bool, Direction] = {}
+        self.shares: dict[tuple[int, str], fsdp.Share] = {}  # of a model in shards
         self.measured, self.adapted = spread(len(self.shapes)), 0
 
     def norms(self, base, module: nn.Module) -> RowNorms | None:
@@ -99,6 +103,11 @@ def adapt(
         p.requires_grad_(trainable and key not in frozen)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     kind.joined(module)
+    home = kind.home(module)
+    if share := common.shares.get((id(home), kind.leaf(module))):
+        fsdp.join(module, list(own_parameters(module)), share)
+    elif offloaded(module):
+        take_along(module, list(own_parameters(module)))
 
 
 def never_trained(weight: AdaptedWeight) -> tuple[str, ...]:
@@ -169,6 +178,7 @@ def take_off(module: nn.Module) -> dict[str, nn.Parameter | None]:
     names = (*weight.names, "lora_A", "lora_B", "magnitude")
     own = {name: module._parameters.pop(name) for name in dict.fromkeys(names) if name in module._parameters}
     weight.base.release(module)
+    fsdp.leave(weight)
     del module.adapted
     become(module, type(module).plain_class)
     weight.kind.left(module)
@@ -181,6 +191,7 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
         module.register_parameter(name, p)
     module.adapted = weight
     weight.belongs_to(module)
+    fsdp.rejoin(weight)
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
@@ -209,6 +220,6 @@ def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     """Bring an adapter's own parameters to where its layer is now, in fp32 (fp64 over an fp64 base)."""
     device, wide = weight.base.device(module), accumulation_dtype(weight.base.dtype(module))
     for p in own.values():
-        if p is not None and (p.device, p.dtype) != (device, wide):
+        if p is not None and not is_share(p) and (p.device, p.dtype) != (device, wide):
             p.data = p.data.to(device, wide)
             p.grad = None if p.grad is None else p.grad.to(device, wide)

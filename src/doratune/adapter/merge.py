@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import fastpath
-from ..layers.adapted import Adapted, own_parameters
+from ..layers.adapted import Adapted, is_adapted, own_parameters
 from ..layers.layouts import layer_at
+from ..layers.shares import at_hand, is_share
+from ..layers.watch import put_hooks, take_hooks
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
 from ..math.autograd import no_autocast
 from ..math.dora import dora
-from . import guards, whole
+from . import guards
+from . import whole as trained_whole
 from .attach import adapters, record_of
+from .elsewhere import refuse_unwritable
 from .foreign import refuse_foreign
 from .layer import put_on, refuse_altered, take_off
 from .states import refuse_others_aside, settle
 from .stored import Stored
-from .watching import unwatch, watch
 
 KEEP = ("cpu", "device", "none")
 QUANTIZED = ("dense", "same")
@@ -59,9 +62,11 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
         raise UserError(f"this model is merged already; {again}")
     if keep == "none":
         refuse_others_aside(model)
-    whole.check(model)
+    record.registry.find_shares(model)
+    trained_whole.check(model)
     layers, merged = list(adapters(model)), {}
     refuse_altered(layers, "merged")
+    refuse_unwritable(layers)
     refuse_foreign(model, "doratune.merge")
     seen = {name: module.adapted.factors for name, module in layers}
     for _, module in layers:
@@ -71,7 +76,7 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
     common = model_dtype(model, layers)
     with no_autocast(next(model.parameters()).device):
         dtypes = {name: merged_dtype(module, common, quantized, seen[name]) for name, module in layers}
-        norms = {name: [checked_norm(name, part, dtypes[name]) for part in module.adapted.matrices()] for name, module in layers}
+        norms = {name: checked_norms(name, module, dtypes[name]) for name, module in layers}
         try:
             for name, module in layers:
                 merged[name] = _merge_layer(module, norms[name], keep, quantized, dtypes[name])
@@ -80,8 +85,8 @@ def merge(model: nn.Module, keep: str = "cpu", quantized: str = "dense") -> int:
                 if stored.original is not None:
                     _restore(layer_at(model, name), stored)
             raise
-    record.merged, record.wide = merged, whole.narrow(model)
-    unwatch(model)
+    record.merged, record.wide = merged, trained_whole.narrow(model)
+    take_hooks(model)
     guards.take_off(model)
     fastpath.reopen(model)
     if record.for_good:
@@ -107,9 +112,9 @@ def unmerge(model: nn.Module) -> None:
     refuse_altered([(name, layer, record.merged[name].adapted) for name, layer in layers.items()], "unmerged")
     for name, stored in record.merged.items():
         _restore(layers[name], stored)
-    whole.widen(model, record.wide)
+    trained_whole.widen(model, record.wide)
     record.merged, record.wide = None, {}
-    watch(model, record.registry)
+    put_hooks(model, record.registry, is_adapted)
     guards.put_on(model)
     fastpath.close(model)
 
@@ -129,17 +134,27 @@ def checked_norm(name: str, weight: AdaptedWeight, dtype: torch.dtype | None = N
     return n
 
 
+def checked_norms(name: str, module: Adapted, dtype: torch.dtype) -> list[Tensor | None]:
+    """`checked_norm` of each matrix of a layer."""
+    with at_hand(module):
+        return [checked_norm(name, part, dtype) for part in module.adapted.matrices()]
+
+
 def _merge_layer(module: Adapted, norms: list[Tensor | None], keep: str, quantized: str, dtype: torch.dtype) -> SimpleNamespace:
     """Write one layer's merged weight and make it a plain layer; returns its stored adapter."""
     weight = module.adapted
     frozen, base = weight.facts.directionless, weight.base
     seen = {"lora_A": module.lora_A, "lora_B": module.lora_B, "magnitude": module.magnitude}
     if base.writable:
-        W = base.weight(module).detach()
-        original = None if keep == "none" else W.to("cpu", copy=True) if keep == "cpu" else W.clone()
-        for part, n in zip(weight.matrices(), norms, strict=True):
-            for rows, tile in merged_tiles(part, n):
-                part.base.write_rows(part.layer, rows, tile)
+        leaf = weight.kind.leaf(module)
+        with at_hand(module, names=()):
+            W = weight.stored().detach()
+            W = W.to_local() if is_share(W) else W
+            original = None if keep == "none" else W.to("cpu", copy=True) if keep == "cpu" else W.clone()
+        with at_hand(module, write=(leaf,)):
+            for part, n in zip(weight.matrices(), norms, strict=True):
+                for rows, tile in merged_tiles(part, n):
+                    part.base.write_rows(part.layer, rows, tile)
         own = take_off(module)
     else:
         W = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -161,21 +176,32 @@ def _restore(module: nn.Module, stored: SimpleNamespace) -> None:
     """Undo `_merge_layer`; where the model changed its dtype meanwhile, the original weight and m follow as `.to` does."""
     base, dtype = stored.adapted.base, None
     if base.writable:
-        weight = base.weight(module)
-        device, dtype = weight.device, weight.dtype
-        if dtype == stored.original.dtype and device.type != "meta":
-            weight.copy_(stored.original)
-        else:
-            weight.data = stored.original.to(device)
+        device, dtype = _put_original(module, stored)
     else:
         device = stored.original.restore(module)
     for p in stored.own.values():
-        if p is not None:
+        if p is not None and not (p.is_meta or is_share(p)):
             p.data = p.data.to(device)
     put_on(module, stored.adapted, stored.own)
     stored.adapted.changed()
     if base.writable and dtype != stored.original.dtype:
         stored.adapted.kind.home(module).to(dtype)
+
+
+def _put_original(module: nn.Module, stored: SimpleNamespace) -> tuple[torch.device, torch.dtype]:
+    """Put the original weight, or this process's part of it, where the merged one is; the device and dtype of that."""
+    kind = stored.adapted.kind
+    home, leaf = kind.home(module), kind.leaf(module)
+    with at_hand(module, names=(), write=(leaf,)), at_hand(home, names=(), write=(leaf,)):
+        weight = home._parameters[leaf]
+        device, dtype = weight.device, weight.dtype
+        if is_share(weight):
+            weight.detach().to_local().copy_(stored.original)
+        elif dtype == stored.original.dtype and device.type != "meta":
+            weight.copy_(stored.original)
+        else:
+            weight.data = stored.original.to(device)
+    return device, dtype
 
 
 def _check_storages(layers: list) -> None:
@@ -194,7 +220,7 @@ def model_dtype(model: nn.Module, layers: list) -> torch.dtype | None:
     if not plain:
         return None
     largest = max(plain, key=Tensor.numel)
-    return whole.compute_dtypes(model).get(id(largest), largest.dtype)
+    return trained_whole.compute_dtypes(model).get(id(largest), largest.dtype)
 
 
 def merged_dtype(module: Adapted, common: torch.dtype | None, quantized: str, seen) -> torch.dtype:

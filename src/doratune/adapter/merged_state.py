@@ -3,6 +3,8 @@
     key of an adapted weight    W' = g ⊙ (W + s·B·A) (Eq. 5), a copy in the weight's dtype
     all others                  the model's own tensors, modules that are trained whole in the dtype that they compute in
 
+Of a model in shards, shares of both: one whole weight is there at a time. Of an offloaded one, everything is fetched.
+
 Cost: one copy of each adapted weight, in row tiles of fp32; nothing of the model is touched.
 """
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.experts import CHILD
+from ..layers.offload import offloaded
+from ..layers.shares import at_hand, is_share, put_value
 from ..layers.wrappers import plain_state, unwrapped
 from ..math.autograd import no_autocast
 from . import whole
@@ -32,7 +36,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     record, model = record_of(model), unwrapped(model)
     if record.merged is not None:
         raise UserError("this model is merged: its state_dict() is the merged one")
+    record.registry.find_shares(model)
     layers, state = list(adapters(model)), plain_state(model)
+    state |= _fetched(model, state)
     common = model_dtype(model, layers)
     dtypes = whole.compute_dtypes(model)
     merged = {key: t.detach().to(dtypes.get(id(t), t.dtype)) for key, t in state.items() if f".{CHILD}" not in f".{key}"}
@@ -55,14 +61,32 @@ def kind_key(kind, name: str, leaf: str) -> str:
 def _merged_weight(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
     """W' in the shape and layout of the layer's own weight; of a quantized layer (O, I)."""
     adapted, base = module.adapted, module.adapted.base
-    if base.writable:
-        copy = base.weight(module).detach().clone()
-        target = adapted.kind.matrix(copy)
-    else:
-        copy = target = torch.empty(adapted.shape, dtype=dtype, device=adapted.device)
-    parts = adapted.matrices()
-    for index, part in enumerate(parts):
-        rows_of = target if len(parts) == 1 and parts[0] is adapted else target[index]
-        for rows, tile in merged_tiles(part, checked_norm(name, part, dtype)):
-            rows_of[rows] = tile.to(rows_of.dtype)
-    return copy
+    share = adapted.stored()
+    with at_hand(module):
+        if base.writable:
+            copy = base.weight(module).detach().clone()
+            target = adapted.kind.matrix(copy)
+        else:
+            copy = target = torch.empty(adapted.shape, dtype=dtype, device=adapted.device)
+        parts = adapted.matrices()
+        for index, part in enumerate(parts):
+            rows_of = target if len(parts) == 1 and parts[0] is adapted else target[index]
+            for rows, tile in merged_tiles(part, checked_norm(name, part, dtype)):
+                rows_of[rows] = tile.to(rows_of.dtype)
+    if not is_share(share) or not base.writable:
+        return copy
+    result = share.detach().clone()
+    put_value(result, copy)
+    return result
+
+
+def _fetched(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What accelerate keeps elsewhere, copied."""
+    found, keys = {}, {id(t): key for key, t in state.items() if t.is_meta}
+    for module in model.modules() if keys else ():
+        if offloaded(module):
+            places = {name: keys[id(t)] for name, t in (*module._parameters.items(), *module._buffers.items()) if id(t) in keys}
+            with at_hand(module):
+                held = module._parameters | module._buffers
+                found |= {key: held[name].detach().clone() for name, key in places.items()}
+    return found

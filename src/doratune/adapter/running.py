@@ -43,7 +43,8 @@ class Running(TorchFunctionMode):
         self.layers = dict(adapters(model))
         self.reads: dict[str, str] = {}
         """Name of an adapted layer → the function that read its weight outside of the layer's forward."""
-        self._weights = {id(w): name for name, layer in self.layers.items() if (w := _weight(layer)) is not None}
+        weights = {name: _weight(layer) for name, layer in self.layers.items()}  # an offloaded one is another tensor each time
+        self._weights = {id(w): name for name, w in weights.items() if w is not None and not w.is_meta}
         self._calls = {name: layer.adapted.calls for name, layer in self.layers.items()}
         modules = dict(model.named_modules())
         self._parents = {name: modules.get(name.rpartition(".")[0]) for name in self.layers if name}

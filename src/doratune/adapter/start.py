@@ -17,6 +17,7 @@ from ..bases import TILE_NUMBERS
 from ..directions.starts import put_start
 from ..errors import UserError
 from ..layers import kind_of
+from ..layers.shares import first_magnitude, is_share
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import module_at
 from ..math import decomposition
@@ -32,6 +33,8 @@ def of_layer(weight: AdaptedWeight, config, seed: int, name: str, original) -> T
 @torch.no_grad()
 def magnitude_and_start(weight: AdaptedWeight, config, seed: int, name: str, original) -> Tensor | None:
     """Put the configured start into the weight's factors; returns m at the start, None without a magnitude."""
+    if is_share(W := weight.stored()):  # from the start "zero"
+        return first_magnitude(weight, W) if weight.magnitude else None
     w2 = weight.facts.w2
     if weight.rank and config.start != "zero":
         tiles = weight.row_tiles

@@ -10,6 +10,7 @@ itself and its `out_proj`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +61,10 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
         magnitudes = _select(config.magnitude_only, "magnitude_only", model, modules, config, left_out)
         if config.magnitude_only in (ALL_LINEAR, ALL_LAYERS):
             magnitudes -= chosen
+    if config.layers:
+        elsewhere = _elsewhere(config.layers, chosen | magnitudes)
+        left_out.update(dict.fromkeys(sorted(elsewhere), "in another layer (layers)"))
+        chosen, magnitudes = chosen - elsewhere, magnitudes - elsewhere
     if overlap := sorted(chosen & magnitudes):
         raise UserError(f"{listed(overlap)}: named by both targets and magnitude_only; keep each module in one of them")
     left_out.update({name: "excluded" for name in sorted((chosen | magnitudes) & excluded)})
@@ -79,6 +84,20 @@ def select(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Se
     if not loading:
         _check_ranks(config, modules, ranks, left_out)
     return Selection(ranks, alphas, left_out, also)
+
+
+def _elsewhere(layers: tuple[int, ...], names: set[str]) -> set[str]:
+    """Those of these modules that are in none of the layers; each layer must hold one.
+
+    Raises:
+        UserError: a layer without any.
+    """
+    index = {name: int(found[1]) if (found := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)) else None for name in names}
+    known = sorted({i for i in index.values() if i is not None})
+    if missing := [str(i) for i in layers if i not in known]:
+        have = f"they are in layers {known[0]} to {known[-1]}" if known else "their names have no index"
+        raise UserError(f"layers: none of the selected modules is in layer {listed(missing)}; {have}")
+    return {name for name, i in index.items() if i not in layers}
 
 
 def name_matches(entries: tuple[str, ...], name: str) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
+from ..layers.shares import at_hand, gathered, tree_at_hand
 from ..layers.wrappers import module_at, named_parameters, unwrapped
 from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
@@ -72,6 +73,7 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     """
     record, model = record_of(model), unwrapped(model)
     refuse_merged(record, "doratune.verify")
+    record.registry.find_shares(model)
     layers = dict(adapters(model))
     report = Report(len(layers), left_out=dict(record.left_out))
     report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -82,10 +84,12 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
         report.problems.append(f"another package's adapter is in the model: {listed(others, 3)}")
     report.problems += [f"{name}: {problem}" for name, layer in layers.items() if (problem := altered(layer, layer.adapted))]
     for name, layer in layers.items():
-        _check_layer(name, layer, frozen_adapter, report)
+        with at_hand(layer):
+            _check_layer(name, layer, frozen_adapter, report)
     for name in record.also_train:
-        for parameter, p in named_parameters(module_at(model, name)):
-            _check_values(f"{name}.{parameter}", p, report)
+        with tree_at_hand(module_at(model, name)):
+            for parameter, p in named_parameters(module_at(model, name)):
+                _check_values(f"{name}.{parameter}", p, report)
     if frozen_adapter:
         report.notes.append("nothing is trainable: the adapter is attached for inference")
     if report.zero_rows:
@@ -112,8 +116,9 @@ def _offset(layers) -> str:
     """How far m, which started at the norm of another weight, is from n."""
     off = []
     for layer in layers:
-        n = layer.adapted.n()
-        off.append(((layer.magnitude - n).abs() / n)[~layer.adapted.facts.directionless])
+        with at_hand(layer):
+            n = layer.adapted.n()
+            off.append(((gathered(layer.magnitude) - n).abs() / n)[~layer.adapted.facts.directionless])
     off = torch.cat([t.cpu() for t in off])
     sizes = f"{100 * off.mean():.2g} % on average, {100 * off.max():.2g} % at most"
     return f"m started at the unquantized weights' norm, so the start is not the base's: |m/n - 1| is {sizes}"
@@ -212,7 +217,7 @@ def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
     with_adapter = _call(model, example)  # unwatched: PyTorch's fast paths are others while it is watched
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    untouched = all(_untouched(part) for layer in layers.values() for part in layer.adapted.matrices())
+    untouched = all([_layer_untouched(layer) for layer in layers.values()])  # of shards each process asks for all
     if untouched and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
@@ -224,6 +229,11 @@ def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
                 become(layer, classes[name])
         if not all(torch.equal(a, b) for a, b in zip(flat_tensors(with_adapter), flat_tensors(without), strict=True)):
             report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
+
+
+def _layer_untouched(layer) -> bool:
+    with at_hand(layer):
+        return all(_untouched(part) for part in layer.adapted.matrices())
 
 
 def _untouched(weight) -> bool:

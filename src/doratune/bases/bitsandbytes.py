@@ -85,6 +85,8 @@ class Bnb4bit(QuantizedBase):
         return torch.stack([_range(numbers, scales, state, start, start + columns) for start in starts])
 
     def adopt(self, module: nn.Module) -> None:
+        if getattr(module, "quant_state", None) is None:  # where bitsandbytes looks once FSDP made the parameter anew
+            module.quant_state = self.state(module)
         if getattr(module, _PACKING, False):
             setattr(module, _PACKING, False)
             self.packing = True

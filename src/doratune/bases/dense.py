@@ -25,7 +25,8 @@ class DenseBase(Base):
     @staticmethod
     def matches(kind, module: nn.Module) -> bool:
         weight = getattr(module, kind.weight_name, None)
-        return isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.dtype in DTYPES
+        plain = isinstance(weight, nn.Parameter) and (type(weight.data) is Tensor or hasattr(weight, "device_mesh"))  # or a share
+        return plain and weight.dtype in DTYPES
 
     def weight(self, module: nn.Module) -> Tensor:
         return getattr(module, self.kind.weight_name)

@@ -9,6 +9,7 @@
     clock.py         arms in turn, threads, ratios round by round
     train_step.py    a training step, with and without accumulation and checkpointing
     decode.py        unmerged and merged greedy decode
+    mixed.py         decode of a batch of eight adapters
     memory.py        bytes kept for the backward pass
     norm.py          the norm of one large layer
     layer.py         one layer's training step

@@ -1,13 +1,14 @@
 """The arms that every measurement compares, all over the same frozen weights.
 
-    frozen      the base model alone; in training, forward and the whole chain of input gradients: nothing can cost less
-    lora        LoRA by this package
-    dora        DoRA by this package
-    lora_peft   LoRA by PEFT, unmodified, default settings
-    dora_peft   DoRA by PEFT, unmodified, default settings
-    dora_dense  DoRA as plain dense W + s·B·A in eager mode: what one writes down first
+    frozen            the base model alone; in training, forward and the whole chain of input gradients: nothing can cost less
+    lora              LoRA by this package
+    dora              DoRA by this package
+    lora_peft         LoRA by PEFT, unmodified, default settings
+    dora_peft         DoRA by PEFT, unmodified, default settings
+    dora_dense        DoRA as plain dense W + s·B·A in eager mode: what one writes down first
+    accelerated_peft  dora_peft after `doratune.peft.accelerate`; measured where it is asked for
 
-A copy of the model shares its parameters' and buffers' memory with the others, so six arms cost one model. The allocator is held
+A copy of the model shares its parameters' and buffers' memory with the others, so these arms cost one model. The allocator is held
 still (`allocator.py`) before any arm is built, whoever builds it.
 """
 
@@ -37,17 +38,21 @@ def build(name: str, base: nn.Module, targets: list[str], rank: int, moved: bool
     return model
 
 
-def attach_arm(name: str, model: nn.Module, targets: list[str], rank: int) -> nn.Module:
-    """`model` with what the arm `name` adds to it, as it starts; it may be another module around it."""
+def attach_arm(name: str, model: nn.Module, targets: list[str], rank: int, adapter: str = "default") -> nn.Module:
+    """`model` with what the arm `name` adds to it, as it starts; it may be another module around it. adapter: its name there."""
     hold_still()
     targets = pattern(targets)
     if name in ("lora", "dora"):
-        return doratune.attach(model, doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets))
+        config = doratune.AdapterConfig(method=name, rank=rank, alpha=2.0 * rank, targets=targets)
+        return doratune.attach(model, config, name=adapter)
     if name.endswith("_peft"):
         import peft
 
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=name == "dora_peft")
-        return peft.get_peft_model(model, config)
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=name != "lora_peft")
+        model = peft.get_peft_model(model, config)
+        if name == "accelerated_peft":
+            doratune.peft.accelerate(model)
+        return model
     if name == "dora_dense":
         attach_dense(model, targets, rank)
     return model

@@ -12,7 +12,7 @@ import doratune
 from ..errors import UserError
 from ..support.folders import refuse_no_folder
 from ..support.outputs import refuse_inputs
-from . import decode, host, layer, memory, norm, record, sizes, train_step
+from . import decode, host, layer, memory, mixed, norm, record, sizes, train_step
 from .allocator import hold_still
 from .arms import pattern, share
 from .clock import release, silent, thread_count
@@ -20,7 +20,7 @@ from .settings import BenchSettings
 from .shapes import load
 from .tables import way_of
 
-OF_A_MODEL = {"train_step": train_step.measure, "decode": decode.measure, "memory": memory.measure}
+OF_A_MODEL = {"train_step": train_step.measure, "decode": decode.measure, "mixed": mixed.measure, "memory": memory.measure}
 OF_A_LAYER = {"norm": norm.measure, "layer": layer.measure, "sizes": sizes.measure, "host": host.measure}
 COUNTED = ("memory",)
 """The same with any number of threads."""

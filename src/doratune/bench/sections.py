@@ -80,6 +80,10 @@ def places(files: Files) -> list[tuple[str, str]]:
     return list(dict.fromkeys((d, r) for file in files.values() for d, ranks in file["result"].items() for r in ranks))
 
 
+MIXED = """Eight rows: `mixed`, each through another adapter; `one`, all through one adapter; `alone`, one row after the other, each
+through its adapter; `frozen`, the base."""
+
+
 def train_tables(what: str, files: Files, device: str) -> list[str]:
     parts = []
     for scenario in (PLAIN, CHECKPOINTED):
@@ -95,6 +99,10 @@ def decode_tables(what: str, files: Files, device: str) -> list[str]:
     for dtype, rank in places(files):
         parts += [f"{SHORT[dtype]}, rank {rank}:", *timed(at(files, dtype, rank), device, what, (), dtype, rank)]
     return parts
+
+
+def mixed_tables(what: str, files: Files, device: str) -> list[str]:
+    return [MIXED, *decode_tables(what, files, device)]
 
 
 def memory_tables(what: str, files: Files, device: str) -> list[str]:
@@ -162,6 +170,7 @@ SECTIONS = {
     "memory": ("Bytes kept for the backward pass", memory_tables),
     "norm": ("The norm of one layer", norm_tables),
     "decode": ("Unmerged decode", decode_tables),
+    "mixed": ("Decode of a batch of eight adapters", mixed_tables),
     "layer": ("One layer", layer_tables),
     "sizes": ("Cost against size", size_tables),
     "host": ("Host cost", host_tables),

@@ -9,8 +9,9 @@ from typing import Literal
 from ..errors import UserError
 from ..support.values import check_values, choices, number
 
-ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
-MEASUREMENTS = ("train_step", "decode", "memory", "norm", "layer", "sizes", "host")
+STANDARD_ARMS = ("frozen", "lora", "dora", "lora_peft", "dora_peft", "dora_dense")
+ARMS = (*STANDARD_ARMS, "accelerated_peft")
+MEASUREMENTS = ("train_step", "decode", "mixed", "memory", "norm", "layer", "sizes", "host")
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -19,8 +20,8 @@ class BenchSettings:
     """Time and memory of every way to train the same adapter, interleaved in one process; one JSON a measurement.
 
     Args:
-        what: train_step, decode, memory, norm, layer, sizes, host
-        arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense
+        what: train_step, decode, mixed, memory, norm, layer, sizes, host
+        arms: frozen, lora, dora, lora_peft, dora_peft, dora_dense, accelerated_peft
         model: hub id, local folder, smollm2-135m-instruct, or random weights: llama-8b-shape, llama-768-shape, tiny-shape
         quantize: none, or the base in nf4, fp4 or int8: train_step and memory of QLoRA and QDoRA, in a file of their own
         targets: names of the adapted layers, or all-linear
@@ -32,7 +33,7 @@ class BenchSettings:
         new_tokens: tokens that a decode writes
         rounds: how often each arm runs; long measurements take a quarter, at least 5 (never more than this)
         warm_up: further rounds in front, not kept
-        threads: train_step and decode are measured with each; 0: as many as the machine gives; 1: into files of their own
+        threads: train_step, decode and mixed are measured with each; 0: as many as the machine gives; 1: into files of their own
         tokens: rows of x for layer and sizes
         layer_sizes: sides of the square layers of layer
         hidden_sizes: sides of the square layers of sizes
@@ -51,7 +52,7 @@ class BenchSettings:
     """
 
     what: list[str] = choices(list(MEASUREMENTS), MEASUREMENTS)
-    arms: list[str] = choices(list(ARMS), ARMS)
+    arms: list[str] = choices(list(STANDARD_ARMS), ARMS)
     model: str = "smollm2-135m-instruct"
     quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
     targets: list[str] = field(default_factory=lambda: list(TARGETS))

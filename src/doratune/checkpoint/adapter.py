@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter.attach import BASELINE, adapters, attach_selection, record_of, refuse_synchronized
+from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.elsewhere import refuse_synchronized
 from ..adapter.foreign import refuse_foreign
 from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
@@ -27,11 +28,13 @@ from ..directions import direction_of
 from ..errors import UserError, listed
 from ..formats import recognized
 from ..layers.layouts import layer_at, named_layers
+from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
 from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
 from ..support.folders import generation, recover, steady
 from ..support.model_folders import class_record
+from ..support.processes import agree
 from . import peft
 from .base_check import KEY, OTHER, base_norms, refuse_apart, refuse_other_base
 from .base_check import recorded as recorded_norms
@@ -50,7 +53,7 @@ FORMATS = ("auto", "peft", "doratune")
 
 def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     """Write the adapter of an attached or merged model; A, B, m in fp32. The folder then holds this adapter, or, should the process
-    be killed, the one that it held; what else lies in it stays.
+    be killed, the one that it held; what else lies in it stays. Of a model in shards every process calls this; the first writes.
 
     Args:
         format: "peft" loads in PEFT; "doratune" is the same layout under our own type; "auto" takes "peft" where
@@ -63,6 +66,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         raise UserError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     record, folder, model = record_of(model), Path(folder), unwrapped(model)
     refuse_foreign(model, "doratune.save")
+    record.registry.find_shares(model)
     layers = dict(adapters(model))
     refuse_altered([(name, layer, layer.adapted) for name, layer in layers.items() if record.merged is None], "saved")
     config = record.config
@@ -79,17 +83,19 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     own_type = format == "doratune" or problem is not None
     described = peft.describe(config, ranks, record.alphas, base, transposed, own_type, None if own_type else whole)
     tensors: dict[Key, Tensor] = {}
+    writes = first(model)
     for name, layer in layers.items():
-        with no_autocast(layer.adapted.base.device(modules[name])):
+        with at_hand(modules[name], layer.adapted.names), no_autocast(layer.adapted.base.device(modules[name])):
             exported = to_file(layer, modules[name], config.scaling(1, record.alphas[name]))
-        tensors |= {(name, parameter): t for parameter, t in exported.items()}
+        tensors |= {(name, parameter): t for parameter, t in exported.items()} if writes else {}
     for direction in {id(layer.adapted.direction): layer.adapted.direction for layer in layers.values()}.values():
         tensors |= {("", name): t.clone() for name, t in direction.shared_tensors().items()}
     tensors |= {("", key): t for key, t in base_tensors(model, record).items()}
     for name in record.also_train:
         state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
         state |= {key: t for key, t in record.wide.items() if key in state}
-        tensors |= {("", key): t.detach().clone() for key, t in state.items()}
+        for key, t in state.items():
+            tensors |= {("", key): value.detach().clone()} if (value := gathered(t)) is not None and writes else {}
     described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if trained_class := class_record(model):
@@ -99,9 +105,15 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
     own[KEY] = base_norms(layers, modules, merged=record.merged is not None)
     files = {TENSORS: {file_key(key, direction_of(config.method)): t for key, t in tensors.items()}}
     if config.magnitude_form == "relative":
-        starts = {name: getattr(layer, "magnitude_start", None) for name, layer in layers.items()}
+        starts = {name: _start(layer, modules[name]) for name, layer in layers.items()}
         files[STARTS] = {f"{name}.magnitude_start": m0.detach().clone() for name, m0 in starts.items()}
-    _write(folder, described, own, files)
+    agree(lambda: _write(folder, described, own, files)) if sharded(model) else _write(folder, described, own, files)
+
+
+def _start(layer, module: nn.Module) -> Tensor:
+    """m₀ of a relative magnitude."""
+    with at_hand(module, ("magnitude_start",)):
+        return gathered(layer.magnitude_start)
 
 
 def _write(folder: Path, described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> None:

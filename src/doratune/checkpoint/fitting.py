@@ -20,6 +20,7 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at, named_layers
+from ..layers.shares import at_hand, put_value
 from ..layers.wrappers import module_at, plain_state
 from ..support.model_folders import embeddings_of
 from ..support.patterns import NamePattern
@@ -187,7 +188,7 @@ def put(model: nn.Module, tensors: dict[Key, Tensor]) -> None:
         put_layer(name, module, tensors)
     for name in record.also_train:
         for key, t in plain_state(module_at(model, name)).items():
-            t.detach().copy_(tensors["", f"{name}.{key}"])
+            put_value(t, tensors["", f"{name}.{key}"])
 
 
 @torch.no_grad()
@@ -196,10 +197,11 @@ def put_starts(model: nn.Module, starts: dict[str, Tensor]) -> None:
     for name, layer in adapters(model):
         m0 = starts.get(name)
         if m0 is not None and layer.adapted.relative:
-            m = layer.magnitude.clone()
-            layer.magnitude_start.copy_(m0)
-            ratio = torch.where((m > 0) & (layer.magnitude_start > 0), m / layer.magnitude_start, 1.0)
-            layer.magnitude_delta.copy_(ratio.log())
+            with at_hand(layer, layer.adapted.names, write=layer.adapted.names):
+                m = layer.magnitude.clone()
+                layer.magnitude_start.copy_(m0)
+                ratio = torch.where((m > 0) & (layer.magnitude_start > 0), m / layer.magnitude_start, 1.0)
+                layer.magnitude_delta.copy_(ratio.log())
             layer.adapted.changed()
 
 
@@ -214,7 +216,17 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor]) -> None:
     a = module.adapted
     shapes = expected(a.kind, a.base, module, a.direction, a.rank, a.magnitude, a.axis)
     values = {parameter: fitted(tensors[name, parameter], shape) for parameter, shape in shapes.items()}
-    own = own_parameters(module)
+    with at_hand(module, names=()):
+        gain = a.magnitude and a.rank and a.direction.plain and not a.kind.stacked and a.facts.frozen is not None
+    with at_hand(module, None if gain else a.names, write=a.names):
+        _put_values(module, values, tensors)
+        if gain:
+            gain_into_factors(module, values["magnitude"])
+    a.changed()
+
+
+def _put_values(module: nn.Module, values: dict[str, Tensor], tensors: dict[Key, Tensor]) -> None:
+    a, own = module.adapted, own_parameters(module)
     for parameter, t in of_file(a.kind, a.direction, values, a.rank).items():
         own[parameter].copy_(t)
     if a.relative:
@@ -224,6 +236,3 @@ def put_layer(name: str, module: nn.Module, tensors: dict[Key, Tensor]) -> None:
         own["magnitude"].copy_(values["magnitude"])
     if shared := shared_of(tensors, a.direction):
         a.direction.take_shared(shared)
-    if a.magnitude and a.rank and a.direction.plain and not a.kind.stacked and a.facts.frozen is not None:
-        gain_into_factors(module, values["magnitude"])
-    a.changed()

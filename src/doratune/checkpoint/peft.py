@@ -169,7 +169,7 @@ def describe(
 
 
 def _common(config: AdapterConfig, names: Ranks, base_model: str | None, transposed: bool, also_train) -> dict[str, Any]:
-    plain = not (config.magnitude_only or config.exclude) and config.targets not in (ALL_LINEAR, ALL_LAYERS)
+    plain = not (config.magnitude_only or config.exclude or config.layers) and config.targets not in (ALL_LINEAR, ALL_LAYERS)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     return {
         "auto_mapping": None,

@@ -5,9 +5,11 @@ __main__.py    python -m doratune.cli
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
 data.py        doratune data: what a model sees of a data set
+plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
+mt_bench.py    doratune evaluate --task mt_bench: answers and a judge
 merge.py       doratune merge: base + adapter → a model folder
 convert.py     doratune convert: an adapter into another program's format
 export.py      doratune export: GGUF and other forms for engines without DoRA
@@ -15,6 +17,7 @@ extract.py     doratune extract: an adapter out of a fully fine-tuned model
 generate.py    doratune generate: answers to many prompts, as JSON lines
 chat.py        doratune chat: a conversation in the terminal
 push.py        doratune push: a result to a model hub
+serve.py       doratune serve: OpenAI's endpoints over a model and its adapters
 repeated.py    a flag that is given more than once
 compare.py     doratune compare: a grid of training runs
 inspect.py     doratune inspect: what an adapter adapts

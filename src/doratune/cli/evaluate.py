@@ -20,12 +20,12 @@ class EvaluateSettings:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
-            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, a .json file, or a list
+            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, a .json file, or a list
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
         batch_size: sequences at once; in float32 the score does not depend on it
-        limit: only the first so many items of each task
+        limit: only the first so many items of each task; of mt_bench, of each category
         dtype: dtype of the model
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
@@ -33,6 +33,17 @@ class EvaluateSettings:
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
+        judge: of mt_bench: base address of an OpenAI-compatible server; its key is read from DORATUNE_JUDGE_KEY or OPENAI_API_KEY
+        judge_model: of mt_bench: the judge's name there
+        judge_retries: how often a call that failed is tried again
+        judge_parallel: calls at a time
+        judge_max_tokens: longest judgment
+        against: of mt_bench: folder or answer file of another run, to judge both answers together, in both orders
+        answers: of mt_bench: an answer file in the published layout, instead of a model
+        questions: of mt_bench: folder with question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl; default the published
+        model_id: of mt_bench: the model's name in the files; default the run's or the model's folder
+        template: of mt_bench: chat (the tokenizer's), instruction (as instruction data is trained), auto (chat where there is one)
+        seed: of mt_bench's sampled answers
     """
 
     model: str | None = None
@@ -50,6 +61,17 @@ class EvaluateSettings:
     mirror: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_retries: int = number(6, least=0)
+    judge_parallel: int = number(4, least=1, most=64)
+    judge_max_tokens: int = number(2048, least=1)
+    against: str | None = None
+    answers: str | None = None
+    questions: str | None = None
+    model_id: str | None = None
+    template: Literal["auto", "chat", "instruction"] = "auto"
+    seed: int = number(0, least=0)
 
 
 def main(argv: list[str]) -> int:
@@ -58,16 +80,16 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from .. import baselines
-    from ..adapter.attach import record_of
-    from ..checkpoint.adapter import base_model_of, load
-    from ..checkpoint.quantized import recorded_quantization
+    from ..checkpoint.adapter import base_model_of
     from ..errors import UserError
     from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
     from ..evaluation.protocols import protocols_of
     from ..support.folders import refuse_existing
-    from ..support.models import load_model, load_tokenizer
     from ..support.outputs import refuse_inputs, run_of
+    from . import mt_bench
 
+    if mt_bench.asked_for(settings):
+        return mt_bench.run(settings, as_json)
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
@@ -81,18 +103,9 @@ def main(argv: list[str]) -> int:
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
     tasks = load_tasks(names, settings.mirror, settings.limit)
     check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
-    recorded = recorded_quantization(settings.adapter) if settings.adapter else None
-    quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     if settings.dtype != "float32" and settings.batch_size > 1:
         say(f"note: in {settings.dtype} rounding makes single verdicts depend on the batch size; in float32 they do not")
-    trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer, model = load_tokenizer(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
-    facts = name, None, None
-    if baseline:
-        facts = name, baselines.attached(baselines.load(model, settings.adapter)).method, None
-    elif settings.adapter:
-        config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
-        facts = name, config.method, config.rank
+    model, tokenizer, facts = load_both(settings, name)
     summary = evaluate(
         model,
         tokenizer,
@@ -109,3 +122,23 @@ def main(argv: list[str]) -> int:
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0
+
+
+def load_both(settings: EvaluateSettings, name: str):
+    """(base model `name` with the settings' adapter, its tokenizer, (base model, method, rank))."""
+    from .. import baselines
+    from ..adapter.attach import record_of
+    from ..checkpoint.adapter import load
+    from ..checkpoint.quantized import recorded_quantization
+    from ..support.models import load_model, load_tokenizer
+
+    recorded = recorded_quantization(settings.adapter) if settings.adapter else None
+    quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
+    trusted = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer, model = load_tokenizer(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
+    if not settings.adapter:
+        return model, tokenizer, (name, None, None)
+    if baselines.is_baseline(settings.adapter):
+        return model, tokenizer, (name, baselines.attached(baselines.load(model, settings.adapter)).method, None)
+    config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
+    return model, tokenizer, (name, config.method, config.rank)

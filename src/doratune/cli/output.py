@@ -23,8 +23,8 @@ def progress(label: str, total: int):
 
     bar = tqdm(total=total, desc=label, unit="item", file=sys.stderr, dynamic_ncols=True)
 
-    def close():
-        bar.n = total
+    def close(whole: bool = True):
+        bar.n = total if whole else bar.n
         bar.close()
 
     return bar.update, close

@@ -11,10 +11,14 @@ EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 
 
 
 def main(argv: list[str]) -> int:
+    from ..support.processes import launched
+    from ..training.launch import launch
     from ..training.recipe import TrainRecipe
 
     recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
     recipe.check()
+    if recipe.processes > 1 and launched()[1] == 1:
+        return launch(recipe.processes, ["train", *argv])
     keep_freed_memory()
     from ..evaluation.evaluate import after_training
     from ..support.processes import is_first

@@ -13,6 +13,7 @@ words.py               special tokens that an item's words spell
 published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
+packing.py             several examples in one row, none of which sees another
 encode.py              answer and prompt, the length limit, batches
 survey.py              a whole data set: lengths, what is cut, wrong, odd, double
 leakage.py             training items that a test set asks too
@@ -22,8 +23,8 @@ limits.py              tokens and lengths against what a model has
 
 from __future__ import annotations
 
-from .loading import encoder, load_items, recognition
+from .loading import encoder, load_items, preference_pairs, recognition
 from .settings import DataSettings
 from .sources import DEMO
 
-__all__ = ["DEMO", "DataSettings", "encoder", "load_items", "recognition"]
+__all__ = ["DEMO", "DataSettings", "encoder", "load_items", "preference_pairs", "recognition"]

@@ -21,6 +21,8 @@ SHAREGPT_ROLES = {
     "function_call": "assistant", "tool_call": "assistant", "observation": "tool", "tool_response": "tool",
     "function_response": "tool", "function": "tool", "ipython": "tool",
 }  # fmt: skip
+SPELLINGS = (("role", "content"), ("from", "value"))
+"""What messages call role and content: OpenAI's names and ShareGPT's, under either key."""
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is the call itself, in JSON."""
 _FLAGS = ("train", "weight")
@@ -38,6 +40,7 @@ def messages_of(value: Any, where: str, settings: DataSettings, key: str = "mess
     value = parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) for m in value):
         raise UserError(f"{where} has no list of {names[0]} and {names[1]} under {key!r}")
+    names = next((spelling for spelling in (names, *SPELLINGS) if spelling[0] in value[0]), names)
     return [_message(m, f"{where}, message {n}", settings, names, len(value)) for n, m in enumerate(value, 1)]
 
 
@@ -49,6 +52,15 @@ def parsed(value: Any) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def turns_or_text(value: Any) -> Any:
+    """A list of messages, also one that a table holds as JSON text; any other text stays text, JSON as it may be."""
+    inner = parsed(value)
+    messages = (
+        isinstance(inner, list) and bool(inner) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in inner)
+    )
+    return inner if messages or not isinstance(value, str) else value
 
 
 def _message(message: Mapping, where: str, settings: DataSettings, names: tuple[str, str], count: int) -> dict:

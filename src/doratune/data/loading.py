@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..errors import UserError, near_misses
+from .conversation import tools_of
 from .files import Item, placed
 from .formats import DataFormat, format_named, format_of, nearest, suggestion, unknown_item
 from .settings import DataSettings
@@ -174,3 +175,23 @@ def encoder(kind: DataFormat | str, settings: DataSettings | str = "plain") -> C
         return kind.encode(item, tokenizer, settings)
 
     return encode
+
+
+def preference_pairs(
+    data: str | list[str], mirror: str | None = None, unusable: list[str] | None = None, settings: DataSettings | None = None
+) -> list[dict]:
+    """Preference pairs as TRL's DPOTrainer takes them: {prompt, chosen, rejected}, each a list of messages, and tools if any.
+
+    Raises:
+        UserError: see `load_items`; items that are no pairs.
+    """
+    settings = settings or DataSettings()
+    items, kind = load_items(data, mirror, unusable=unusable, settings=settings)
+    if kind.name != "preference":
+        raise UserError(f"{data} holds {kind.name} data ({kind.shown}); preference pairs have chosen and rejected")
+    rows = []
+    for item in items:
+        prompt, chosen, rejected = kind.pair(item, item.where, settings)
+        tools = tools_of(item.get("tools"), item.where)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected} | ({"tools": tools} if tools else {}))
+    return rows

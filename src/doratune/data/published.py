@@ -87,7 +87,7 @@ def fetch(name: str, base_url: str = PUBLISHED_AT, folder: Path | None = None) -
         return target
     url = base_url.rstrip("/") + "/" + published.path
     with replacing(target) as temporary:
-        _download(url, temporary, name, target)
+        download(url, temporary, name, target)
         _check(temporary, published, url)
     return target
 
@@ -123,7 +123,7 @@ def from_hub(name: str):
         raise UserError(f"cannot load the data set {name} from the hub: {reason[:200]}") from None
 
 
-def _download(url: str, path: Path, name: str, target: Path) -> None:
+def download(url: str, path: Path, name: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(path, "wb") as file:
             expected = response.headers.get("Content-Length")

@@ -48,6 +48,8 @@ def _items(name: str, mirror: str | None, unusable: list[str] | None, streaming:
     local, _, split = name.rpartition(":")
     if name == DEMO:
         return (Item(item, f"{DEMO}: item {n}", n, DEMO) for n, item in enumerate(facts.items("train"), 1))
+    if name in published.HUB_PARTS:
+        return _numbered(published.hub_part(name), name)
     if name in published.ALL:
         return each_example(published.fetch(name, **({"base_url": mirror} if mirror else {})), unusable)
     if path.is_dir() or (local and Path(local).is_dir()):
@@ -57,7 +59,7 @@ def _items(name: str, mirror: str | None, unusable: list[str] | None, streaming:
         return _of_file(path, unusable, streaming)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.+%\[\]-]+)?", name):
         return _of_hub(name, streaming)
-    known = listed([DEMO, *published.ALL], 12)
+    known = listed([DEMO, *published.ALL, *published.HUB_PARTS], 20)
     raise UserError(
         f"data is {name!r}: no such file or known set; give a file ({', '.join(suffixes())}), a folder, a hub id, or {known}"
     )

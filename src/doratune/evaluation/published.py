@@ -31,6 +31,12 @@ _TABLE = {
 }
 _ELSEWHERE = {
     ("LLaMA-7B", "dora", 8, "boolq"): (76.9, "a public reproduction, 2,515 of 3,270, lr 1e-4, length 512, one 24 GB GPU"),
+    ("LLaMA2-7B", None, None, "orca_math"): (7, "the paper's Fig. 6, zero-shot"),
+    ("LLaMA2-7B", "lora", 64, "orca_math"): (12, "the paper's Fig. 6, QLoRA"),
+    ("LLaMA2-7B", "dora", 64, "orca_math"): (31, "the paper's Fig. 6, QDoRA"),
+    ("LLaMA3-8B", None, None, "orca_math"): (23, "the paper's Fig. 6, zero-shot"),
+    ("LLaMA3-8B", "lora", 64, "orca_math"): (32, "the paper's Fig. 6, QLoRA"),
+    ("LLaMA3-8B", "dora", 64, "orca_math"): (56, "the paper's Fig. 6, QDoRA"),
 }
 
 

@@ -27,6 +27,8 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None) ->
         UserError: unknown task, malformed file, or an item without a question, or whose answer no kind of task accepts.
     """
     path = Path(task)
+    if task == "mt_bench":
+        raise UserError("mt_bench is judged, not scored against answers; use doratune evaluate --task mt_bench by itself")
     if task == DEMO:
         return DEMO, facts.items("test")[:limit]
     if task in published.HUB_PARTS and task in NAMES:

@@ -1,15 +1,17 @@
-"""One base model in memory and adapters by name, one of them (or none: `base`) in use at a time.
+"""One base model in memory and adapters by name; all that were used stay loaded, and one of them (or none: `base`) is in use.
 
-Using another one takes the present one off and loads the other's file: about a second for a model of 135M, and no second model.
+The first use of an adapter reads its file: about a second for a model of 135M, and its own A, B and m in memory, no second model.
+Using it again moves no numbers. `load_all` reads them all, for batches of several adapters (`doratune.mixed`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapter.attach import detach
+from ..adapter import several
 from ..analysis.runs import names as shortest_names
 from ..checkpoint.adapter import base_model_of, load, read_folder
 from ..checkpoint.quantized import recorded_quantization
@@ -43,7 +45,7 @@ def named(entries: Sequence[str]) -> dict[str, str]:
 
 
 class NamedAdapters:
-    """The base model with one of several adapters in use.
+    """The base model with several adapters, one of them in use.
 
     Args:
         model: hub id, folder or smollm2-135m-instruct; None: the base model that the first adapter records.
@@ -76,6 +78,8 @@ class NamedAdapters:
         self.tokenizer = load_tokenizer(self.base, trust_remote_code)
         self.model = load_model(self.base, dtype, quantize, trust_remote_code=trust_remote_code)
         self.current = BASE
+        self.inside: dict[str, str] = {}
+        """Name → the adapter's name in the model, of those that are loaded."""
 
     def _recorded(self) -> str | dict:
         recorded = [recorded_quantization(folder) or "none" for folder in self.folders.values()] or ["none"]
@@ -93,15 +97,30 @@ class NamedAdapters:
         """The model with this adapter, or alone (`base`).
 
         Raises:
-            UserError: no such name; an adapter that does not fit the base (which is then in use alone).
+            UserError: no such name; an adapter that does not fit the base. The one in use then stays in use.
         """
         if name not in self.names:
             raise UserError(f"no adapter is named {name!r}; there are {', '.join(self.names)}{near_misses(name, self.names)}")
-        if name != self.current:
-            if self.current != BASE:
-                detach(self.model)
-            self.current = BASE
-            if name != BASE:
-                load(self.model, self.folders[name], check_base=self.check_base)
-            self.current = name
+        if name != BASE and name not in self.inside:
+            self._load(name)
+        else:
+            several.use(self.model, self.inside.get(name))
+        self.current = name
         return self.model
+
+    def load_all(self):
+        """The model with all adapters loaded, the base in use.
+
+        Raises:
+            UserError: an adapter that does not fit the base.
+        """
+        for name in self.folders:
+            self.use(name)
+        return self.use(BASE)
+
+    def _load(self, name: str) -> None:
+        inner = re.sub(r"[^\w.+-]+", "_", name)  # what an adapter may be called in a model
+        while inner in self.inside.values():
+            inner += "_"
+        load(self.model, self.folders[name], name=inner, check_base=self.check_base)
+        self.inside[name] = inner

@@ -13,11 +13,16 @@
     layouts.py     names of layers that are no module of their own
     wrappers.py    what torch.compile and the like put around modules, and the names without it
     adapted.py     an adapted layer: a subclass made on demand
+    magnitude.py   names of the parameters behind m
     weight.py      an adapted weight, and how a call of it runs
     frozen.py      its frozen weight W, as the maths asks for it
     prepared.py    the factors of calls, prepared for all weights together
     registry.py    the weights of one attachment, and when their factors are old
+    watch.py       hooks that tell it when a forward of the model begins and ends
     fingerprint.py   a hash of all parameters, in a few operations
+    shares.py      weights that are whole only while they run: w², whole tensors of one layer
+    fsdp.py        of those, FSDP2's shards
+    offload.py     and what accelerate offloads
     passes.py      which kernels compute the passes over an output
     fastpath.py    PyTorch's fast paths around layers, closed while adapted
 """

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
-from .weight import MAGNITUDES, AdaptedWeight
+from .magnitude import MAGNITUDES
+from .weight import AdaptedWeight
 
 MAGNITUDE = MAGNITUDES[False][0]
 
@@ -48,7 +49,7 @@ class Adapted:
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         restore_precision(self)
-        self.adapted.changed()
+        self.adapted.moved()
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -71,6 +72,10 @@ class Adapted:
         a = self.adapted
         parts = [super().extra_repr(), f"{a.direction.name} rank={a.rank}, scaling={a.scaling:g}"]
         return ", ".join([part for part in parts if part] + ([f"magnitude per {a.axis}"] if a.magnitude else []))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, Adapted)
 
 
 class RelativeMagnitude:

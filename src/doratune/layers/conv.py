@@ -95,7 +95,7 @@ def _one_channel(layer, x: Tensor, row: int, filter_I: Tensor) -> Tensor:
     alone = copy.copy(layer)
     vars(alone).update(groups=1)
     weight = filter_I.view(1, *layer.weight.shape[1:])
-    return type(layer).plain_class._conv_forward(alone, x.narrow(1, group * inputs, inputs), weight, None)
+    return type(layer)._conv_forward(alone, x.narrow(1, group * inputs, inputs), weight, None)
 
 
 def low_rank(weight, module, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +104,7 @@ def low_rank(weight, module, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype
     if weight.dropout and module.training:
         x = nn.functional.dropout(x, weight.dropout)
     with torch.autocast(x.device.type, enabled=False):
-        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype) * weight.scaling
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype) * weight.s
         positions = x.numel() // max(1, module.in_channels)
         if groups > 1 and positions * len(A) * groups > module.weight.numel():
             return module._conv_forward(x, (B @ A).view(module.weight.shape), None)

@@ -22,6 +22,7 @@ from .kind import LayerKind, differs
 class EmbeddingKind(LayerKind):
     name = "Embedding"
     linear = False
+    linear_in_x = False
     by_name_only = True
     peft_axis = "input"
 
@@ -91,7 +92,7 @@ def low_rank(weight, ids: Tensor, dtype: torch.dtype, padding: int | None, drop:
     """δ = s·B_t·A (…, I) in `dtype`."""
     A, B = weight.low_rank()
     with torch.autocast(ids.device.type, enabled=False):
-        rows = F.embedding(ids, B, padding).to(dtype) * weight.scaling
+        rows = F.embedding(ids, B, padding).to(dtype) * weight.s
         if drop:
             rows = F.dropout(rows, weight.dropout)
         return rows @ A.to(dtype)

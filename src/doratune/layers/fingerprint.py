@@ -59,9 +59,10 @@ class Watched:
 
 
 def tensor_in(slot) -> Tensor | None:
-    """slot: (the dict or the module that holds it, its name)."""
+    """slot: (the dict or the module that holds it, its name). Of a tensor in shards, this process's part."""
     holder, name = slot
-    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+    t = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+    return getattr(t, "_local_tensor", t)
 
 
 def together(a: Print, b: Print) -> Print:

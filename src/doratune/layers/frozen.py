@@ -18,6 +18,8 @@ from torch import Tensor
 from ..bases import accumulation_dtype
 from ..math import decomposition, norm
 from ..math.autograd import no_autocast
+from . import shares
+from .fingerprint import identity
 
 
 class FrozenFacts(NamedTuple):
@@ -33,6 +35,7 @@ class FrozenWeight:
 
     _facts: tuple | None
     _product: tuple | None
+    shares: dict
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,6 +52,17 @@ class FrozenWeight:
     @property
     def exact_forward(self) -> bool:
         return self.base.exact_forward
+
+    @property
+    def s(self) -> float:
+        """The factor of B·A that a call has which begins now."""
+        return self.scaling
+
+    def scale_by(self, s: float) -> None:
+        """Take s for the calls to come."""
+        if s != self.scaling:
+            self.scaling = s
+            self.factors = self._likeness = None
 
     def forward_rows(self, rows_KI: Tensor) -> Tensor:
         return self.base.forward_rows(self.layer, rows_KI)
@@ -67,17 +81,47 @@ class FrozenWeight:
     def facts(self) -> FrozenFacts:
         """What is known of W: computed once, and again only when W changed."""
         layer = self.layer
-        version = self.base.version(layer), self.registry.steps if self.base.trained(layer) else 0
+        version = self.version(), self.registry.steps if self.base.trained(layer) else 0
         if self._facts is None or self._facts[0] != version:
-            length, device = self.shape[0 if self.axis == "output" else 1], self.device
-            with torch.inference_mode(False), torch.no_grad(), no_autocast(device):
+            self.know(self.stored())
+        return self._facts[1]
+
+    def know(self, W: Tensor | None) -> None:
+        """Find the facts of W; of a share of it (`shares.squared_norms`) every process does."""
+        version = self.version(), self.registry.steps if self.base.trained(self.layer) else 0
+        length, device = self.shape[0 if self.axis == "output" else 1], self.device
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(device):
+            if shares.is_share(W):
+                w2 = shares.squared_norms(self, W)
+            else:
                 wide = accumulation_dtype(self.dtype)
                 w2 = decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device)
-                directionless = decomposition.directionless(w2.sqrt())
-                some = not directionless.is_meta and bool(directionless.any())
-                # W is held, so that its address stays its own: another weight there would pass for it
-                self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), self.base.held(layer)
-        return self._facts[1]
+            directionless = decomposition.directionless(w2.sqrt())
+            some = not directionless.is_meta and bool(directionless.any())
+            # W is held, so that its address stays its own: another weight there would pass for it
+            self._facts = version, FrozenFacts(w2, directionless, directionless if some else None), self.held()
+
+    def stored(self) -> Tensor | None:
+        """What stands in the layer for W: a tensor, or this process's share of it."""
+        return self.kind.home(self.layer)._parameters.get(self.kind.leaf(self.layer))
+
+    def share(self) -> object | None:
+        """Where W's own numbers are, if whole copies of it come and go."""
+        return self.shares.get(self.kind.leaf(self.layer)) if self.shares else None
+
+    def version(self) -> tuple:
+        """Changes when W does, and not with a copy of it."""
+        share = self.share()
+        return self.base.version(self.layer) if share is None else identity(share.local)
+
+    def held(self) -> object:
+        """What keeps the memory of W, or of this process's share of it, its own."""
+        share = self.share()
+        return self.base.held(self.layer) if share is None else share.local
+
+    def holding(self, W: Tensor):
+        """A context in which the layer has W, some of its own rows or columns, in its weight's place."""
+        return stand_in({(self.kind.home(self.layer), self.kind.leaf(self.layer)): W})
 
     def terms(self, A: Tensor, B: Tensor) -> norm.Terms:
         """The norm's parts; A in the dtype of the forward, to which B is rounded too."""
@@ -95,7 +139,7 @@ class FrozenWeight:
         """U = W·Aᵀ (O, R), computed once per W and dtype; None where it is not to be kept."""
         if not self.keep_product:
             return None
-        key = A.dtype, self.base.version(self.layer)
+        key = A.dtype, self.version()
         if self._product is None or self._product[0] != key:
             self._product = key, norm.times_A(self, A)
         return self._product[1]
@@ -113,11 +157,11 @@ class FrozenWeight:
         home, name = self.kind.home(layer), self.kind.weight_name
         if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
             own[home, name] = W
-        return _stand_in(own) if own else contextlib.nullcontext()
+        return stand_in(own) if own else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _stand_in(tensors: dict):
+def stand_in(tensors: dict):
     """tensors: (module, name) → what stands in its parameter's place meanwhile."""
     replaced = {(module, name): module._parameters[name] for module, name in tensors}
     try:

@@ -32,6 +32,8 @@ class LayerKind:
     """Is its weight a batch of matrices (E, O, I)?"""
     transposed = False
     """Is its weight stored (I, O)?"""
+    linear_in_x = True
+    """Is its output linear in its input, but for a bias? Not where that holds ids."""
     batch_first = True
     """Is the first dimension of its input, where it has more than the last, the batch?"""
 

@@ -58,11 +58,20 @@ class PartWeight(AdaptedWeight):
 
     def slots(self) -> list[tuple]:
         own = self.whole.layer._parameters  # of all experts: their slices have no place of their own
-        return [(own, name) for name in self.names]
+        return [self.whole.own_slot(own, name) for name in self.names]
 
     def frozen_slot(self) -> tuple | None:
         batch = self.whole.layer
-        return (self.whole.kind.home(batch)._parameters, batch.part) if self.magnitude else None
+        return self.whole.own_slot(self.whole.kind.home(batch)._parameters, batch.part) if self.magnitude else None
+
+    def stored(self) -> Tensor | None:
+        return self.whole.stored()
+
+    def share(self) -> object | None:
+        return self.whole.share()
+
+    def at_hand(self) -> bool:
+        return self.whole.at_hand()
 
     @property
     def attached(self) -> bool:

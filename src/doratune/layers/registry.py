@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..errors import UserError
 from ..math.autograd import no_autocast
-from ..math.compiled import NO_ONNX
 from ..math.dora import Factors
-from . import prepared
-from .fingerprint import Watched, same, together
+from . import prepared, shares
+from .fingerprint import Watched, same, tensor_in, together
 
 DROWNS = 4.0
 """From this ratio of a bias to the rest of an output on, y has lost the rest's digits."""
@@ -67,6 +65,7 @@ class Registry:
         self.prints: dict[tuple, tuple] = {}
         self.watched: dict[int | None, Watched] = {}
         self.suspicion: list[Tensor] = []  # on the device: was a frozen weight edited, unseen?
+        self.search = shares.Search()
         self.sizes = weakref.WeakSet()
         self.here = _Here()
 
@@ -80,23 +79,35 @@ class Registry:
         self.members.pop(id(weight), None)
         self.members[id(weight)] = weight
         self.watched.clear()
+        self.search.begin()
 
     def weights(self) -> list:
         """Those whose layers are there."""
         return [weight for weight in self.members.values() if weight.attached]
 
-    def enter(self, light: bool) -> None:
+    def find_shares(self, model, running: bool = False) -> None:
+        """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward."""
+        if new := self.search.new(self.weights, running):
+            shares.find(new, model, running)
+            self.search.end(new, running)
+            self.watched.clear()
+            self.generation += 1
+
+    def enter(self, light: bool, model=None) -> None:
         """A forward of the model begins: look at everything, and prepare what is old of what was asked last time."""
         here = self.here
         here.depth += 1
         if here.depth > 1:
             return
+        if model is not None:
+            self.find_shares(model, running=True)
         here.looked = NOT_YET
         self._look_to(None, light)
         if self.prepared == self.generation:
             return
         self.prepared = self.generation
         old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.generation != self.generation]
+        old = [one for one in old if not one.shares or one.at_hand()]
         for low in {one.factors.low for one in old}:
             self._prepare([one for one in old if one.factors.low == low], low)
 
@@ -181,7 +192,7 @@ class Registry:
             for other in self.weights():
                 f = other.factors
                 if other is not weight and other.asked and f is not None and f.generation != self.generation and f.low == low:
-                    batch.append(other)
+                    batch += [other] if not other.shares or other.at_hand() else []
         self._prepare(batch, low)
         weight.asked = True
         return weight.factors
@@ -196,7 +207,8 @@ class Registry:
                 f = one.factors
                 f.generation, f.low, f.stamps, f.storage = self.generation, low, one.stamps(), one.storage()
                 # what was read is held, so that its address stays its own
-                f.held = [t.detach() for t in one.watched()], one.base.held(one.layer) if one.magnitude else None
+                own = [tensor_in(slot) for slot in one.slots()] if one.shares else one.watched()
+                f.held = [t.detach() for t in own if t is not None], one.held() if one.magnitude else None
                 one.preparations += 1
                 one.asked = False
 
@@ -253,31 +265,3 @@ def unseen_by_selective_checkpoints():
         if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()):
             return _disable_current_modes()
     return contextlib.nullcontext()
-
-
-class Begin:
-    """The hook at the beginning of a model's forward."""
-
-    def __init__(self, registry: Registry):
-        self.registry = registry
-
-    def __call__(self, module, args, kwargs) -> None:
-        if not torch.compiler.is_compiling():
-            if torch.onnx.is_in_onnx_export() and any(weight.magnitude for weight in self.registry.weights()):
-                raise UserError(NO_ONNX)
-            self.registry.enter(not torch.is_grad_enabled() and few_tokens((*args, *kwargs.values())))
-
-
-class End(Begin):
-    """The hook at its end."""
-
-    def __call__(self, *_) -> None:
-        if not torch.compiler.is_compiling():
-            self.registry.leave()
-
-
-def few_tokens(inputs: tuple) -> bool:
-    """Are there fewer than 64 tokens in some input of a model? Of floating point, the last dimension has features."""
-    tensors = [t for t in inputs if isinstance(t, Tensor) and not t.is_nested]
-    sizes = [t.numel() // max(1, t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else t.numel() for t in tensors]
-    return bool(sizes) and min(sizes) < LIGHT_TOKENS

@@ -23,23 +23,13 @@ from torch.autograd import forward_ad
 from ..bases import Base
 from ..directions import Direction
 from ..math import compiled, dora
-from ..math.autograd import Call, Composed, flat, grad_enabled, modes, no_autocast
+from ..math.autograd import Call, Composed, flat, grad_enabled, laid_out_as, modes, no_autocast
 from ..math.dora import Factors
 from .fingerprint import identity, tensor_in
 from .frozen import FrozenWeight
+from .magnitude import MAGNITUDES
 from .registry import LIGHT_TOKENS, Registry
-
-
-class NormName(str):
-    """The name of a norm. transformers' Trainer gives no weight decay to parameters whose lower-case names are those of norms; m is
-    one, under a name that does not say so."""
-
-    def lower(self) -> str:
-        return f"{super().lower()}_norm"
-
-
-MAGNITUDES = {False: (NormName("magnitude"),), True: (NormName("magnitude_delta"), NormName("magnitude_start"))}
-"""Names of the parameters behind m, by `relative`."""
+from .shares import is_share
 
 
 @dataclass(eq=False)
@@ -69,6 +59,8 @@ class AdaptedWeight(FrozenWeight):
     plain: bool = False  # A, B and m are the parameters themselves, and the norm is a constant to the backward
     names: tuple[str, ...] = ()  # of its parameters: the direction's, then those behind m
     watched_names: tuple[str, ...] = ()  # of the layer's tensors that factors are made of, besides W
+    shares: dict = field(default_factory=dict)  # name → where a tensor's own numbers are, if copies of it come and go (`shares.py`)
+    settled: bool = False  # have calls brought those as the norm needs them?
     _facts: tuple | None = None
     _product: tuple | None = None
     _likeness: tuple | None = None
@@ -100,7 +92,7 @@ class AdaptedWeight(FrozenWeight):
     def __getstate__(self):
         state = self.__dict__.copy()
         derived = ("factors", "_facts", "_product", "_likeness", "_layer")
-        return state | dict.fromkeys(derived) | {"asked": False, "preparations": 0}
+        return state | dict.fromkeys(derived) | {"asked": False, "preparations": 0, "shares": {}, "settled": False}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Its parameters, in the order of `names`."""
@@ -156,6 +148,17 @@ class AdaptedWeight(FrozenWeight):
         """Something may have changed A, B or W: everything that was derived is made anew."""
         self.factors = self._facts = self._product = self._likeness = None
 
+    def moved(self) -> None:
+        """Its tensors may lie elsewhere by now; where is found out at the model's next forward."""
+        self.changed()
+        self.shares, self.settled = {}, False
+        self.registry.search.begin()
+
+    def at_hand(self) -> bool:
+        """Are its tensors whole now?"""
+        tensors = (*self.layer._parameters.values(), self.stored())
+        return not any(t is not None and (t.is_meta or is_share(t)) for t in tensors)
+
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias (O,), which is never scaled."""
@@ -169,14 +172,20 @@ class AdaptedWeight(FrozenWeight):
         """Where those are: (the dict or the module that holds one, its name)."""
         layer = self.layer
         own = layer._parameters
-        return [(own if name in own else layer, name) for name in self.watched_names]
+        places = [(own if name in own else layer, name) for name in self.watched_names]
+        return [self.own_slot(*place) for place in places]
+
+    def own_slot(self, holder, name: str) -> tuple:
+        """Of a tensor of which copies come and go, where its own numbers are."""
+        share = self.shares.get(name) if self.shares else None
+        return (holder, name) if share is None else (share, "local")
 
     def frozen_slot(self) -> tuple | None:
         """Where W is, if it is one plain tensor that factors are made of."""
         if not self.base.writable or not self.magnitude or not self.watched_names:
             return None
         home, name = self.kind.home(self.layer), self.kind.weight_name
-        return (home._parameters if name in home._parameters else home), name
+        return self.own_slot(home._parameters if name in home._parameters else home, name)
 
     def stamps(self) -> list[tuple]:
         """(holder, name, address, version) of everything that factors are made of."""
@@ -185,7 +194,7 @@ class AdaptedWeight(FrozenWeight):
 
     def storage(self) -> tuple | None:
         """What else tells that W is as it was, where it is no plain tensor."""
-        return self.base.version(self.layer) if self.magnitude and not self.base.writable else None
+        return self.version() if self.magnitude and not self.base.writable else None
 
     def is_as(self, f: Factors) -> bool:
         """Is everything where it was when these factors were prepared, in the same version?"""
@@ -280,20 +289,6 @@ class AdaptedWeight(FrozenWeight):
             return None, 1.0
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - self.dropout)
         return flat(kept), 1.0 - self.dropout
-
-
-CACHE_LINE = 64
-"""Bytes."""
-
-
-def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """y with the strides of x, and as far from a cache line's beginning."""
-    once = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]  # dimensions that were expanded
-    reach = sum((size - 1) * stride for size, stride in zip(once, x.stride(), strict=True) if size) + 1
-    flat_y = torch.empty(reach + CACHE_LINE // y.itemsize, dtype=y.dtype, device=y.device)
-    offset = (x.data_ptr() - flat_y.data_ptr()) % CACHE_LINE // y.itemsize
-    small = flat_y.as_strided(once, x.stride(), offset)
-    return small.copy_(y[tuple(slice(0, size) for size in once)]).expand(x.shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -239,6 +239,20 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+CACHE_LINE = 64
+"""Bytes."""
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """y with the strides of x, and as far from a cache line's beginning."""
+    once = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]  # dimensions that were expanded
+    reach = sum((size - 1) * stride for size, stride in zip(once, x.stride(), strict=True) if size) + 1
+    flat_y = torch.empty(reach + CACHE_LINE // y.itemsize, dtype=y.dtype, device=y.device)
+    offset = (x.data_ptr() - flat_y.data_ptr()) % CACHE_LINE // y.itemsize
+    small = flat_y.as_strided(once, x.stride(), offset)
+    return small.copy_(y[tuple(slice(0, size) for size in once)]).expand(x.shape)
+
+
 def no_autocast(device: torch.device):
     """Explicit dtypes rule in here, whatever the caller's autocast says."""
     if any_autocast() and device.type != "meta" and torch.is_autocast_enabled(device.type):

@@ -3,11 +3,11 @@
     doratune::compose          (x, out, bias, mask, tensors, W, …, handle) → y, z            and its backward
     doratune::frozen_rows      (ids, …, handle) → w² and the rows without direction, of an embedding
 
-`tensors` are the weight's own parameters and W its frozen weight, where that is one plain tensor: what a call is given is what it
-computes with, whatever stands in the layer itself (`functional_call`). The adapted weight is reached through a handle, inside the
-op: factors, their preparation and the base's own products stay out of the traced graph, whose guards would otherwise change with
-every step. Eager calls use `autograd.py`, which does the same for less overhead. The ops are marked unsafe for CUDA graphs: a
-replay would not ask whether A or B changed.
+`tensors` are the weight's own parameters, W its frozen weight, where that is one plain tensor, and s the factor of B·A: what a call
+is given is what it computes with, whatever stands in the layer itself (`functional_call`). The adapted weight is reached through a
+handle, inside the op: factors, their preparation and the base's own products stay out of the traced graph, whose guards would
+otherwise change with every step. Eager calls use `autograd.py`, which does the same for less overhead. The ops are marked unsafe
+for CUDA graphs: a replay would not ask whether A or B changed.
 
 The handle is a tensor of one random integer, on the CPU: an input of the traced code and no constant, so that blocks compiled one
 by one share their code; and a number that no other process has, so that an exported program finds its own layers or none.
@@ -87,11 +87,12 @@ def _run(weight, x, out, bias, mask, keep: float, rescaled: bool, low: torch.dty
     width = 0 if rescaled or not weight.rank else weight.direction.width(weight.shape, weight.rank)
     x = x if bias is not None or not rescaled else None
     plain = weight.base.weight(weight.layer) if weight.base.writable else None
-    settings = keep, rescaled, low, width, weight.handle.tensor
+    settings = keep, weight.s, rescaled, low, width, weight.handle.tensor
     return _compose(x, out, bias, mask, list(weight.tensors()), plain, *settings)[0]
 
 
-def _call(weight, bias: Tensor | None, mask: Tensor | None, keep: float, rescaled: bool, low: torch.dtype, again=False) -> Call:
+def _call(weight, bias: Tensor | None, mask: Tensor | None, keep: float, s: float, rescaled, low: torch.dtype, again=False) -> Call:
+    weight.scale_by(s)
     f = weight.ready(low, again=again)
     if bias is not None and f.bias is None and f.g is not None:
         f = f.with_bias(bias)
@@ -105,20 +106,20 @@ def _rows(t: Tensor) -> Tensor:
 @torch.library.custom_op("doratune::compose", mutates_args=(), tags=_TAGS)
 def _compose(
     x: Tensor | None, out: Tensor, bias: Tensor | None, mask: Tensor | None, tensors: list[Tensor], W: Tensor | None,
-    keep: float, rescaled: bool, low: torch.dtype, width: int, handle: Tensor,
+    keep: float, s: float, rescaled: bool, low: torch.dtype, width: int, handle: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y in out's shape, z = x·Aᵀ (T, width) or empty). x (…, I), out (…, O), or what `rescale` takes."""
     weight = weight_of(handle)
     weight.calls += 1
     with weight.standing_in(tensors, W), no_autocast(out.device):
-        call = _call(weight, bias, mask, keep, rescaled, low)
+        call = _call(weight, bias, mask, keep, s, rescaled, low)
         y, z = forward(call.factors, None if rescaled else _rows(x), out if rescaled else _rows(out), mask, keep)
         y = y.view(out.shape).contiguous().data  # no view to autograd: a later operation may change it in place
     return y, out.new_empty(0, 0) if z is None else z
 
 
 @_compose.register_fake
-def _(x, out, bias, mask, tensors, W, keep, rescaled, low, width, handle):
+def _(x, out, bias, mask, tensors, W, keep, s, rescaled, low, width, handle):
     _refuse_onnx()
     y = out.new_empty(out.shape)
     return y, out.new_empty(out.shape[:-1].numel() if width else 0, width)
@@ -127,13 +128,13 @@ def _(x, out, bias, mask, tensors, W, keep, rescaled, low, width, handle):
 @torch.library.custom_op("doratune::compose_backward", mutates_args=(), tags=_TAGS)
 def _compose_backward(
     dY: Tensor, x: Tensor | None, out: Tensor | None, bias: Tensor | None, mask: Tensor | None, z: Tensor,
-    tensors: list[Tensor], W: Tensor | None, keep: float, rescaled: bool, low: torch.dtype, x_dtype: torch.dtype,
+    tensors: list[Tensor], W: Tensor | None, keep: float, s: float, rescaled: bool, low: torch.dtype, x_dtype: torch.dtype,
     in_features: int, handle: Tensor, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of (dx, dout, dbias, *dtensors), in this order."""
     weight = weight_of(handle)
     with weight.standing_in(tensors, W), no_autocast(dY.device):
-        call = _call(weight, bias, mask, keep, rescaled, low, again=True)
+        call = _call(weight, bias, mask, keep, s, rescaled, low, again=True)
         wanted, f, given = call.wanted((needs[0], needs[1], needs[2], False, *needs[3:])), call.factors, tuple(tensors)
         shape, dY = dY.shape, dY if rescaled else _rows(dY)
         x_TI = None if x is None else x if rescaled else _rows(x)
@@ -158,14 +159,14 @@ def _compose_backward(
 
 
 @_compose_backward.register_fake
-def _(dY, x, out, bias, mask, z, tensors, W, keep, rescaled, low, x_dtype, in_features, handle, needs):
+def _(dY, x, out, bias, mask, z, tensors, W, keep, s, rescaled, low, x_dtype, in_features, handle, needs):
     makers = [lambda: dY.new_empty(*dY.shape[:-1], in_features, dtype=x_dtype), lambda: dY.new_empty(dY.shape)]
     makers += [lambda t=t: t.new_empty(t.shape) for t in (bias, *tensors)]
     return [make() for make, needed in zip(makers, needs, strict=True) if needed]
 
 
 def _setup(ctx, inputs, output):
-    x, out, bias, mask, tensors, W, ctx.keep, ctx.rescaled, ctx.low, width, handle = inputs
+    x, out, bias, mask, tensors, W, ctx.keep, ctx.s, ctx.rescaled, ctx.low, width, handle = inputs
     z = output[1]
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
@@ -180,10 +181,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dY, _):
     x, out, bias, mask, z, W, handle, *tensors = ctx.saved_tensors
-    settings = ctx.keep, ctx.rescaled, ctx.low, ctx.x_dtype, ctx.in_features, handle, ctx.needs
+    settings = ctx.keep, ctx.s, ctx.rescaled, ctx.low, ctx.x_dtype, ctx.in_features, handle, ctx.needs
     grads = iter(_compose_backward(dY, x, out, bias, mask, z, tensors, W, *settings))
     dx, dout, dbias, *own = (next(grads) if needed else None for needed in ctx.needs)
-    return dx, dout, dbias, None, own, None, None, None, None, None, None
+    return dx, dout, dbias, None, own, None, None, None, None, None, None, None
 
 
 _compose.register_autograd(_backward, setup_context=_setup)

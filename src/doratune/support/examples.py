@@ -32,7 +32,8 @@ class _Facts:
         self.configs = list(_inner(self.config))
         floats = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
         self.dtype = floats[0].dtype if floats else torch.float32
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        devices = (p.device for p in model.parameters() if not p.is_meta)  # on which an offloaded model has nothing between calls
+        self.device = next(devices, _execution_device(model))
         self.generator = torch.Generator().manual_seed(0)
 
     def get(self, *names: str, default=None) -> Any:
@@ -78,6 +79,12 @@ def _item(config, name: str):
         return getattr(config, name, None)
     except Exception:  # some configs compute attributes that others lack
         return None
+
+
+def _execution_device(model: nn.Module):
+    """Where accelerate runs a model that it offloads."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), torch.device("cpu"))
 
 
 def _ids(facts: _Facts, embedding=None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -47,8 +48,8 @@ def refuse_several(command: str) -> None:
         raise UserError(f"{command} runs in one process, but {name} is {count}; start it without a launcher, or unset {name}")
 
 
-def connect() -> None:
-    """Connect the launcher's processes, if there are several.
+def connect(timeout: float = 1800) -> None:
+    """Connect the launcher's processes, if there are several; timeout: seconds to wait for the others, now and later.
 
     Raises:
         UserError: they cannot be connected, or not all of them.
@@ -58,10 +59,14 @@ def connect() -> None:
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{' is '.join(map(str, launched()))}, but the processes cannot be connected ({reason})") from None
+        place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ)
+        raise UserError(
+            f"{' is '.join(map(str, launched()))}, but the processes cannot be connected: process {rank()} did not reach the others"
+            f" at {place or 'no address'} within {timeout:g} s ({reason}); start all of them, where they reach it, or raise timeout"
+        ) from None
     refuse_strangers(state.num_processes)
 
 
@@ -79,7 +84,7 @@ def agree(decide: Callable[[], T]) -> T:
     """What the first process decides, in all of them.
 
     Raises:
-        UserError: what it raised; in the others as SaidByFirst.
+        Exception: what it raised; in the others as SaidByFirst.
     """
     if not _connected():
         return decide()
@@ -89,7 +94,7 @@ def agree(decide: Callable[[], T]) -> T:
     if distributed.get_rank() == 0:
         try:
             outcome = [decide(), None]
-        except UserError as error:
+        except Exception as error:  # the others would wait for ever
             outcome = [None, str(error)]
             distributed.broadcast_object_list(outcome)
             raise
@@ -103,6 +108,15 @@ def wait() -> None:
     """Wait until all processes are here."""
     if _connected():
         torch.distributed.barrier()
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers, in all of them: one number sent."""
+    if not _connected():
+        return number
+    shared = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return int(shared)
 
 
 def _connected() -> bool:

@@ -34,8 +34,26 @@ def _resolvers(resolvers: dict) -> dict:
     return {first: [*other.get(first, []), *([(_FLOAT, _NUMBER)] if first in "-+0123456789." else [])] for first in other}
 
 
+class RepeatedKey(yaml.YAMLError):
+    """A mapping that names a key twice, of which PyYAML would keep the last silently."""
+
+    def __init__(self, key: str, mark):
+        super().__init__(f"{key!r} stands there twice; leave one of the two")
+        self.problem, self.problem_mark = str(self), mark
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers(yaml.SafeLoader.yaml_implicit_resolvers)
+
+    def compose_mapping_node(self, anchor):
+        """The mapping as it is written, before `<<` brings in keys that it may have too."""
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:
+                    raise RepeatedKey(key.value, key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,13 +2,19 @@
 
 recipe.py        TrainRecipe: every setting
 examples.py      its data: read, split, tokenized, counted
+streaming.py     its data, read while the run goes on
+packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
 resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before
+faults.py        gradients that are not finite, processes that torchrun starts again
 checkpoints.py   complete in one act; the newest whole one
 methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's
+sharded.py       a model in shards (FSDP2): the engine, and the optimizer's state
+rng.py           random numbers, for another number of processes
+launch.py        several processes of one command: torchrun's launcher
 idle.py          adapted layers that do not train, named in the first steps
 token_loss.py    evaluation loss over tokens
 half.py          a scaled loss over an fp16 base

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..analysis.change import layer_change, named_parts
+from ..layers.shares import at_hand, holder_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def measure(model: nn.Module) -> Movement:
     """The movement of an attached model's adapter, against the frozen weight."""
     magnitudes, directions = [], []
     for _, weight in named_parts(model):
-        change = layer_change(weight)
+        with at_hand(holder_of(weight).layer):
+            change = layer_change(weight)
         if weight.magnitude:
             magnitudes.append(change.relative_magnitudes)
         if weight.rank:

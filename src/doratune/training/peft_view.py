@@ -15,6 +15,7 @@ adapter has its A, B and m, nothing of W's size.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ..adapter.states import refuse_merged
 from ..checkpoint import peft
 from ..checkpoint.adapter import load, load_weights, save
 from ..errors import UserError, listed
-from ..layers.wrappers import unwrapped
+from ..layers.wrappers import synchronizing, unwrapped
 
 DEFAULT, BASE = "default", "__base__"
 """PEFT's names of the adapter that is saved at the top of a folder, and of no adapter in a mixed batch."""
@@ -168,7 +169,7 @@ class PeftView(PeftModel):
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Switch; each adapter stays trainable or frozen, as it was attached or loaded."""
-        use(self.attached, _one(adapter_name))
+        self._switch(_one(adapter_name))
 
     def add_adapter(self, adapter_name: str, peft_config=None, **settings) -> None:
         """A frozen copy of the adapter in use, with its values of now: what TRL keeps as reference."""
@@ -187,11 +188,24 @@ class PeftView(PeftModel):
             with disabled(self.attached):
                 yield
             return
-        use(self.attached, None)
+        self._switch(None)
         try:
             yield
         finally:
             use(self.attached, name)
+
+    def _switch(self, name: str | None) -> None:
+        """Put another adapter's parameters in place of those in use.
+
+        Raises:
+            UserError: they are sharded over processes (FSDP, ZeRO-3), and whoever did it counts on them.
+        """
+        if self.active_adapter != name and _sharded(self.attached):
+            raise UserError(
+                "the adapter is sharded over processes, where it cannot be switched: train under DistributedDataParallel, or set "
+                "precompute_ref_log_probs=True"
+            )
+        use(self.attached, name)
 
     def merge_adapter(self, *args, **kwargs) -> None:
         """The merged weights in place, for whoever reads them (an engine); `unmerge_adapter` is bit for bit."""
@@ -218,7 +232,7 @@ class PeftView(PeftModel):
         in_use = self.active_adapter
         try:
             for name in names(self.attached) if selected_adapters is None else selected_adapters:
-                use(self.attached, name)
+                self._switch(name)
                 save(self.attached, Path(save_directory) / ("" if name == DEFAULT else name))
         finally:
             use(self.attached, in_use)
@@ -228,7 +242,7 @@ class PeftView(PeftModel):
         in_use = self.active_adapter
         try:
             if adapter_name in names(self.attached):
-                use(self.attached, adapter_name)
+                self._switch(adapter_name)
                 load_weights(self.attached, Path(model_id))
             else:
                 load(self.attached, model_id, is_trainable, name=adapter_name)
@@ -237,6 +251,14 @@ class PeftView(PeftModel):
 
     def create_or_update_model_card(self, output_dir) -> None:
         """A model card is the trainer's."""
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Does FSDP (either of them) or DeepSpeed hold parts of the parameters?"""
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    if synchronizing(model) == "FullyShardedDataParallel" or any(isinstance(module, fsdp2) for module in model.modules()):
+        return True
+    return any(hasattr(p, mark) for p in model.parameters() for mark in ("ds_id", "_fsdp_flattened"))
 
 
 def _one(name) -> str:

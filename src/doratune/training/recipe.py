@@ -37,6 +37,7 @@ class TrainRecipe:
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
+        streaming: read the data while it is trained on, for what does not fit in memory; needs max_steps
         bad_items: stop at an item that cannot be used (no answer, refused by the chat template), or skip and count it
         mirror: base address of a mirror of the published data sets
         limit: use this many examples, drawn with the seed
@@ -58,12 +59,16 @@ class TrainRecipe:
         optimizer: a name that transformers knows (adamw_torch, adamw_torch_fused, sgd)
         epochs: passes over the data
         max_steps: stop after this many optimizer steps; -1 for never
-        batch_size: examples a forward pass, on each device
+        batch_size: examples a forward pass, of all processes together; their number must divide it
+        processes: start so many processes on this machine with torchrun; those that a launcher started count as they are
+        fsdp: none; shard: FSDP2, which gives each process a part of the base; offload: the same, with the parts on the CPU
+        timeout: seconds that a process waits for the others
         gradient_accumulation: forward passes an optimizer step
         max_length: longest example in tokens
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
@@ -89,6 +94,7 @@ class TrainRecipe:
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
+    streaming: bool = False
     bad_items: Literal["stop", "skip"] = "stop"
     mirror: str | None = None
     limit: int | None = number(None, least=1)
@@ -113,11 +119,15 @@ class TrainRecipe:
     epochs: float = number(1.0, above=0, most=1_000_000)
     max_steps: int = number(-1, least=1, also={-1: "for no limit"})
     batch_size: int = number(16, least=1)
+    processes: int = number(1, least=1)
+    fsdp: Literal["none", "shard", "offload"] = "none"
+    timeout: int = number(1800, least=1)
     gradient_accumulation: int = number(1, least=1)
     max_length: int = number(512, least=1)
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"
@@ -168,6 +178,14 @@ class TrainRecipe:
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
+        if self.fsdp != "none" and self.method not in METHODS:
+            raise UserError(
+                f"fsdp is {self.fsdp!r}, which is for adapters over a frozen base, not for method {self.method}; drop it"
+            )
+        if self.fsdp != "none" and self.tasks:
+            raise UserError(
+                "tasks are scored in one process, which has no whole model under fsdp; drop them, then doratune evaluate"
+            )
         if self.double_quantization and self.quantize not in ("nf4", "fp4"):
             raise UserError(f"double_quantization is for quantize: nf4 or fp4, not {self.quantize}; drop it")
         if self.quantize == "none" and (self.start == "loftq" or self.magnitude_from == "original"):

@@ -21,6 +21,7 @@ from .recipe import TrainRecipe
 FREE = (
     "output", "source", "expected", "mirror", "tasks", "tasks_protocol", "tasks_limit", "tasks_batch_size", "log_steps",
     "eval_steps", "save_steps", "keep_checkpoints", "tensorboard", "trust_remote_code", "check_base", "resume", "overwrite",
+    "processes", "fsdp", "timeout",
 )  # fmt: skip
 """Settings that change nothing in what is trained."""
 
@@ -59,8 +60,10 @@ def _length(settings: dict) -> tuple[float, float]:
 def already_trained(trainer, checkpoint: Path) -> bool:
     """Does the checkpoint hold the whole training? Then it is loaded: transformers would train one step too many."""
     arguments, state = trainer.args, TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
+    steps = arguments.max_steps
+    if steps <= 0:
+        updates = math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps)
+        steps = math.ceil(arguments.num_train_epochs * updates)
     if state.global_step < steps:
         return False
     trainer._load_from_checkpoint(str(checkpoint))

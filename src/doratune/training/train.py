@@ -19,21 +19,26 @@ from transformers.training_args import OptimizerNames
 
 from ..data.encode import AnswerCollator
 from ..data.limits import check_tokens
+from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
+from ..layers.shares import sharded
 from ..publishing.card import write_training_card
 from ..support.environment import environment
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
 from ..support.outputs import refuse_inputs
-from ..support.processes import agree, connect, is_first, refuse_strangers
+from ..support.processes import agree, connect, is_first, launched, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import datasets
+from .examples import count_of, datasets, first_rows, streamed_counts
+from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
+from .packing import packed_rows
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
+from .sharded import arguments as fsdp_arguments
 
 
 class Interrupted(Exception):
@@ -64,9 +69,11 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
-    connect()
+    recipe = restarted(recipe)
+    connect(recipe.timeout)
+    _check_share(recipe)
     say = say if is_first() else lambda line: None
-    output, run = Path(recipe.output), folder or RunFolder(recipe.output)
+    run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
     tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
@@ -74,14 +81,48 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     set_seed(recipe.seed)
     method = method_of(recipe)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in rows + eval_rows)):
+    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
+    if recipe.packing:
+        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
+    _say_engine(trainer, recipe, say)
+    _train_to_the_end(trainer, model, checkpoint)
+    metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
+    if folder is None and is_first():
+        run.finish()
+    return metrics
+
+
+def _say_engine(trainer, recipe: TrainRecipe, say) -> None:
+    if (count := launched()[1]) > 1:
+        engine = "FSDP2" if trainer.is_fsdp_enabled else "DDP"
+        say(f"{count} processes, {engine}: each takes {recipe.batch_size // count} of the {recipe.batch_size} examples of a batch")
+
+
+def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, counts: dict, say, score) -> dict:
+    """Write what the run leaves behind; the contents of metrics.json, nothing in the other processes. Those take part where the
+    model is in shards."""
+    folder = Path(method.recipe.output) / method.result
+    if not is_first() and not sharded(model):
+        return {}
+    method.save(model, folder)
+    if not is_first():
+        measured(method, model)
+        return {}
+    tokenizer.save_pretrained(folder)
+    if score is not None:
+        score(method.scored(model), tokenizer)
+    return finish(method, trainer, clock, model, counts, say)
+
+
+def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
+    """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
     bar = TokenProgress()
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
@@ -89,20 +130,22 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         if not (checkpoint and already_trained(trainer, checkpoint)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None:
-        raise Interrupted(stop.received, str(last_checkpoint(output)))
-    if eval_rows and not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
+        raise Interrupted(stop.received, str(last_checkpoint(Path(trainer.args.output_dir))))
+    evaluated = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
+    if trainer.eval_dataset and not evaluated:
         trainer.evaluate()
     model.eval()
-    if not is_first():
-        return {}
-    method.save(model, output / method.result)
-    tokenizer.save_pretrained(output / method.result)
-    if score is not None:
-        score(method.scored(model), tokenizer)
-    metrics = finish(method, trainer, clock, model, counts, say)
-    if folder is None:
-        run.finish()
-    return metrics
+
+
+def _check_share(recipe: TrainRecipe) -> None:
+    """Every process takes an equal part of each batch."""
+    count = launched()[1]
+    if recipe.batch_size % count:
+        raise UserError(
+            f"batch_size is {recipe.batch_size}, which {count} processes cannot share equally; give a multiple of {count}"
+        )
+    if recipe.fsdp != "none" and count == 1:
+        raise UserError(f"fsdp is {recipe.fsdp!r}, but there is one process; give processes: 2 or more, or start it with torchrun")
 
 
 def _starting_point(recipe: TrainRecipe, run: RunFolder, own: bool, say) -> Path | None:
@@ -138,8 +181,8 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         model.enable_input_require_grads()
     arguments = TrainingArguments(
         output_dir=recipe.output,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // launched()[1],
+        per_device_eval_batch_size=recipe.batch_size // launched()[1],
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.lr,
         weight_decay=recipe.weight_decay,
@@ -149,7 +192,9 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        train_sampling_strategy="group_by_length"
+        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
+        else "random",
         length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
@@ -165,7 +210,9 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         disable_tqdm=False,
+        accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
+        **fsdp_arguments(recipe.fsdp),
         **method.settings(),
     )
     refuse_strangers(arguments.world_size)
@@ -173,7 +220,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=AnswerCollator(tokenizer.pad_token_id, model),
+        data_collator=collator(recipe, tokenizer, model),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock],
@@ -185,6 +232,11 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     return trainer, clock
 
 
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
+    """What makes batches of rows."""
+    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
+
+
 def checkpointing_arguments(kind: str) -> dict:
     """TrainingArguments for gradient checkpointing; transformers 5 renamed them on its way."""
     if kind == "none":
@@ -194,10 +246,15 @@ def checkpointing_arguments(kind: str) -> dict:
     return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
 
 
+def measured(method: AdapterMethod, model) -> tuple:
+    """(how far the adapter moved, (trainable numbers, all of the base's), rows without direction); of shards by every process."""
+    return method.moved(model), method.counts(model), method.zero_rows(model)
+
+
 def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, say) -> dict:
     """Write metrics.json and say how far the adapter moved."""
     output, log = Path(method.recipe.output), trainer.state.log_history
-    moved, (trainable, total) = method.moved(model), method.counts(model)
+    moved, (trainable, total), zero_rows = measured(method, model)
     if moved is not None:
         say(str(moved))
     if moved is not None and moved.warning:
@@ -210,9 +267,9 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "method": method.recipe.method,
         "trainable": trainable,
         "total": total,
-        "zero_rows": method.zero_rows(model),
-        "examples": len(trainer.train_dataset),
-        "data": counts,
+        "zero_rows": zero_rows,
+        "examples": count_of(trainer.train_dataset),
+        "data": counts | streamed_counts(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),

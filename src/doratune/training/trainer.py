@@ -22,10 +22,15 @@ from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..adapter.states import refuse_merged
 from ..checkpoint.adapter import load_weights, save
+from ..data.packing import without_mask
 from ..errors import UserError
+from ..layers.shares import sharded
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
+from .faults import refuse_spoiled_steps
 from .half import scale_loss
 from .idle import IdleWatch
+from .rng import load_rng_state
+from .sharded import finite, load_optimizer, save_optimizer, take_engine
 from .token_loss import TokenLoss
 
 
@@ -41,10 +46,16 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
+    shards = False
+    """Can it save a model in shards?"""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         scale_loss(self.accelerator, self.model)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        take_engine(self, self.shards)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         self._token_loss = TokenLoss()
@@ -58,6 +69,7 @@ class SteadyMixin:
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = without_mask(inputs)
         if self._token_loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.get("labels")
@@ -76,8 +88,13 @@ class SteadyMixin:
             )
         return loss
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Transformers makes it when the optimizer is there, wherever that came from."""
+        refuse_spoiled_steps(self)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _save_checkpoint(self, model, trial=None):
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not finite(p for p in self.model.parameters() if p.requires_grad):
             raise NonFiniteLoss(
                 f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
                 "the last good checkpoint: lower the learning rate, then --resume"
@@ -93,7 +110,7 @@ class SteadyMixin:
                 self.state.best_model_checkpoint = str(target)
                 self.state.save_to_json(str(stage / target.name / STATE))
         if self.args.should_save:
-            remove_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            remove_old(target, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(target))
 
@@ -105,18 +122,23 @@ class SteadyMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if not load_optimizer(self, checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not save_optimizer(self, output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_rng_state(self, checkpoint):
         with _readable(checkpoint):
-            super()._load_rng_state(checkpoint)
+            load_rng_state(self.args, checkpoint, super()._load_rng_state)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             column = self.args.length_column_name
             lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             return EpochLengthSampler(size, lengths, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
@@ -124,6 +146,7 @@ class SteadyMixin:
 class TrainerMixin(SteadyMixin):
     """In front of transformers.Trainer or a subclass of it; the model must be attached already."""
 
+    shards = True
     magnitude_lr_ratio: float = 1.0
     """Learning rate of m as a multiple of the trainer's."""
     output_factor_lr_ratio: float = 1.0
@@ -169,13 +192,18 @@ class TrainerMixin(SteadyMixin):
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not sharded(self.model):
+            return super().save_model(output_dir, _internal_call)
+        return self._save(output_dir)
+
     def _save(self, output_dir=None, state_dict=None):
-        """The adapter alone, and the tokenizer."""
-        if not self.args.should_save:
+        """The adapter alone, and the tokenizer; of a model in shards every process takes part."""
+        if not self.args.should_save and not sharded(self.model):
             return
         folder = Path(output_dir or self.args.output_dir)
         save(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
-        if self.processing_class is not None:
+        if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -23,7 +23,7 @@ class Completion(DataFormat):
     usual = {"prompt": ("question", "query"), "completion": ("response", "answer", "reply", "output", "target")}
 
     def check(self, item: Mapping, where: str, settings) -> None:
-        parts = [conversation.parsed(item.get(name)) for name in ("prompt", "completion")]
+        parts = [conversation.turns_or_text(item.get(name)) for name in ("prompt", "completion")]
         if any(isinstance(part, list) for part in parts):
             prompt, completion = self._turns(item, where, settings)
             conversation.check_answers(completion, where)
@@ -37,7 +37,7 @@ class Completion(DataFormat):
         """(messages of the prompt, of the completion); a text is one turn."""
         turns = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
-            value = conversation.parsed(item.get(name))
+            value = conversation.turns_or_text(item.get(name))
             if isinstance(value, str):
                 turns.append([{"role": role, "content": value}])
             else:
@@ -45,7 +45,7 @@ class Completion(DataFormat):
         return turns[0], turns[1]
 
     def encode(self, item: Mapping, tokenizer, settings):
-        texts = all(isinstance(conversation.parsed(item[name]), str) for name in ("prompt", "completion"))
+        texts = all(isinstance(conversation.turns_or_text(item[name]), str) for name in ("prompt", "completion"))
         if texts and settings.prompt == "plain":
             prompt = tokenizer(item["prompt"])["input_ids"]
             prompt = prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt

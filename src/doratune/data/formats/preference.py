@@ -35,13 +35,12 @@ class Preference(DataFormat):
         Raises:
             UserError: a side without an answer, sides that are the same, no prompt.
         """
-        prompt = self._prompt(item, where, settings)
         chosen, rejected = (self._side(item, name, where, settings) for name in SIDES)
-        if not prompt:
+        if chosen[0] == rejected[0] and chosen[0]["role"] != "assistant":  # two whole conversations
             common = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
             prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        elif chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        else:
+            prompt = self._prompt(item, where, settings)
         for name, side in zip(SIDES, (chosen, rejected)):
             if not side and chosen != rejected:
                 raise UserError(f"{where} has no answer under {name!r} behind what both share; take the item out")
@@ -49,17 +48,18 @@ class Preference(DataFormat):
             raise UserError(f"{where} has the same answer under 'chosen' and 'rejected'; take the item out")
         if not prompt:
             raise UserError(f"{where} has no prompt, and its answers do not begin alike; give the prompt under 'prompt'")
+        if prompt[-1]["role"] == "assistant":
+            raise UserError(f"{where} has a prompt that ends with the assistant's turn; end it with a user turn")
         for name, side in zip(SIDES, (chosen, rejected)):
             conversation.check_answers(side, f"{where}, {name!r}")
         return prompt, chosen, rejected
 
     def _prompt(self, item: Mapping, where: str, settings) -> list[dict]:
-        if item.get("conversations") is not None:
-            turns = conversation.messages_of(item["conversations"], where, settings, "conversations", ("from", "value"))
-        elif item.get("messages") is not None:
-            turns = conversation.messages_of(item["messages"], where, settings)
-        elif isinstance(value := conversation.parsed(item.get("prompt")), list):
-            turns = conversation.messages_of(value, where, settings, "prompt")
+        """The messages in front of both answers, from the first of these fields that there is."""
+        value = conversation.turns_or_text(item.get("prompt"))
+        key = next((key for key in ("conversations", "messages") if value is None and item.get(key) is not None), "prompt")
+        if key != "prompt" or isinstance(value, list):
+            turns = conversation.messages_of(value if key == "prompt" else item[key], where, settings, key)
         else:
             text = value if value is not None else item.get("instruction")
             if not isinstance(text, str | None):
@@ -70,16 +70,15 @@ class Preference(DataFormat):
         return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system and turns else turns
 
     def _side(self, item: Mapping, name: str, where: str, settings) -> list[dict]:
-        value = conversation.parsed(item.get(name))
+        value = conversation.turns_or_text(item.get(name))
         if isinstance(value, str):
             if not value.strip():
                 raise UserError(f"{where} has an empty answer under {name!r}; fill it in or take the item out")
             return [{"role": "assistant", "content": value}]
         value = [value] if isinstance(value, Mapping) else value
-        sharegpt = isinstance(value, list) and value and all(isinstance(m, Mapping) and "from" in m for m in value)
         if not isinstance(value, list):
             raise UserError(f"{where} has no text under {name!r}; expected an answer, or messages")
-        return conversation.messages_of(value, where, settings, name, ("from", "value") if sharegpt else ("role", "content"))
+        return conversation.messages_of(value, where, settings, name)
 
     def check(self, item: Mapping, where: str, settings) -> None:
         self.pair(item, where, settings)

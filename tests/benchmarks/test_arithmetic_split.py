@@ -1,0 +1,50 @@
+"""Held-out problems: what the training file asks in other case, spaces or punctuation is not held out; nothing else is lost."""
+
+import importlib.util
+import json
+
+import pytest
+
+
+@pytest.fixture
+def arithmetic(pytestconfig):
+    path = pytestconfig.rootpath / "benchmarks" / "arithmetic.py"
+    spec = importlib.util.spec_from_file_location("arithmetic_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_new_problems_are_held_out(arithmetic, tmp_path):
+    asked = ["Sam has 3 apples. How many?", "Ann has 4 ."]
+    tests = ["sam has 3 apples , how many ?", "Sam has 5 apples. How many?", "ANN HAS 4", "Ann has 44."]
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": text} for text in asked]))
+    (tmp_path / "AddSub_test.json").write_text(json.dumps([{"instruction": text, "answer": "1"} for text in tests]))
+    assert arithmetic.held_out(tmp_path) == [("AddSub", 4, 2)]
+    rest = json.loads((tmp_path / "held_out" / "AddSub.json").read_text())
+    assert [item["instruction"] for item in rest] == [tests[1], tests[3]]
+
+
+def test_the_real_files(arithmetic, shared_data, tmp_path):
+    """The counts of docs/arithmetic.md."""
+    for path in (shared_data / "math").glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert sorted(arithmetic.held_out(tmp_path)) == [
+        ("AddSub", 395, 65), ("MultiArith", 600, 109), ("SingleEq", 508, 83), ("gsm8k", 1319, 264), ("svamp", 1000, 200),
+    ]  # fmt: skip
+
+
+def test_tables_of_finished_cells(arithmetic, tmp_path):
+    def scored(folder, right):
+        folder.mkdir(parents=True)
+        result = {"task": "AddSub", "right": right, "total": 20, "unparsable": 0.5, "majority": 0.1, "seconds": 1.0}
+        (folder / "results.json").write_text(json.dumps({"results": [result]}))
+
+    scored(tmp_path / "base", 0)
+    scored(tmp_path / "cells" / "lora" / "scores" / "after", 5)
+    scored(tmp_path / "cells" / "unfinished" / "scores" / "after", 5)
+    (tmp_path / "cells" / "lora" / "metrics.json").write_text(json.dumps({"trainable": 1000, "eval_loss": 0.5, "cpu_seconds": 9}))
+    arms = arithmetic.record(tmp_path)
+    assert list(arms) == ["base", "lora"]
+    lines = arithmetic.table(arms).splitlines()
+    assert "0/20 (0 – 16 %)" in lines[2] and "5/20 (11 – 47 %)" in lines[3] and "1,000" in lines[3] and "50 %" in lines[3]

@@ -1,0 +1,81 @@
+"""Loading in shards, PyTorch's own checkpoints, and engines that are refused with the way out; DeepSpeed where it is installed."""
+
+import importlib.util
+import json
+
+import pytest
+from launching import launched, torchrun
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("launch"), "loaded_in_shards", "checkpoints_of_pytorch", "other_engines")[0]
+
+
+def test_a_base_that_transformers_loads_in_shards(found):
+    """No process ever has the whole base; the adapter's parameters are in shards with it."""
+    expected, losses, placed, own, whole = found["loaded_in_shards"]
+    assert losses == pytest.approx(expected, abs=1e-6) and placed
+    assert own <= 0.51 * whole
+
+
+@pytest.mark.parametrize("into", ["sharded", "whole"])
+def test_a_distributed_checkpoint_goes_on(found, into):
+    """Saved by two processes, loaded over another start by two and by one: magnitudes are those of the file."""
+    case = found["checkpoints_of_pytorch"]
+    assert case[into] == pytest.approx(case["expected"], abs=1e-6)
+
+
+def test_fsdp1_is_refused(found):
+    """Without use_orig_params PyTorch itself refuses trained and frozen parameters in one unit."""
+    message = found["other_engines"]["FSDP1, True"]
+    assert message.startswith("UserError: FullyShardedDataParallel (FSDP1) flattens W, A, B and m of Linear")
+    assert "fsdp_version: 2" in message and "\n" not in message
+    assert "has both parameters with requires_grad=True and False" in found["other_engines"]["FSDP1, False"]
+
+
+def test_tensor_parallel_layers_are_refused_and_others_train(found):
+    message = found["other_engines"]["tensor parallel"]
+    assert message.startswith("UserError: model.layers.0.mlp.gate_proj") and "attach, and shard with fully_shard" in message
+    losses, expected = found["other_engines"]["beside them"]
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+ZERO = """
+import json, sys
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import set_seed
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_llama
+import doratune
+
+plugin = DeepSpeedPlugin(zero_stage=int(sys.argv[3]), gradient_accumulation_steps=1)
+accelerator = Accelerator(cpu=not torch.cuda.is_available(), deepspeed_plugin=plugin)
+model = doratune.attach(tiny_llama().train(), doratune.AdapterConfig(rank=4, seed=3))
+optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-2))
+ids = torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0))
+loader = torch.utils.data.DataLoader(ids, batch_size=2)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+losses = []
+for step in range(3):
+    for batch in loader:
+        loss = model(input_ids=batch, labels=batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+if accelerator.is_main_process:
+    open(sys.argv[2], "w").write(json.dumps(losses))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_through_accelerate(stage, tmp_path, request):
+    script = tmp_path / "zero.py"
+    script.write_text(ZERO)
+    done = torchrun(script, request.config.rootpath / "tests", tmp_path / "losses.json", stage)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses[-1] < losses[0]
