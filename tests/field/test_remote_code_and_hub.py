@@ -146,3 +146,24 @@ def test_a_hub_that_says_no_is_left_to_its_client(monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("name", ["nofolder", "nobody/nothing", "a/b/c", "./nofolder"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect"],
+        ["generate", "--prompt", "x"],
+        ["chat"],
+        ["export", "--output", "OUT"],
+        ["evaluate", "--task", "TASK", "--output", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_model_that_is_nowhere_is_a_line_with_the_fix(words, name, tmp_path, capsys):
+    (tmp_path / "task.json").write_text('[{"instruction": "x", "output": "the correct answer is true", "answer": "true"}]')
+    places = {"OUT": str(tmp_path / "out"), "TASK": str(tmp_path / "task.json")}
+    assert main([*(places.get(word, word) for word in words), "--model", name]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"doratune {words[0]}: ") and name in error and "folder" in error and "hub id" in error
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..adapter.base_norms import RowNorms, norms_of, row_norms
+from ..adapter.fresh import unsaved
 from ..bases.dense import DenseBase
 from ..errors import UserError
 from ..formats.source import weights_in
@@ -80,18 +81,22 @@ def header(norms: dict[str, RowNorms]) -> dict[str, str]:
 
 
 def refuse_other_base(model: nn.Module, path: str | Path, base: str | None = None) -> None:
-    """Raise where a plain model has other row norms than the base of the adapter at `path`; base: the name that it records.
+    """Raise where a plain model has other row norms than the base of the adapter at `path`; base: the name that it records. Modules
+    that no file holds are drawn anew each time, which `load` says by itself.
 
     Raises:
         UserError: the module that is furthest apart, both values, and what to do.
     """
+    if not (norms := recorded(path)):
+        return
     modules = dict(named_layers(model))
+    drawn = {parameter.rpartition(".")[0] for parameter in unsaved(model, ())}
 
     def here(name: str) -> RowNorms | None:
         own = name_in_model(name, modules)
-        return None if own is None else norms_of(modules[own])
+        return None if own is None or own in drawn else norms_of(modules[own])
 
-    refuse_apart(recorded(path), here, OTHER.format(path), base)
+    refuse_apart(norms, here, OTHER.format(path), base)
 
 
 def refuse_other_checkpoint(plan, read: Callable[[str], Tensor], path: str | Path) -> None:

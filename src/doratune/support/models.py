@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from .values import check_choice
 WHEEL_MODEL = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+_NOWHERE = re.compile(
+    r"couldn't connect|not a valid model identifier|not a local folder|Repo id must|offline|cached snapshot", re.I
+)
+"""In what transformers and the hub say of a name under which there is nothing."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -185,7 +190,10 @@ class readable_errors:
             ) from None
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
-        raise UserError(f"cannot load {self.name}: {reason[:300]}") from None
+        fix = ""
+        if not Path(self.name).exists() and _NOWHERE.search(str(error)):
+            fix = f"; {self.name} is no folder here: give a model's folder, {WHEEL_MODEL}, or a hub id where the hub can be reached"
+        raise UserError(f"cannot load {self.name}: {reason[:300].rstrip('.')}{fix}") from None
 
 
 def _wheel_model() -> Path:
