@@ -14,7 +14,7 @@ def quiet(**more):
     return {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
-def torchrun(*words, processes=2, timeout=240, **more):
+def torchrun(*words, processes=2, timeout=600, **more):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, timeout=timeout, env=quiet(**more))
 

@@ -23,7 +23,7 @@ LEVELS = [
     {"adapter", "formats"},
     {"checkpoint", "baselines", "peft"},
     {"training", "analysis", "bench", "export"},
-    {"evaluation", "report", "generation", "judging"},
+    {"evaluation", "report", "generation", "judging", "planning"},
     {"comparison", "demo", "serving"},
     {"cli"},
     {"__main__"},

@@ -71,6 +71,27 @@ def test_an_adapter_is_loaded_over_offloaded_weights(method, where, tmp_path):
     assert {layer.preparations for layer in layers} == {1}  # not once for each fetched copy
 
 
+def mixtral():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, head_dim=8, num_experts_per_tok=2, num_local_experts=4)
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+
+
+def test_experts(where, tmp_path):
+    settings = {"rank": 2, "targets": ["gate_up_proj", "down_proj", "q_proj"]}
+    plain = randomize(doratune.attach(mixtral(), doratune.AdapterConfig(**settings)))
+    doratune.save(plain, tmp_path / "adapter")
+    model = doratune.load(off(mixtral(), where, tmp_path), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    doratune.save(model, tmp_path / "again")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert all(torch.equal(t, two[key]) for key, t in one.items())
+
+
 def test_training_over_offloaded_weights_is_refused(where, tmp_path):
     model = off(tiny_llama(), where, tmp_path)
     with pytest.raises(UserError, match=r"accelerate offloads it.*attach with trainable=False"):

@@ -11,7 +11,7 @@ WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     cases = "ddp", "fsdp", "ways_of_sharding", "attached_after_sharding", "mixed_precision", "collectives", "nf4", "refusals"
-    return launched(tmp_path_factory.mktemp("launch"), *cases)[0]
+    return launched(tmp_path_factory.mktemp("launch"), *cases, "other_layers")[0]
 
 
 def same(expected, losses):
@@ -36,6 +36,16 @@ def test_however_it_is_sharded(found, way):
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_are_prepared_once_a_step(found, method):
     assert set(found["fsdp"][method][2]) == {3}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("layer", ["Conv1D", "Conv1D, input axis", "embedding", "embedding, by dimension", "experts"])
+def test_other_layers(found, layer, order):
+    expected, losses = found["other_layers"][f"{layer}, {order}"]
+    if (layer, order) == ("experts", "after"):
+        assert "MixtralExperts are in shards" in losses and "attach, then fully_shard" in losses
+    else:
+        same(expected, losses)
 
 
 def test_nf4(found):

@@ -3,6 +3,7 @@
 Each case trains, saves or merges with both processes on halves of a batch, and the same in one process on the whole batch.
 """
 
+import functools
 import json
 import sys
 import traceback
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from conftest import randomize, tiny_llama
+from conftest import randomize, tiny_gpt2, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import doratune
+import doratune.errors
 
 CASES = {}
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -103,11 +105,17 @@ METHODS = {
 }
 
 
+@functools.cache
+def of_one_process(name="dora", steps=3):
+    """Losses of a method on the whole batch."""
+    return train(attached(**METHODS[name]), split=False, steps=steps)
+
+
 @case
 def ddp():
     found = {}
     for name, settings in METHODS.items():
-        expected = train(attached(**settings), split=False)
+        expected = of_one_process(name)
         model = nn.parallel.DistributedDataParallel(attached(**settings))
         found[name] = expected, train(model, split=True)
     return found
@@ -117,7 +125,7 @@ def ddp():
 def fsdp():
     found = {}
     for name, settings in METHODS.items():
-        expected = train(attached(**settings), split=False)
+        expected = of_one_process(name)
         model = shard(attached(**settings))
         found[name] = expected, train(model, split=True)
         layers = [layer.adapted for _, layer in doratune.adapters(model)]
@@ -153,7 +161,7 @@ def ways_of_sharding():
         ),
     }
     found = {}
-    expected = train(attached(), split=False)
+    expected = of_one_process()
     for name, way in ways.items():
         model = way(attached())
         found[name] = expected, train(model, split=True), [layer.adapted.preparations for _, layer in doratune.adapters(model)]
@@ -164,7 +172,7 @@ def ways_of_sharding():
 def attached_after_sharding():
     found = {}
     for name in ("lora", "dora", "dora, full gradient", "dora, input axis", "dora, relative", "dvora"):
-        expected = train(attached(**METHODS[name]), split=False)
+        expected = of_one_process(name)
         for way, settings in {"rows": {}, "columns": {"shard_placement_fn": columns}}.items():
             model = attached(shard(base(), **settings), **METHODS[name])
             layer = model.model.layers[0].mlp.up_proj
@@ -174,7 +182,7 @@ def attached_after_sharding():
     train_forward = model(input_ids=ids(0)).logits.detach()  # it has run already
     attached(model)
     same = torch.equal(train_forward, model(input_ids=ids(0)).logits)
-    found["dora, after a run"] = train(attached(), split=False), train(model, split=True), same
+    found["dora, after a run"] = of_one_process(), train(model, split=True), same
     return found
 
 
@@ -201,6 +209,45 @@ def nf4():
     expected = train(attached(quantized(base())), split=False)
     model = shard(attached(quantized(base())))
     return expected, train(model, split=True), [layer.adapted.preparations for _, layer in doratune.adapters(model)]
+
+
+def mixtral():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, head_dim=8, num_experts_per_tok=2, num_local_experts=4)
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").train()
+
+
+OTHERS = {
+    "Conv1D": (lambda: tiny_gpt2().eval(), {}),
+    "Conv1D, input axis": (lambda: tiny_gpt2().eval(), {"magnitude_axis": "input"}),
+    "embedding": (base, {"targets": ["embed_tokens", "q_proj"]}),
+    "embedding, by dimension": (base, {"targets": ["embed_tokens", "q_proj"], "embedding_magnitude": "dimension"}),
+    "experts": (mixtral, {"targets": ["gate_up_proj", "down_proj", "q_proj"], "rank": 2}),
+}
+
+
+@case
+def other_layers():
+    found = {}
+    for name, (make, settings) in OTHERS.items():
+        expected = train(attached(make(), **settings), split=False)
+        for late in (False, True):
+            key = f"{name}, {'after' if late else 'before'}"
+            model = make() if late else attached(make(), **settings)
+            for block in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+            try:
+                model = attached(model, **settings) if late else model
+                found[key] = expected, train(model, split=True)
+            except Exception as error:
+                found[key] = expected, f"{type(error).__name__}: {error}"
+                if dist.get_rank() == 0:
+                    traceback.print_exc()
+    return found
 
 
 class Collectives(TorchDispatchMode):
@@ -270,9 +317,19 @@ def whole_files():
         doratune.unmerge(model)
         found[key]["back"] = all(torch.equal(before[k], t.to_local()) for k, t in model.state_dict().items())
         found[key]["goes on"] = train(model, split=True, steps=1)
+        if "whole" in name:
+            found[key]["detached"] = refusal(doratune.detach, model)
+            continue
         doratune.detach(model)
         found[key]["detached"] = sorted(model.state_dict()) == sorted(base().state_dict()), train_free(model)
     return found
+
+
+def refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except doratune.errors.UserError as error:
+        return str(error)
 
 
 def train_free(model):
@@ -316,7 +373,7 @@ def loaded_in_shards():
     placed = all(isinstance(p, DTensor) for p in model.parameters())
     losses = train(model, split=True)
     own = sum(p.to_local().nbytes for p in model.parameters())
-    return train(attached(), split=False), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
+    return of_one_process(), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @case
@@ -339,7 +396,7 @@ def checkpoints_of_pytorch():
     train(model, split=True, steps=2, optimizer=optimizer)
     dcp.save(both(model, optimizer), checkpoint_id=folder)
     dist.barrier()
-    found = {"expected": train(attached(), split=False, steps=4)[2:]}
+    found = {"expected": of_one_process(steps=4)[2:]}
     for name, new, split in (("sharded", shard(attached(seed=9)), True), ("whole", attached(seed=9), False)):
         optimizer = optimizer_of(new)
         state = both(new, optimizer)

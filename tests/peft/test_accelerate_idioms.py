@@ -6,7 +6,7 @@ import io
 import peft
 import pytest
 import torch
-from accelerated import IDS, Around, differ, error, moved, pair, run, ways
+from accelerated import IDS, Around, differ, dora, error, moved, pair, run, ways
 from conftest import tiny_llama
 from torch import nn
 
@@ -499,3 +499,47 @@ def test_onnx_export_is_refused_with_the_way_out(both, tmp_path):
     pytest.importorskip("onnx")
     with pytest.raises(Exception, match=r"doratune.peft.restore\(model\)"):
         torch.onnx.export(both[1], (IDS,), tmp_path / "model.onnx", dynamo=False)
+
+
+@pytest.fixture
+def one_process():
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerated", "sharded"])
+def test_fsdp2_goes_pefts_way(one_process, first):
+    from torch.distributed.fsdp import fully_shard
+
+    theirs = dora(tiny_llama(), target_modules=TARGETS)
+    ours = copy.deepcopy(theirs)
+    if first == "accelerated":
+        doratune.peft.accelerate(ours)
+        logits(ours)
+    for model in (theirs, ours):
+        for block in (*model.base_model.model.model.layers, model):
+            fully_shard(block, mesh=one_process)
+    if first == "sharded":
+        with pytest.raises(doratune.UserError, match="no DoRA layer"):
+            doratune.peft.accelerate(ours)
+    for _ in range(2):
+        expected, got = run(theirs, input_ids=IDS), run(ours, input_ids=IDS)
+        assert torch.equal(got[0], expected[0])
+        assert all(torch.equal(got[1][name].full_tensor(), g.full_tensor()) for name, g in expected[1].items())
+
+
+def test_offloaded_layers_go_pefts_way():
+    accelerate = pytest.importorskip("accelerate")
+    models = pair(tiny_llama(), target_modules=TARGETS)
+    expected = logits(models[0])
+    results = []
+    for model in models:
+        accelerate.cpu_offload(model, execution_device="cpu")
+        try:
+            results.append(error(logits(model), expected))
+        except (NotImplementedError, RuntimeError) as problem:  # PEFT reads the weight past the hook that brings it
+            results.append(type(problem))
+    assert results[0] == results[1]

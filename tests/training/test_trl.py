@@ -211,6 +211,29 @@ def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, tmp_path, tiny
         assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5 if view else 1e-3)
 
 
+def test_with_the_mixin(base, adapter, tmp_path, tiny_tokenizer):
+    """Rates of their own, and checkpoints of the adapter alone."""
+    from doratune.training import TrainerMixin
+
+    class DoRADPO(TrainerMixin, trl.DPOTrainer):
+        output_factor_lr_ratio = 4.0
+
+    model = doratune.load(base("dpo"), adapter("dpo"), trainable=True)
+    arguments = trl.DPOConfig(
+        str(tmp_path / "run"), max_steps=2, save_steps=1, learning_rate=1e-3, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, gradient_checkpointing=False, weight_decay=0.1, bf16=False,
+    )  # fmt: skip
+    rows = Dataset.from_list(PAIRS)
+    trainer = DoRADPO(doratune.as_peft(model), args=arguments, train_dataset=rows, processing_class=tiny_tokenizer)
+    trainer.train()
+    assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    decays = {group["name"]: group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert decays == {"factors": 0.1, "output_factors": 0.1, "magnitude": 0.0}
+    ids = torch.arange(3, 15)[None]
+    saved = doratune.load(base("dpo"), tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(saved.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_an_adapted_head_that_trl_reads_past_is_refused(base, tmp_path, tiny_tokenizer):
     model = doratune.attach(base("sft"), AdapterConfig(rank=2, targets=["q_proj", "lm_head"]))
     trainer = trainer_of("dpo", doratune.as_peft(model), tmp_path, tiny_tokenizer)

@@ -25,7 +25,7 @@ from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import module_at, named_buffers, named_modules, named_parameters, unwrapped
 from . import guards, whole
 from . import start as initial
-from .elsewhere import refuse_elsewhere, refuse_synchronized
+from .elsewhere import refuse_elsewhere, refuse_synchronized, refuse_unreturnable
 from .foreign import refuse_foreign
 from .fresh import trained_whole
 from .kernels import writing_kernels
@@ -148,7 +148,7 @@ def attach_selection(
     setattr(model, RECORD, record)
     try:
         for name, rank in selection.ranks.items():
-            with at_hand(modules[name], names=()):
+            with at_hand(kind_of(modules[name]).home(modules[name]), names=()):
                 adapt(modules[name], name, config, rank, selection.alphas[name], trainable, common)
     except BaseException:
         detach(model)  # as it was
@@ -186,6 +186,7 @@ def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
     adapted = list(adapters(model))
     refuse_altered(adapted, done)
     refuse_foreign(model, what.partition("(")[0])
+    refuse_unreturnable(model, record.replaced, what.partition("(")[0])
     record.registry.find_shares(model)
     layers = {name: (module.adapted, take_off(module)) for name, module in adapted}
     fastpath.reopen(model)

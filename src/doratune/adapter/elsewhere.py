@@ -10,7 +10,7 @@ from ..layers import kind_of
 from ..layers.fsdp import shares_of
 from ..layers.offload import offloaded, on_disk
 from ..layers.shares import is_share
-from ..layers.wrappers import synchronizing
+from ..layers.wrappers import module_at, synchronizing
 
 
 def refuse_elsewhere(model: nn.Module, modules: dict, bases: dict, config: AdapterConfig, selection, trainable: bool) -> None:
@@ -34,6 +34,14 @@ def refuse_elsewhere(model: nn.Module, modules: dict, bases: dict, config: Adapt
             f"{listed(strange)}: its weight is in shards of another engine than fully_shard (tensor parallel); load the model "
             "without them, attach, and shard with fully_shard"
         )
+
+
+def refuse_unreturnable(model: nn.Module, replaced: dict[str, nn.Parameter], what: str) -> None:
+    """Modules that are trained whole and in shards: FSDP2 would go on bringing what was trained in their originals' place."""
+    owners = {path: path.rpartition(".") for path in replaced}
+    split = [path for path, (owner, _, leaf) in owners.items() if is_share(module_at(model, owner)._parameters[leaf])]
+    if split:
+        raise UserError(f"{listed(split)}: trained whole and in shards, so {what} has no original to put back; load the base again")
 
 
 def refuse_unwritable(layers: list) -> None:

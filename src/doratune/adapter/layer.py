@@ -106,7 +106,7 @@ def adapt(
     home = kind.home(module)
     if share := common.shares.get((id(home), kind.leaf(module))):
         fsdp.join(module, list(own_parameters(module)), share)
-    elif offloaded(home):
+    elif offloaded(module):
         take_along(module, list(own_parameters(module)))
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import UserError, listed
 from ..layers.kind import outside_compile
 from ..layers.layouts import layer_at
-from ..layers.registry import Registry, few_tokens
+from ..layers.registry import Registry
+from ..layers.watch import few_tokens
 from ..layers.wrappers import unwrapped
 from .attach import adapters
 from .several import check_known, layers_of, record_named

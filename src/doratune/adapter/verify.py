@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
-from ..layers.shares import at_hand, tree_at_hand, whole
+from ..layers.shares import at_hand, gathered, tree_at_hand
 from ..layers.wrappers import module_at, named_parameters, unwrapped
 from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
@@ -118,7 +118,7 @@ def _offset(layers) -> str:
     for layer in layers:
         with at_hand(layer):
             n = layer.adapted.n()
-            off.append(((whole(layer.magnitude) - n).abs() / n)[~layer.adapted.facts.directionless])
+            off.append(((gathered(layer.magnitude) - n).abs() / n)[~layer.adapted.facts.directionless])
     off = torch.cat([t.cpu() for t in off])
     sizes = f"{100 * off.mean():.2g} % on average, {100 * off.max():.2g} % at most"
     return f"m started at the unquantized weights' norm, so the start is not the base's: |m/n - 1| is {sizes}"

@@ -19,6 +19,15 @@ SHAPES = {
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
     },
+    "llama-7b-shape": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
     "llama-768-shape": {  # small enough that the host is a good part of a step; a small head, so that the layers are what is timed
         "hidden_size": 768,
         "intermediate_size": 2048,

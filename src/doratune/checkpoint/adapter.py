@@ -28,7 +28,7 @@ from ..directions import direction_of
 from ..errors import UserError, listed
 from ..formats import recognized
 from ..layers.layouts import layer_at, named_layers
-from ..layers.shares import at_hand, first, sharded, whole
+from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
 from ..math.autograd import no_autocast
 from ..support.files import open_tensors, read_json, read_tensors, write_json, write_tensors
@@ -95,7 +95,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
         state = {f"{name}.{key}": t for key, t in plain_state(module_at(model, name)).items()}
         state |= {key: t for key, t in record.wide.items() if key in state}
         for key, t in state.items():
-            tensors |= {("", key): value.detach().clone()} if (value := whole(t)) is not None and writes else {}
+            tensors |= {("", key): value.detach().clone()} if (value := gathered(t)) is not None and writes else {}
     described |= {"task_type": _task_type(model)}
     own = {"doratune_version": __version__, "adapter": config.to_dict()}
     if trained_class := class_record(model):
@@ -113,7 +113,7 @@ def save(model: nn.Module, folder: str | Path, format: str = "auto") -> None:
 def _start(layer, module: nn.Module) -> Tensor:
     """m₀ of a relative magnitude."""
     with at_hand(module, ("magnitude_start",)):
-        return whole(layer.magnitude_start)
+        return gathered(layer.magnitude_start)
 
 
 def _write(folder: Path, described: dict, own: dict, files: dict[str, dict[str, Tensor]]) -> None:

@@ -17,7 +17,7 @@ from ..adapter.targets import memory_of
 from ..errors import UserError
 from ..layers import kind_of
 from ..layers.layouts import layer_at
-from ..layers.shares import is_share, whole
+from ..layers.shares import gathered, is_share
 from ..layers.wrappers import module_at, named_modules, named_parameters
 from .tensors import Key
 
@@ -79,7 +79,7 @@ def differing(model: nn.Module, base: dict[str, Tensor]) -> dict[str, Tensor]:
     for path, t in base.items():
         name, _, leaf = path.rpartition(".")
         p = _own(model, name)[leaf]
-        if p.is_floating_point() and not torch.equal(t.to(p.device, p.dtype), whole(p).detach()):
+        if p.is_floating_point() and not torch.equal(t.to(p.device, p.dtype), gathered(p).detach()):
             found[path] = t
     return found
 
@@ -131,7 +131,7 @@ def base_tensors(model: nn.Module, record) -> dict[str, Tensor]:
             raise UserError(f'{path} came with the adapter and was merged with keep="none"; save before merging')
         merged = stored is not None and leaf == stored.adapted.kind.weight_name
         t = stored.original if merged else module_at(model, name)._parameters[leaf]
-        held[f"{name}{INNER * adapted}.{leaf}"] = whole(t).detach().clone()
+        held[f"{name}{INNER * adapted}.{leaf}"] = gathered(t).detach().clone()
     return held
 
 

@@ -161,6 +161,8 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
     if (folder / index).is_file():
         weight_map = read_json(folder / index, "it lists the shards").get("weight_map", {})
         files = sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise UserError(f"{folder} lacks {listed(missing)}, which {index} names; copy or download the model again")
     else:
         files = [single]
     if not files or not (folder / files[0]).is_file():

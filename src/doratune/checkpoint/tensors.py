@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..directions import Direction, all_shared, file_names
 from ..errors import UserError
-from ..layers.shares import at_hand, whole
+from ..layers.shares import at_hand, gathered
 
 PREFIX = "base_model.model."
 
@@ -104,12 +104,12 @@ def fitted(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 def to_file(layer, module: nn.Module, scaling_of_rank_one: float) -> dict[str, Tensor]:
     """One layer's tensors as PEFT computes with them; `layer` is the module, or what is stored of it while it is merged."""
     weight, kind = layer.adapted, layer.adapted.kind
-    own = {name: whole(getattr(layer, name)).detach().clone() for name in weight.direction.names}
+    own = {name: gathered(getattr(layer, name)).detach().clone() for name in weight.direction.names}
     shape, device = weight.base.shape(module), weight.base.device(module)
     get = dict(weight.direction.to_file(own, shape, device))
     m = layer.magnitude
     if m is not None:
-        get["magnitude"] = whole(m).detach().clone()
+        get["magnitude"] = gathered(m).detach().clone()
         in_peft = weight.axis == kind.peft_axis and "lora_A" in get and get["lora_A"].dim() == 2
         if in_peft and len(frozen := frozen_rows(layer, module)):
             s = layer.scaling if weight.rank else scaling_of_rank_one

@@ -5,6 +5,7 @@ __main__.py    python -m doratune.cli
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
 data.py        doratune data: what a model sees of a data set
+plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks

@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
     "demo": "fine-tune a real 135M model with DoRA, score it before and after, merge it",
     "data": "what a model sees of a data set, and what is wrong with it",
+    "plan": "the memory of a training run before it runs: term by term, does it fit, what would",
     "train": "train an adapter as a recipe says",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
@@ -31,7 +32,7 @@ COMMANDS = {
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
 
-OF_SEVERAL = ("train", "inspect", "doctor")
+OF_SEVERAL = ("train", "inspect", "plan", "doctor")
 """Commands that several processes of one launch may run: training together, or writing nothing."""
 
 USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())

@@ -26,6 +26,7 @@ from .conv1d import Conv1DKind
 from .kind import LayerKind, outside_compile
 from .linear import LinearKind
 from .parts import BatchWeight, PartWeight
+from .shares import is_share
 from .weight import compute_dtype
 
 CHILD = "adapter_of_"
@@ -84,6 +85,8 @@ class ExpertsKind(LayerKind):
         up = owner.gate_up_proj if owner.has_gate else owner.up_proj
         if isinstance(owner, AdaptedExperts) or up.is_meta:
             return None
+        if is_share(up):
+            return f"the weights of {type(owner).__name__} are in shards, where its forward is not tried; attach, then fully_shard"
 
         def seen(x, bias):
             used.append(x)

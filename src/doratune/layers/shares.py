@@ -35,7 +35,7 @@ def is_share(t) -> bool:
     return cls is not None and isinstance(t, cls)
 
 
-def whole(t: Tensor | None) -> Tensor | None:
+def gathered(t: Tensor | None) -> Tensor | None:
     """All of a tensor, on the device of its share; every process asks. Of others, the tensor itself."""
     if not is_share(t):
         return t
@@ -93,7 +93,10 @@ class Search:
 
 def managed(weight) -> bool:
     """Is an adapted weight whole only while its layer runs?"""
-    module = holder_of(weight).layer
+    return managed_module(holder_of(weight).layer)
+
+
+def managed_module(module: nn.Module) -> bool:
     return FSDP in vars(module) or offloaded(module)
 
 
@@ -210,7 +213,7 @@ def at_hand(module: nn.Module, names: tuple[str, ...] | None = None, write: tupl
         values = {}
         try:
             for owner, name, p in places:
-                owner._parameters[name] = values[owner, name] = nn.Parameter(whole(p), requires_grad=p.requires_grad)
+                owner._parameters[name] = values[owner, name] = nn.Parameter(gathered(p), requires_grad=p.requires_grad)
             yield
             for owner, name, p in places:
                 if name in write:

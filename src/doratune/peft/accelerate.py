@@ -141,9 +141,9 @@ class BeginPeft(Begin):
             raise UserError(NO_ONNX)
         if not registry.here.depth:
             self._follow(module)
-        if len(registry.modules) != registry.size:
+        if registry.looked_at() != registry.size:
             registry.forget()
-        if not registry.size and not registry.here.depth:
+        if not registry.modules and not registry.here.depth:
             take_hooks(module)
             return
         super().__call__(module, args, kwargs)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import Base
+from ..layers.shares import managed_module
 from . import sources
 from .merging import sound_variants, without_direction
 from .weight import PeftRegistry, PeftWeight, weight_of_adapter
@@ -60,7 +61,7 @@ class LayerWeights:
             self.renew(module)
             weight = self.by_adapter.get(active)
         # hooks of parts would run in PEFT's forward, and not in ours
-        return None if weight is None or any(weight.own_hooks) else weight
+        return None if weight is None or any(weight.own_hooks) or managed_module(weight.site.module) else weight
 
 
 def _only(module: nn.Module, active: list[str]) -> str | None:

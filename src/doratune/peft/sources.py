@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import kind_of
 from ..layers.kind import LayerKind
+from ..layers.shares import managed_module
 
 
 class Place(NamedTuple):
@@ -58,6 +59,8 @@ def refusal(module: nn.Module) -> str | None:
         return "it stands around another adapter"
     if getattr(module, "tp_layer", None) is not None:
         return "its weight is split over several devices"
+    if managed_module(base):
+        return "its weight is in shards, or offloaded"
     if (kind := kind_of(base)) is None:
         return f"its base layer is a {type(base).__name__}, of no kind that is known here"
     if problem := kind.refusal(base):

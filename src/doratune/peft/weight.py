@@ -16,6 +16,7 @@ from ..bases import Base, accumulation_dtype
 from ..directions.lora import LORA
 from ..layers.frozen import stand_in
 from ..layers.registry import Registry
+from ..layers.shares import managed_module
 from ..layers.weight import AdaptedWeight
 from . import sources
 from .sources import Place
@@ -42,11 +43,18 @@ class PeftRegistry(Registry):
         registry.overwritten = overwritten
         return registry
 
+    def looked_at(self) -> int:
+        """How many layers have weights that are looked at: those that lie whole in their modules."""
+        return sum(not managed_module(module.base_layer) for module in self.modules)
+
     def forget(self) -> None:
         """Some layers or adapters are gone: nothing of theirs is held any more."""
         self.watched.clear()
         self.prints.clear()
-        self.size = len(self.modules)
+        self.size = self.looked_at()
+
+    def find_shares(self, model, running: bool = False) -> None:
+        """Layers whose weights are whole only while they run go PEFT's way."""
 
 
 class BaseLayer:
@@ -81,7 +89,8 @@ class PeftWeight(AdaptedWeight):
     @property
     def attached(self) -> bool:
         module = self._layer()
-        return module is not None and module.layer_weights.by_adapter.get(self.adapter) is self
+        known = module is not None and module.layer_weights.by_adapter.get(self.adapter) is self
+        return known and not managed_module(self.site.module)
 
     @property
     def s(self) -> float:

@@ -110,6 +110,15 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers, in all of them: one number sent."""
+    if not _connected():
+        return number
+    shared = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
 def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 

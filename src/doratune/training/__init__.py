@@ -7,6 +7,7 @@ packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
 resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before
+faults.py        gradients that are not finite, processes that torchrun starts again
 checkpoints.py   complete in one act; the newest whole one
 methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from ..errors import UserError
 from ..support.environment import peak_bytes
 from ..support.files import read_json
+from ..support.processes import largest
 
 
 class TokenProgress(ProgressCallback):
@@ -78,7 +79,9 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class StopOnSignal(TrainerCallback):
-    """First signal: finish the step, write a checkpoint, stop. Second signal: stop at once."""
+    """First signal: finish the step, write a checkpoint, stop. Second signal: stop at once.
+
+    Several processes hear of a signal in different steps; they stop after the same one."""
 
     def __init__(self):
         self.received: int | None = None
@@ -99,6 +102,7 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.received = largest(self.received or 0, args.device) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
         return control

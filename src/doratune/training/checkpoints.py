@@ -87,13 +87,20 @@ def whole_checkpoint(target: Path, writes: bool) -> Iterator[Path]:
         (stage / target.name).rmdir()
 
 
-def remove_old(output: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints, and the best; each other one goes in one act."""
+def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
+    """Keep the last `limit` checkpoints of the run, and the best; each other one goes in one act.
+
+    Args:
+        newest: the checkpoint that was just written. What counts is the step, not the time of a file, which a clock that jumps
+            makes wrong; later steps than this one's are of a run that was resumed from an earlier, and go first.
+    """
     if not limit or limit < 1:
         return
-    every = sorted(checkpoints(output), key=lambda path: path.stat().st_mtime_ns)
-    protected = {every[-1], *([Path(best)] if best else [])} if every else set()
+    every = checkpoints(newest.parent)
+    step = {path: number for number, path in enumerate(every)}
+    every.sort(key=lambda path: (step[path] <= step.get(newest, len(every)), step[path]))
+    protected = {newest, *([Path(best)] if best else [])}
     surplus = len(every) - max(limit, len(protected))
     for path in [path for path in every if path not in protected][: max(0, surplus)]:
-        with staged(output, path.name, folder=True) as grave:
+        with staged(newest.parent, path.name, folder=True) as grave:
             os.rename(path, grave / path.name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import UserError
-from ..layers.shares import is_share, put_value, sharded, whole
+from ..layers.shares import gathered, is_share, put_value, sharded
 
 FSDP = {"shard": False, "offload": True}
 """Values of `fsdp` in a recipe → are shards kept on the CPU?"""
@@ -77,8 +77,8 @@ def save_optimizer(trainer, folder: str) -> bool:
     state = _plain(trainer.optimizer).state_dict()
     writes = trainer.args.should_save
     for index, values in state["state"].items():
-        gathered = {key: whole(value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        state["state"][index] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in gathered.items()} if writes else {}
+        every = {key: gathered(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        state["state"][index] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in every.items()} if writes else {}
     if writes:
         torch.save(state, Path(folder) / OPTIMIZER_NAME)
         torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)

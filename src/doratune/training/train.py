@@ -32,6 +32,7 @@ from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
 from .examples import count_of, datasets, first_rows, streamed_counts
+from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
 from .packing import packed_rows
@@ -68,6 +69,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
+    recipe = restarted(recipe)
     connect(recipe.timeout)
     _check_share(recipe)
     say = say if is_first() else lambda line: None

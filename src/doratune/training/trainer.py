@@ -26,6 +26,7 @@ from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
+from .faults import refuse_spoiled_steps
 from .half import scale_loss
 from .idle import IdleWatch
 from .rng import load_rng_state
@@ -87,6 +88,11 @@ class SteadyMixin:
             )
         return loss
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Transformers makes it when the optimizer is there, wherever that came from."""
+        refuse_spoiled_steps(self)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _save_checkpoint(self, model, trial=None):
         if not finite(p for p in self.model.parameters() if p.requires_grad):
             raise NonFiniteLoss(
@@ -104,7 +110,7 @@ class SteadyMixin:
                 self.state.best_model_checkpoint = str(target)
                 self.state.save_to_json(str(stage / target.name / STATE))
         if self.args.should_save:
-            remove_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            remove_old(target, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(target))
 

@@ -1,0 +1,24 @@
+"""`doratune plan`: does a training run fit, and what takes the memory? From the model's config, without its weights."""
+
+from __future__ import annotations
+
+from .arguments import parse
+from .output import print_json, say
+
+EXAMPLE = "doratune plan recipes/commonsense.yaml --model my-llama-7b --rank 8 --quantize nf4 --memory 24"
+
+
+def main(argv: list[str]) -> int:
+    from ..planning.settings import PlanSettings
+
+    settings, as_json = parse(PlanSettings, argv, "plan", EXAMPLE, recipe=True)
+    settings.check()
+    from ..planning.plan import Planner
+    from ..planning.text import lines
+
+    plan = Planner(settings).plan()
+    for line in lines(plan):
+        say(line)
+    if as_json:
+        print_json(plan.to_dict())
+    return 0

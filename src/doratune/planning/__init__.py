@@ -1,0 +1,17 @@
+"""doratune plan: the memory of a training run before it runs, from a model's config alone.
+
+settings.py        the settings of a run, and of the devices
+architecture.py    a model of a config without memory, as a recipe adapts it
+stand_ins.py       layers that allocate what adapted and quantized ones do
+log.py             every allocation of a piece of work, and what it is for
+step.py            one training step, traced
+heap.py            what an allocator loses
+plan.py            the terms, and whether they fit
+advice.py          the largest batch or rank; the cheapest change
+text.py            a plan as a table
+"""
+
+from .plan import MemoryPlan, Planner
+from .settings import PlanSettings
+
+__all__ = ["MemoryPlan", "PlanSettings", "Planner"]

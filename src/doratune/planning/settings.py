@@ -1,0 +1,57 @@
+"""PlanSettings: the settings of a training run, and of the devices that it is planned for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Literal
+
+from ..support.values import number
+from ..training.recipe import TrainRecipe
+
+PROCESS_GIB = {"cuda": 0.5, "cpu": 0.66}
+"""What a process takes before it has a tensor. cpu: Python, PyTorch and transformers as `doratune train` loads them, measured
+(docs/planning.md). cuda: a context and the workspaces of cuBLAS, as is usual; not measured here."""
+
+
+@dataclass(kw_only=True)
+class PlanSettings(TrainRecipe):
+    """Memory that a training run will need, term by term; whether it fits; the largest batch or rank; its time; no weights read.
+
+    Args:
+        device: cuda or cpu; on cuda the optimizer steps all parameters at once, which takes more memory
+        memory: of each device, in GiB; 0: of this machine's, where it has one
+        gpus: how many devices share the work
+        sharding: none (each holds everything, DDP) or full (weights, gradients and optimizer are divided, FSDP2)
+        answer_length: positions with a loss in the longest example; default: max_length. Training keeps logits of these only
+        largest: also find the largest batch_size or rank that fits; none: do not
+        tokens: in the data, without padding; for the time of a run without max_steps
+        tokens_per_second: measured on one device (metrics.json of a run has it); for the time
+        process: GiB that a process takes before it has a tensor; default: 0.5 on cuda, 0.66 on cpu
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    memory: float = number(24.0, least=0)
+    gpus: int = number(1, least=1)
+    sharding: Literal["none", "full"] = "none"
+    answer_length: int | None = number(None, least=1)
+    largest: Literal["batch_size", "rank", "none"] = "batch_size"
+    tokens: int | None = number(None, least=1, most=10**15)
+    tokens_per_second: float | None = number(None, above=0)
+    process: float | None = number(None, least=0)
+
+    def check(self) -> None:
+        """`TrainRecipe.check`; a plan needs no data."""
+        super(PlanSettings, dataclasses.replace(self, data=self.data or "any")).check()
+
+    @property
+    def process_bytes(self) -> int:
+        return int(2**30 * (PROCESS_GIB[self.device] if self.process is None else self.process))
+
+
+def _arguments(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__).partition("\nArgs:\n")[2]
+
+
+PlanSettings.__doc__ = f"{inspect.cleandoc(PlanSettings.__doc__)}\n{_arguments(TrainRecipe)}"

@@ -1,0 +1,188 @@
+"""What happens to runs of two processes: one is killed, all are, a signal, a gradient that is not finite, a disk that is full. The
+last whole checkpoint is always there, and going on from it trains what a run trains that nobody stopped."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from launching import quiet, torchrun
+from safetensors.torch import load_file
+
+from doratune.training.checkpoints import last_checkpoint
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def words(tiny_folder, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data") / "data.json"
+    items = [{"instruction": f"Is {i} even? {'really ' * (i % 5)}", "input": "", "output": str(i % 2 == 0)} for i in range(24)]
+    data.write_text(json.dumps(items))
+    settings = ["--rank", "2", "--lr", "5e-3", "--dtype", "float32", "--batch_size", "4", "--max_steps", str(STEPS)]
+    settings += ["--log_steps", "1", "--targets", "all-linear", "--save_steps", "2", "--tensorboard", "false", "--dropout", "0"]
+    return ["-m", "doratune", "train", "--model", str(tiny_folder), "--data", str(data), *settings]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = torchrun(*words, "--output", output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def start(words, *launcher, **more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *launcher, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet(), **more)
+
+
+def seen(path, process):
+    """Wait for a path, as long as the process lives."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before"
+        time.sleep(0.005)
+
+
+def ranks(process):
+    """The processes that train, by rank."""
+    children = [child for child in psutil.Process(process.pid).children(recursive=True) if "doratune" in child.cmdline()]
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def same(run, expected):
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(run / name), load_file(expected / name)
+    assert ours.keys() == theirs.keys()
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 2e-5
+    assert json.loads((run / "metrics.json").read_text())["steps"] == STEPS
+
+
+def resumed(words, run):
+    done = torchrun(*words, "--output", run, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_one_that_is_killed_is_started_again_by_torchrun_and_goes_on(words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start([*words, "--output", run], "--max-restarts", "1")
+    seen(run / "checkpoint-4", process)
+    ranks(process)[1].kill()
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    same(run, undisturbed)
+
+
+def test_one_that_is_killed_before_a_checkpoint_begins_again(words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start([*words, "--output", run, "--save_steps", "100"], "--max-restarts", "1")
+    seen(run / "recipe.yaml", process)
+    ranks(process)[0].kill()
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-3000:]
+    same(run, undisturbed)
+
+
+def test_a_folder_of_another_run_is_not_taken_over_by_a_restart(words, undisturbed, tmp_path):
+    """A run that is not this one's stays, in the first process and in each that is started again."""
+    before = {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
+    done = subprocess.run(
+        [sys.executable, *words, "--output", str(undisturbed), "--rank", "3"],
+        capture_output=True,
+        text=True,
+        env=quiet(TORCHELASTIC_RESTART_COUNT="1"),
+        timeout=200,
+    )
+    assert done.returncode == 2 and "exists and is not empty" in done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+
+
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_a_run_whose_processes_are_killed_is_resumed(who, words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start([*words, "--output", run])
+    seen(run / "checkpoint-4", process)
+    victims = ranks(process)
+    if who == "all":
+        process.kill()
+    for victim in victims[0 if who == "all" else 1 :]:
+        victim.kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and last_checkpoint(run) is not None
+    psutil.wait_procs(victims, timeout=60)
+    resumed(words, run)
+    same(run, undisturbed)
+
+
+@pytest.mark.parametrize("whom", ["the launcher", "one process"])
+def test_a_signal_stops_all_processes_after_the_same_step(whom, words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start([*words, "--output", run])
+    seen(run / "checkpoint-4", process)
+    os.kill(process.pid if whom == "the launcher" else ranks(process)[1].pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "is complete: go on with --resume" in errors, errors[-3000:]
+    assert last_checkpoint(run) is not None
+    resumed(words, run)
+    same(run, undisturbed)
+
+
+SPOILED = """
+import os, sys, torch
+from transformers import LlamaForCausalLM
+from doratune.cli.main import main
+
+forward, calls = LlamaForCausalLM.forward, [0]
+
+class Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * float(sys.argv[1])
+
+def spoiling(self, *args, **kwargs):
+    result = forward(self, *args, **kwargs)
+    calls[0] += self.training
+    if calls[0] == 4 and os.environ.get("RANK", "0") == sys.argv[2]:
+        result.loss = Spoil.apply(result.loss)
+    return result
+
+spoiling.__wrapped__ = forward
+LlamaForCausalLM.forward = spoiling
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "rank", "processes"), [("nan", "1", 2), ("inf", "0", 2), ("nan", "0", 1)])
+def test_a_gradient_that_is_not_finite_changes_nothing(number, rank, processes, words, undisturbed, tmp_path):
+    script, run = tmp_path / "spoiled.py", tmp_path / "run"
+    script.write_text(SPOILED)
+    done = torchrun(script, number, rank, *words[2:], "--output", run, processes=processes)
+    assert done.returncode != 0
+    line = next(line for line in done.stderr.splitlines() if line.startswith("doratune train"))
+    assert "is NaN or infinite at step 4" in line and "the step was not taken" in line
+    assert last_checkpoint(run).name == "checkpoint-2" and not (run / "metrics.json").exists()
+    resumed(words, run)
+    same(run, undisturbed)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start([*words, "--output", run])
+    seen(run / "checkpoint-4", process)
+    for victim in ranks(process):
+        resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in errors.split("torch/distributed")[0], errors[-3000:]
+    assert last_checkpoint(run) is not None
+    resumed(words, run)
+    same(run, undisturbed)
