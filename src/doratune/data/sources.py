@@ -57,7 +57,7 @@ def _items(name: str, mirror: str | None, unusable: list[str] | None, streaming:
         return _of_folder(folder, "" if path.is_dir() else split, unusable, streaming)
     if container_of(path) is not None or path.exists():
         return _of_file(path, unusable, streaming)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.+%\[\]-]+)?", name):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(#[\w.-]+)?(:[\w.+%:\[\]-]+)?", name):
         return _of_hub(name, streaming)
     known = listed([DEMO, *published.ALL, *published.HUB_PARTS], 20)
     raise UserError(
