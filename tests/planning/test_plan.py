@@ -162,9 +162,12 @@ def test_nothing_fits_in_nothing(folder):
 
 
 def test_devices_share_the_work(folder):
-    alone, ddp, fsdp = (planned(folder, method="full", gpus=g, sharding=s) for g, s in ((1, "none"), (2, "none"), (2, "full")))
-    assert ddp.total - alone.total == 4 * alone.trained
-    assert fsdp.terms["optimizer"] == alone.terms["optimizer"] // 2
+    one, ddp, fsdp, offload = (
+        planned(folder, processes=n, fsdp=f) for n, f in ((1, "none"), (2, "none"), (2, "shard"), (2, "offload"))
+    )
+    assert ddp.total - one.total == 4 * one.trained
+    assert fsdp.terms[WEIGHTS] == one.terms[WEIGHTS] // 2 and fsdp.terms["gathered"]
+    assert WEIGHTS not in offload.terms
 
 
 def test_time_from_a_throughput(folder):

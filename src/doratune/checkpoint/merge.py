@@ -25,7 +25,7 @@ from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
 from ..publishing.card import CARD, write_merged_card
-from ..support.files import open_tensors, read_json, write_json, write_tensors
+from ..support.files import open_tensors, read_json, shard_files, write_json, write_tensors
 from ..support.folders import new_folder
 from ..support.headers import Keys
 from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
@@ -158,13 +158,9 @@ def list_shards(folder: Path) -> dict[str, list[str]]:
     index = f"{single}.index.json"
     if config.get("quantization_config"):
         raise UserError(f"{folder} is quantized; merge into the unquantized base model")
-    if (folder / index).is_file():
-        weight_map = read_json(folder / index, "it lists the shards").get("weight_map", {})
-        files = sorted(set(weight_map.values()))
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise UserError(f"{folder} lacks {listed(missing)}, which {index} names; copy or download the model again")
-    else:
-        files = [single]
+    files = sorted(set(shard_files(folder / index).values())) if (folder / index).is_file() else [single]
+    if missing := [file for file in files if (folder / index).is_file() and not (folder / file).is_file()]:
+        raise UserError(f"{folder} lacks {listed(missing)}, which {index} names; copy or download the model again")
     if not files or not (folder / files[0]).is_file():
         raise UserError(f"{folder} has no {single} or {index}; save the base model as safetensors first")
     shards = {}

@@ -6,7 +6,6 @@ the one file of weights in it. Cost: the tensors, on the CPU.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, listed
-from ..support.files import open_tensors, read_json
+from ..support.files import open_tensors, parse_json, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SETTINGS = "adapter_config.json"
@@ -136,8 +135,8 @@ def json_object(text: str | None, what: str) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON ({error}); write the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} holds a {type(value).__name__}, expected a JSON object")

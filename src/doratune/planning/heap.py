@@ -9,9 +9,13 @@ Cost: a few microseconds an allocation.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable
 
-from .log import Allocation
+from .log import ADAPTERS, FACTORS, OPTIMIZER, WEIGHTS, Allocation
+
+LASTING = (WEIGHTS, ADAPTERS, FACTORS, OPTIMIZER)
+"""What stays from step to step."""
 
 ALIGNMENT, OVERHEAD, SLACK = 64, 16, 96
 
@@ -20,10 +24,11 @@ def heap_bytes(storages: Iterable[Allocation], repeated: int = 2) -> int:
     """The heap's size after the log was replayed `repeated` times; what is never freed is allocated once."""
     heap, lasting, events = _Heap(), [], []
     for number, s in enumerate(storages):
-        if s.death is None:
+        if s.death is None and s.kind in LASTING:
             lasting.append(s.size)
         else:
-            events += [(s.birth, 1, number, s.size), (s.death + 0.5, 0, number, s.size)]
+            death = math.inf if s.death is None else s.death + 0.5
+            events += [(s.birth, 1, number, s.size), (death, 0, number, s.size)]
     for size in lasting:
         heap.take(size)
     events.sort(key=lambda event: (event[0], event[1]))

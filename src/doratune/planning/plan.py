@@ -2,7 +2,7 @@
 
     total = tensors at the step's largest moment (`step.py`) + the allocator's loss (`heap.py`) + the process itself
 
-With sharding, what a device holds of weights, adapters, gradients and optimizer is divided by the number of devices, and the
+Under FSDP2, what a device holds of weights, adapters, gradients and optimizer is divided by the number of devices, and the
 largest block is gathered twice (the one that computes and the next). Batches: a step's peak is the largest of a few linear
 functions of the batch; the largest batch is extrapolated from two traces and confirmed by a third. Cost: a trace each.
 """
@@ -64,7 +64,7 @@ class MemoryPlan:
     def to_dict(self) -> dict:
         """Plain data."""
         own = ("moment", "trained", "uncounted", "largest", "change", "seconds", "terms", "capacity", "total", "fits")
-        names = ("model", "method", "rank", "quantize", "batch_size", "max_length", "device", "gpus", "sharding", "checkpointing")
+        names = ("model", "method", "rank", "quantize", "batch_size", "max_length", "device", "processes", "fsdp", "checkpointing")
         return {name: getattr(self, name) for name in own} | {"settings": {name: getattr(self.settings, name) for name in names}}
 
 
@@ -121,18 +121,20 @@ class Planner:
             terms[OPTIMIZER] = 8 * trained
         else:
             uncounted["optimizer"] = f"the state of {self.settings.optimizer} is not known without a step"
-        divided = {k: v // self.settings.gpus if self.settings.sharding == "full" and k in DIVIDED else v for k, v in terms.items()}
-        return MemoryPlan(self.settings, divided, self.capacity, None, trained, uncounted)
+        return MemoryPlan(self.settings, divided(terms, self.settings), self.capacity, None, trained, uncounted)
 
 
 def shared(step: StepBytes, settings: PlanSettings) -> dict[str, int]:
     """The step's terms on one of several devices."""
-    terms, count = dict(step.terms), settings.gpus
-    if count == 1:
-        return terms
-    if settings.sharding == "none":
-        return terms | {BUCKETS: step.gradient_bytes}
-    return {k: -(-v // count) if k in DIVIDED else v for k, v in terms.items()} | {GATHERED: 2 * step.largest_block}
+    if settings.fsdp != "none":
+        return divided(step.terms, settings) | {GATHERED: 2 * step.largest_block}
+    return dict(step.terms) | ({BUCKETS: step.gradient_bytes} if settings.processes > 1 else {})
+
+
+def divided(terms: dict[str, int], settings: PlanSettings) -> dict[str, int]:
+    """The terms on a device where FSDP2 gives each its part, or keeps the parts on the CPU."""
+    parts = {"none": lambda size: size, "shard": lambda size: -(-size // settings.processes), "offload": lambda size: 0}
+    return {term: parts[settings.fsdp](size) if term in DIVIDED else size for term, size in terms.items()}
 
 
 def capacity_of(settings: PlanSettings) -> int:
@@ -158,7 +160,9 @@ def duration(settings: PlanSettings) -> float | None:
         return None
     tokens = math.inf
     if settings.max_steps > 0:
-        tokens = settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length * settings.gpus
+        tokens = (
+            settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length * settings.processes
+        )
     if settings.tokens is not None:
         tokens = min(tokens, settings.epochs * settings.tokens)
-    return None if tokens == math.inf else tokens / (settings.tokens_per_second * settings.gpus)
+    return None if tokens == math.inf else tokens / (settings.tokens_per_second * settings.processes)

@@ -22,8 +22,6 @@ class PlanSettings(TrainRecipe):
     Args:
         device: cuda or cpu; on cuda the optimizer steps all parameters at once, which takes more memory
         memory: of each device, in GiB; 0: of this machine's, where it has one
-        gpus: how many devices share the work
-        sharding: none (each holds everything, DDP) or full (weights, gradients and optimizer are divided, FSDP2)
         answer_length: positions with a loss in the longest example; default: max_length. Training keeps logits of these only
         largest: also find the largest batch_size or rank that fits; none: do not
         tokens: in the data, without padding; for the time of a run without max_steps
@@ -33,8 +31,6 @@ class PlanSettings(TrainRecipe):
 
     device: Literal["cuda", "cpu"] = "cuda"
     memory: float = number(24.0, least=0)
-    gpus: int = number(1, least=1)
-    sharding: Literal["none", "full"] = "none"
     answer_length: int | None = number(None, least=1)
     largest: Literal["batch_size", "rank", "none"] = "batch_size"
     tokens: int | None = number(None, least=1, most=10**15)

@@ -11,7 +11,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     s, total = plan.settings, plan.total
     storage = s.quantize if s.quantize != "none" else s.dtype
     rank = "" if s.method in ("full", "series", "parallel", "prefix") else f" rank {s.rank}"
-    devices = f"{s.gpus} x {s.device}" + (f", sharding {s.sharding}" if s.gpus > 1 else "")
+    devices = f"{s.processes} x {s.device}" + (f", fsdp {s.fsdp}" if s.fsdp != "none" else "")
     head = f"{s.model}: {s.method}{rank}, {storage}, {s.batch_size} x {s.max_length} tokens, on {devices}"
     rows = [
         (name, gib(size), f"{100 * size / total:.1f} %", MEANING[name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,14 +71,22 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(size))
 
 
+MOST_JSON = 2**26
+"""Bytes of the largest JSON file that is read; the index of a model of 100,000 tensors has a tenth."""
+
+
 def read_json(path: Path, what: str) -> dict:
     """A JSON object.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else than an object.
+        UserError: the file is missing, too large, is not JSON, names a field twice, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise UserError(f"{path} has {size:,} bytes, expected at most {MOST_JSON:,} of settings; {what}")
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {what}") from None
     except (ValueError, RecursionError) as error:  # also half a letter, a number of 5000 digits, 10,000 brackets
@@ -87,6 +96,39 @@ def read_json(path: Path, what: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object; {what}")
     return value
+
+
+def parse_json(text: str):
+    """The value of a JSON document in which no field stands twice.
+
+    Raises:
+        ValueError, RecursionError: malformed, a field that stands twice, deeper or larger numbers than Python reads.
+    """
+    return json.loads(text, object_pairs_hook=_fields)
+
+
+def _fields(pairs: list) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice[:80]!r} stands twice")
+    return fields
+
+
+def shard_files(index: Path) -> dict[str, str]:
+    """Tensor → the file that holds it, by a checkpoint's index: a name below the index's own folder.
+
+    Raises:
+        UserError: no such mapping, or a file outside of the folder.
+    """
+    shards = read_json(index, "it lists the shards").get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and name for name in shards.values()):
+        raise UserError(f"{index}: weight_map names no file for each tensor; save the model again")
+    for name in set(shards.values()):
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name or not name.isprintable():
+            raise UserError(f"{index} names a file outside of its folder: {name[:200]!r}; do not load it")
+    return shards
 
 
 @contextlib.contextmanager

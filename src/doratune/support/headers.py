@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 
 from ..errors import UserError
-from .files import open_tensors, read_json
+from .files import open_tensors, shard_files
 from .models import WHEEL_MODEL, cache_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def header_of(config) -> Header | None:
         return None
     with contextlib.suppress(UserError, OSError, ValueError):
         if (index := _file(name, INDEX, config)) is not None:
-            shards = read_json(index, "it lists the shards").get("weight_map", {})
+            shards = shard_files(index)
             folders = {shard: _file(name, shard, config) for shard in set(shards.values())}
             return Header({key: folders[shard] for key, shard in shards.items()}) if all(folders.values()) else None
         if (single := _file(name, SINGLE, config)) is not None:

@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"{path}{where}: not a readable YAML file ({reason})") from None
+        raise UserError(f"{path}{where}: not a readable YAML file ({' '.join(str(reason).split())})") from None
 
 
 def to_yaml(value: Any, flow: bool = False) -> str:
