@@ -92,7 +92,8 @@ def measure(model, optimizer, arms: dict[str, list[dict]], steps: int) -> dict[s
             one = spent[arm]
             one["wall_s"], one["cpu_s"], one["steps"] = one["wall_s"] + wall, one["cpu_s"] + cpu, one["steps"] + 1
             one["tokens"] += int(batches[turn]["attention_mask"].sum())
-    return {arm: one | {"tokens_a_second": one["tokens"] / one["wall_s"]} for arm, one in spent.items()}
+    rates = {"tokens_a_second": "wall_s", "tokens_a_cpu_second": "cpu_s"}
+    return {arm: one | {name: one["tokens"] / one[spent_s] for name, spent_s in rates.items()} for arm, one in spent.items()}
 
 
 def main() -> None:
@@ -129,7 +130,8 @@ def main() -> None:
         "data": Path(options.data).name
     }
     for arm, one in result["arms"].items():
-        print(f"{arm:10} {one['tokens_a_second']:8.0f} tokens/s  padding {facts['padding'][arm]:.0%}")
+        rates = f"{one['tokens_a_second']:8.0f} tokens/s, {one['tokens_a_cpu_second']:6.0f} of CPU time"
+        print(f"{arm:10} {rates}  padding {facts['padding'][arm]:.0%}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
