@@ -28,6 +28,7 @@ from ..bases.dense import DenseBase
 from ..errors import UserError
 from ..layers import stored_in
 from ..layers.parts import Expert
+from ..layers.shares import is_share
 from ..math.autograd import no_autocast
 
 MODULES, GROUPS, ROWS = 8, 16, 32
@@ -98,11 +99,12 @@ def sampled_rows(count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def row_norms(base: Base, module: nn.Module) -> RowNorms | None:
-    """The means of one module; of batched experts those of the first. None: no numbers there (a meta device, NaN)."""
+    """The means of one module; of batched experts those of the first. None: no numbers there (a meta device, NaN), or a
+    share of them, which the adapter of a sharded model is saved without."""
     if base.kind.stacked:
         base, module = DenseBase(base.kind.expert_kind), Expert(module, 0)
     (count, columns), device = base.shape(module), base.device(module)
-    if device.type == "meta" or not count:
+    if device.type == "meta" or not count or is_share(getattr(module, base.kind.weight_name, None)):
         return None
     groups, tiles = sampled_rows(count), []
     with torch.inference_mode(False), no_autocast(device):
