@@ -10,6 +10,15 @@ from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":
+    import atheris
+
+    with atheris.instrument_imports(include=["doratune"]):
+        import doratune.checkpoint.adapter
+        import doratune.data.files
+        import doratune.formats.source
+        import doratune.support.yaml_text  # noqa: F401
+
 from doratune.checkpoint.adapter import read_folder
 from doratune.data.files import read_examples
 from doratune.errors import UserError
@@ -153,14 +162,11 @@ def run(name: str, data: bytes) -> str | None:
 
 
 def main() -> None:
-    import atheris
-
     name, seconds = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "300"
     seeds = FOLDER / "seeds"
     seeds.mkdir()
     for number, data in enumerate([*HOSTILE[name], *(path.read_bytes() for path in (CORPUS / name).glob("*"))]):
         (seeds / str(number)).write_bytes(data[:20_000])
-    atheris.instrument_all()
     atheris.Setup([sys.argv[0], str(seeds), f"-max_total_time={seconds}", "-timeout=20", "-max_len=4096"], lambda d: run(name, d))
     atheris.Fuzz()
 
