@@ -35,7 +35,7 @@ from doratune.cli.output import keep_freed_memory
 from doratune.data.instruction import prompt_of
 from doratune.evaluation.evaluate import PROTOCOLS, evaluate, load_tasks
 from doratune.evaluation.generate import generate, left_pad
-from doratune.evaluation.tasks import first_answer
+from doratune.evaluation.kinds.commonsense import first_answer
 from doratune.support.models import contiguous_head, load_model, load_tokenizer
 
 NEW_TOKENS = 32
