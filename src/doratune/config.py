@@ -60,7 +60,7 @@ class AdapterConfig:
     `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses), or `"all-layers"`."""
     exclude: str | tuple[str, ...] = ()
     """Modules to leave out: a list of names or suffixes, or a regex."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = number((), least=0)
     """Only modules in these layers, by the first index in their names (PEFT's `layers_to_transform`); (): in all."""
     magnitude_only: str | tuple[str, ...] = ()
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""

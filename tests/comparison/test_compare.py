@@ -108,6 +108,7 @@ def test_ready_grids_expand(pytestconfig):
         "compare_gradient.yaml": 3 * 3,  # Table 7
         "compare_methods.yaml": 6 * 3,  # Table 1
         "compare_four_tasks.yaml": (2 * 3 + 1) * 3,
+        "compare_arithmetic.yaml": 4 * 3,
     }
     folder = pytestconfig.rootpath / "recipes"
     assert {p.name for p in folder.glob("compare_*.yaml")} == set(expected)

@@ -111,7 +111,7 @@ def merge_checkpoint(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(temporary / f"{weights_name(folder_config(folder))}.index.json", index)
         copy_rest(folder, temporary, out_dtype, untied, changed_config(folder, plan.skeleton, bool(plan.new)))
-        write_merged_card(temporary, base, adapter, plan.config.method, folder)
+        write_merged_card(temporary, base, adapter, plan.config.method, folder, output.name)
         if check is not None:
             check(temporary)
     return output

@@ -97,7 +97,7 @@ def _merge_in_memory(
         dequantize(model)
     with new_folder(output, overwrite, key="config.json") as folder:
         _write(model, load_tokenizer(base), folder, dense=into == "dequantized")
-        write_merged_card(folder, base, adapter, method)
+        write_merged_card(folder, base, adapter, method, name=output.name)
 
 
 @torch.no_grad()

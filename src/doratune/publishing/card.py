@@ -45,23 +45,27 @@ def write_training_card(folder: Path, settings: dict, defaults: dict, metrics: d
     write(folder, metadata(folder, settings["model"], settings["data"], settings["method"]), parts)
 
 
-def write_merged_card(folder: Path, base: str, adapter: str | Path, method: str, base_folder: Path | None = None) -> None:
+def write_merged_card(
+    folder: Path, base: str, adapter: str | Path, method: str, base_folder: Path | None = None, name: str = ""
+) -> None:
     """The card of a model that an adapter was merged into; data and figures are those of the adapter's card, where it has one.
 
     Args:
         base_folder: where the base's files are; the licence of its card holds for what is made of it.
+        name: of the model, where the folder is not called so yet.
     """
     text = f"`{_shown(base)}` with a {method} adapter merged into its weights: an ordinary model, no adapter code needed."
     head = metadata(folder, base, None, method, licence_of(base_folder))
-    write(folder, head, [text, loading(folder, base), _training_of(Path(adapter))])
+    write(folder, head, [text, loading(folder, base), _training_of(Path(adapter))], name)
 
 
-def write(folder: Path, head: str, parts: Sequence[str]) -> None:
+def write(folder: Path, head: str, parts: Sequence[str], name: str = "") -> None:
     """Put the card there, unless somebody else's is there."""
     card = folder / CARD
     if card.exists() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return
-    name = folder.resolve().parent.name if folder.name in ("adapter", "model") else folder.resolve().name
+    place = folder.resolve()
+    name = name or (place.parent.name if place.name in ("adapter", "model") else place.name)
     text = "\n\n".join([f"---\n{head}\n---", OURS, f"# {name}", *filter(None, parts), f"<!-- {SCORES} -->\n<!-- /{SCORES} -->"])
     with replacing(card) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -34,6 +34,8 @@ def refuse_spoiled_steps(trainer) -> None:
     names = {p: name for name, p in trainer.model.named_parameters()}
 
     def look(optimizer, args, kwargs) -> None:
+        if getattr(optimizer, "found_inf", None) is not None:  # a fused optimizer, which skips such a step for the scaler
+            return
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if finite(p.grad for p in trained):
             return
