@@ -60,9 +60,12 @@ def take_engine(trainer, shards: bool) -> None:
 
 
 def finite(parameters) -> bool:
-    """Are all numbers finite, in every process?"""
+    """Are all numbers finite, in every process? One pass, one read."""
     parameters = list(parameters)
-    own = all(torch.isfinite(p.detach().to_local() if is_share(p) else p).all() for p in parameters)
+    local = [p.detach().to_local() if is_share(p) else p.detach() for p in parameters]
+    local = [t for t in local if t.numel()]
+    largest = torch._foreach_norm(local, float("inf")) if local else []  # NaN stays NaN, and nothing is squared
+    own = not largest or bool(torch.stack([t.isfinite().to(largest[0].device) for t in largest]).all())
     if not any(is_share(p) for p in parameters):
         return own
     flag = torch.tensor(float(own), device=parameters[0].device)
