@@ -6,7 +6,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doratune.training.sharded import finite
 
-FINITE = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.empty(0, 3), torch.full((2,), 3e38), torch.tensor([1e300]).double()]
+FINITE = [
+    torch.randn(3, 4),
+    torch.randn(5).bfloat16(),
+    torch.empty(0, 3),
+    torch.full((2,), 3e38),
+    torch.tensor([1e300], dtype=torch.float64),
+]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
