@@ -78,22 +78,14 @@ def resumed(words, run):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_one_that_is_killed_is_started_again_by_torchrun_and_goes_on(words, undisturbed, tmp_path):
-    """One process: two that are started again do not always find each other over gloo (docs/log.md)."""
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("when", "save_steps"), [("checkpoint-4", 2), ("recipe.yaml", 100)])
+def test_one_that_is_killed_is_started_again_by_torchrun_and_goes_on(when, save_steps, victim, words, undisturbed, tmp_path):
+    """From its last checkpoint, or from the beginning where it has none."""
     run = tmp_path / "run"
-    process = start([*words, "--output", run], "--max-restarts", "1", processes=1)
-    seen(run / "checkpoint-4", process)
-    ranks(process)[0].kill()
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
-    same(run, undisturbed)
-
-
-def test_one_that_is_killed_before_a_checkpoint_begins_again(words, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    process = start([*words, "--output", run, "--save_steps", "100"], "--max-restarts", "1")
-    seen(run / "recipe.yaml", process)
-    ranks(process)[0].kill()
+    process = start([*words, "--output", run, "--save_steps", str(save_steps)], "--max-restarts", "1")
+    seen(run / when, process)
+    ranks(process)[victim].kill()
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     same(run, undisturbed)

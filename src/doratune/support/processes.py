@@ -59,7 +59,7 @@ def connect(timeout: float = 1800) -> None:
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout), **_store_of_this_round(timeout))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ)
@@ -68,6 +68,23 @@ def connect(timeout: float = 1800) -> None:
             f" at {place or 'no address'} within {timeout:g} s ({reason}); start all of them, where they reach it, or raise timeout"
         ) from None
     refuse_strangers(state.num_processes)
+
+
+def _store_of_this_round(timeout: float) -> dict:
+    """Where these processes tell one another their addresses, as arguments of `init_process_group`.
+
+    torchrun keeps one store for all its rounds: processes that it starts again would read the addresses of those that died. Each
+    round gets a part of the store of its own.
+    """
+    from torch import distributed
+
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, port, count = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), launched()[1]
+    store = distributed.TCPStore(host, port, count, is_master=False, timeout=timedelta(seconds=timeout))
+    prefix = f"round {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return {"store": distributed.PrefixStore(prefix, store), "rank": rank(), "world_size": count}
 
 
 def refuse_strangers(connected: int) -> None:
