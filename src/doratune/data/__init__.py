@@ -13,6 +13,7 @@ words.py               special tokens that an item's words spell
 published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
+images.py              one image: RGB, upright, or one line that says why not
 packing.py             several examples in one row, none of which sees another
 encode.py              answer and prompt, the length limit, batches
 survey.py              a whole data set: lengths, what is cut, wrong, odd, double
