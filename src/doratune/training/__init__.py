@@ -1,6 +1,7 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
+objectives/      what is learned: text, classes of images; one file each
 examples.py      its data: read, split, tokenized, counted
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
