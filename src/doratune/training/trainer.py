@@ -22,6 +22,7 @@ from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..adapter.states import refuse_merged
+from ..adapter.statistics import hold_statistics
 from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
@@ -174,6 +175,7 @@ class TrainerMixin(SteadyMixin):
         self.add_callback(self._idle)
 
     def compute_loss(self, *args, **kwargs):
+        hold_statistics(self.model)
         with self._idle.forward() if self.model.training else contextlib.nullcontext():
             return super().compute_loss(*args, **kwargs)
 
