@@ -103,8 +103,8 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     report.notes += [f"{name}: {reason}, trained whole and saved" for name, reason in record.fresh.items()]
     if moving := moving_statistics(model):
         report.notes.append(
-            f"running statistics are the base's and in no adapter's file ({listed(moving, 2)}): doratune's trainers hold them; in a "
-            "loop of your own put these layers into eval() after model.train()"
+            f"running statistics are the base's and in no adapter's file ({listed(moving, 2)}): doratune's trainers hold them; in "
+            "a loop of your own put these layers into eval() after model.train()"
         )
     if lost := unsaved(model, record.also_train):
         shown = [f"{name} ({reason})" for name, reason in lost.items()]

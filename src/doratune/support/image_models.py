@@ -8,6 +8,7 @@ no mark of the loader, so that `adapter/fresh.py` sees it. Cost: loading; for th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,15 +23,18 @@ _MOST_NEW = 0.1
 _MARK = "_is_hf_initialized"
 
 
-def load_processor(name: str, trust_remote_code: bool = False):
+def load_processor(name: str, trust_remote_code: bool = False, folder: Path | None = None):
     """The image processor of a model: it resizes and normalizes as the model was pretrained.
+
+    Args:
+        folder: of an adapter that has its own.
 
     Raises:
         UserError: the model has none, or it cannot be read.
     """
     from transformers import AutoImageProcessor
 
-    path = model_path(name)
+    path = str(folder) if folder else model_path(name)
     with quiet_loading(), readable_errors(name):
         try:
             return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code, **_hub(path))
@@ -64,8 +68,12 @@ def load_classifier(
     quantize: str | dict = "none",
     double_quantization: bool = False,
     trust_remote_code: bool = False,
+    complete: bool = False,
 ) -> nn.Module:
     """The image classifier `name` in evaluation mode, with one output for each label.
+
+    Args:
+        complete: refuse a model that lacks its head too: nothing would be loaded over it.
 
     Raises:
         UserError: it cannot be found or read, is no image model, or lacks more than a head.
@@ -82,7 +90,7 @@ def load_classifier(
         model, info = AutoModelForImageClassification.from_pretrained(
             path, config=config, dtype=number_type, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
         )
-    _refuse_lacking(model, info["missing_keys"], name)
+    _refuse_lacking(model, info["missing_keys"], name, complete)
     if same_size:
         _draw_again(model)
     model.eval()
@@ -98,22 +106,22 @@ def _config(name: str, trust_remote_code: bool):
     with readable_errors(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_hub(path))
     if config.model_type not in KNOWN and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(f"{name} is a {config.model_type}, which transformers has no image classifier of; give a ViT, Swin, ResNet …")
+        raise UserError(
+            f"{name} is a {config.model_type}, which transformers has no image classifier of; give a ViT, Swin, ResNet …"
+        )
     return config
 
 
 def _hub(path: str) -> dict:
-    from pathlib import Path
-
     return {} if Path(path).is_dir() else hub_settings(path)
 
 
-def _refuse_lacking(model: nn.Module, missing, name: str) -> None:
-    """Raise where more than a head is new."""
+def _refuse_lacking(model: nn.Module, missing, name: str, complete: bool) -> None:
+    """Raise where more than a head is new, or anything of a model that has to be complete."""
     body = f"{model.base_model_prefix}."
     sizes = {key: p.numel() for key, p in model.named_parameters() if key.startswith(body)}
-    new = sorted(key for key in missing if key in sizes)
-    if sum(sizes[key] for key in new) > _MOST_NEW * sum(sizes.values()):
+    new = sorted(missing if complete else (key for key in missing if key in sizes))
+    if (complete and new) or sum(sizes.get(key, 0) for key in new) > _MOST_NEW * sum(sizes.values()):
         raise UserError(f"{name} lacks {listed(new, 3)}; transformers would take random weights: copy or download it again")
 
 

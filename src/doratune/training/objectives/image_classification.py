@@ -57,12 +57,16 @@ class ImageClassification(Objective):
         own = pretrained_labels(recipe.model, recipe.trust_remote_code)
         known = bool(own) and set(images.classes) <= set(own)
         self.labels = own if known else images.classes
-        say(f"{len(images.classes)} classes ({listed(images.classes, 5)}); {'the model has a head for them' if known else 'a new head'}")
+        say(
+            f"{len(images.classes)} classes ({listed(images.classes, 5)}); {'the model has a head for them' if known else 'a new head'}"
+        )
         rows, eval_rows = self._split(images)
         rows = usable(rows, unusable)
         eval_unusable: list[str] | None = None if unusable is None else []
         if recipe.eval_data:
-            eval_rows = of_known_classes(load_images(recipe.eval_data, "val", recipe.columns, eval_unusable), self.labels, eval_unusable)
+            eval_rows = of_known_classes(
+                load_images(recipe.eval_data, "val", recipe.columns, eval_unusable), self.labels, eval_unusable
+            )
         eval_rows = usable(eval_rows, eval_unusable)
         if not rows:
             raise UserError(f"{recipe.data} holds no image that can be used; the first: {unusable[0]}")
@@ -112,7 +116,9 @@ class ImageClassification(Objective):
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         """One image through the model: whether it takes what its processor makes."""
         if self.recipe.checkpointing != "none" and not getattr(model, "supports_gradient_checkpointing", False):
-            raise UserError(f"checkpointing is {self.recipe.checkpointing}, which {type(model).__name__} cannot; set checkpointing: none")
+            raise UserError(
+                f"checkpointing is {self.recipe.checkpointing}, which {type(model).__name__} cannot; set checkpointing: none"
+            )
         refuse_unfit(model, rows[0], self.collator(model, processor), self.recipe.model)
         return []
 
