@@ -1,7 +1,7 @@
 """Image classifiers of transformers and their image processors, for labels of one's own.
 
 A folder's head is kept where it was trained on these labels. Else a new one is drawn: also where it merely has as many outputs as
-there are labels now, which `from_pretrained` alone would take for trained and an adapter would then leave frozen. What is new carries
+there are labels now, which `from_pretrained` alone would take for trained and an adapter would then leave frozen. What is new has
 no mark of the loader, so that `adapter/fresh.py` sees it. Cost: loading; for that one case two builds without memory.
 """
 
@@ -41,9 +41,15 @@ def load_processor(name: str, trust_remote_code: bool = False, folder: Path | No
         except OSError as error:
             if PROCESSOR not in str(error):
                 raise
+            _config(name, trust_remote_code)  # no model of images: that is said instead
             raise UserError(
                 f"{name} has no {PROCESSOR}, which says how its images are prepared; copy it from the model it was made of"
             ) from None
+
+
+def is_classifier(class_name: str) -> bool:
+    """Is this a class of image classifiers?"""
+    return "ForImageClassification" in class_name
 
 
 def labels_of(config) -> list[str]:
@@ -58,13 +64,13 @@ def pretrained_labels(name: str, trust_remote_code: bool = False) -> list[str]:
         UserError: no image classifier can be made of it.
     """
     config = _config(name, trust_remote_code)
-    return labels_of(config) if any("ImageClassification" in each for each in config.architectures or ()) else []
+    return labels_of(config) if any(map(is_classifier, config.architectures or ())) else []
 
 
 def load_classifier(
     name: str,
     labels: Sequence[str],
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     quantize: str | dict = "none",
     double_quantization: bool = False,
     trust_remote_code: bool = False,
@@ -80,15 +86,16 @@ def load_classifier(
     """
     from transformers import AutoModelForImageClassification
 
-    config, path, number_type = _config(name, trust_remote_code), model_path(name), torch_dtype(dtype)
+    config, path = _config(name, trust_remote_code), model_path(name)
+    dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     own = labels_of(config) == list(labels)
     same_size = not own and config.num_labels == len(labels)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    settings = quantization(quantize, number_type, double_quantization) | {"trust_remote_code": trust_remote_code} | _hub(path)
+    settings = quantization(quantize, dtype, double_quantization) | {"trust_remote_code": trust_remote_code} | _hub(path)
     with quiet_loading(), readable_errors(name):
         model, info = AutoModelForImageClassification.from_pretrained(
-            path, config=config, dtype=number_type, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
+            path, config=config, dtype=dtype, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
         )
     _refuse_lacking(model, info["missing_keys"], name, complete)
     if same_size:
@@ -106,9 +113,7 @@ def _config(name: str, trust_remote_code: bool):
     with readable_errors(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_hub(path))
     if config.model_type not in KNOWN and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(
-            f"{name} is a {config.model_type}, which transformers has no image classifier of; give a ViT, Swin, ResNet …"
-        )
+        raise UserError(f"{name} is a {config.model_type}, of which there is no image classifier; give a ViT, Swin, ResNet …")
     return config
 
 

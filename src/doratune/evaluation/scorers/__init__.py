@@ -31,6 +31,10 @@ class Scorer:
 
     objective: str
     """Of training, as a recipe names it."""
+    protocols: tuple[str, ...]
+    """Under which its figures go."""
+    scores_bases = False
+    """Has a base model answers before it is trained? One that gets a new head has none."""
 
     def scores(self, class_name: str) -> bool:
         """Is this a class of transformers that it scores?"""

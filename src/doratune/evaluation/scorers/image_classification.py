@@ -5,7 +5,7 @@
 
 A task is a source of labelled images (`data/image_sets/`), its split `test` where it has splits. Protocol `likelihood`, because the
 most probable class is the answer. Batches are of one size and nothing in a model in evaluation mode looks across one: in float32
-the score does not depend on the batch size. Cost: one forward an image; each file is decoded once more before, to find what is broken.
+the score does not depend on the batch size. Cost: one forward an image; each file is decoded once before, to find what is broken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ...errors import UserError, listed
 from ...support.environment import peak_bytes
 from ...support.files import write_json
 from ...support.folders import whole_folder
-from ...support.image_models import PROCESSOR, labels_of, load_classifier, load_processor, pretrained_labels
+from ...support.image_models import PROCESSOR, is_classifier, labels_of, load_classifier, load_processor, pretrained_labels
 from ...support.tables import aligned
 from ...training.class_scores import class_scores
 from ...training.image_rows import ImageCollator, ImageRows, dtype_of
@@ -47,9 +47,10 @@ ImageTask = tuple[str, list[LabelledImage]]
 
 class ClassScorer(Scorer):
     objective = "image_classification"
+    protocols = (PROTOCOL,)
 
     def scores(self, class_name: str) -> bool:
-        return "ForImageClassification" in class_name
+        return is_classifier(class_name)
 
     def after_training(self, recipe, say, progress):
         return ScoredImages(recipe, say, progress)

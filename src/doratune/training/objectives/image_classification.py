@@ -1,9 +1,9 @@
 """The class of an image: a pretrained image model of transformers, a head for the data's classes, cross entropy.
 
-Data are labelled images (`data/image_sets/`), prepared by the model's own image processor. Every file is opened once before the run,
-so that what is broken is known then. The model's head is kept where the data's classes are among its labels; else a new one is drawn,
-trained whole beside any adapter and saved with it (`adapter/fresh.py`). Running statistics of batch normalization stay the base's
-under an adapter (`trainer.py`). Cost: decoding each image once more than the run does.
+Data are labelled images (`data/image_sets/`), prepared by the model's own image processor. Every file is opened once before the
+run, so that what is broken is known then. The model's head is kept where the data's classes are among its labels; else a new one is
+drawn, trained whole beside any adapter and saved with it (`adapter/fresh.py`). Running statistics of batch normalization stay the
+base's under an adapter (`adapter/statistics.py`). Cost: decoding each image once more than the run does.
 """
 
 from __future__ import annotations
@@ -57,16 +57,14 @@ class ImageClassification(Objective):
         own = pretrained_labels(recipe.model, recipe.trust_remote_code)
         known = bool(own) and set(images.classes) <= set(own)
         self.labels = own if known else images.classes
-        say(
-            f"{len(images.classes)} classes ({listed(images.classes, 5)}); {'the model has a head for them' if known else 'a new head'}"
-        )
+        head = "the model's own head, which has them" if known else "a new head"
+        say(f"{len(images.classes)} classes ({listed(images.classes, 5)}); {head}")
         rows, eval_rows = self._split(images)
         rows = usable(rows, unusable)
         eval_unusable: list[str] | None = None if unusable is None else []
         if recipe.eval_data:
-            eval_rows = of_known_classes(
-                load_images(recipe.eval_data, "val", recipe.columns, eval_unusable), self.labels, eval_unusable
-            )
+            held_out = load_images(recipe.eval_data, "val", recipe.columns, eval_unusable)
+            eval_rows = of_known_classes(held_out, self.labels, eval_unusable)
         eval_rows = usable(eval_rows, eval_unusable)
         if not rows:
             raise UserError(f"{recipe.data} holds no image that can be used; the first: {unusable[0]}")
@@ -115,10 +113,9 @@ class ImageClassification(Objective):
 
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         """One image through the model: whether it takes what its processor makes."""
-        if self.recipe.checkpointing != "none" and not getattr(model, "supports_gradient_checkpointing", False):
-            raise UserError(
-                f"checkpointing is {self.recipe.checkpointing}, which {type(model).__name__} cannot; set checkpointing: none"
-            )
+        kind = self.recipe.checkpointing
+        if kind != "none" and not getattr(model, "supports_gradient_checkpointing", False):
+            raise UserError(f"checkpointing is {kind}, which {type(model).__name__} cannot; set checkpointing: none")
         refuse_unfit(model, rows[0], self.collator(model, processor), self.recipe.model)
         return []
 
