@@ -3,6 +3,7 @@
 evaluate.py     one evaluation: model × tasks × protocols
 tasks.py        tasks by name or file, chance and majority level
 kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math
+scorers/        models that are no language models: classes of images
 numbers.py      numbers in a text
 protocols.py    the protocols' names
 generate.py     protocol generate: the model writes

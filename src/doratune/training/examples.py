@@ -77,7 +77,9 @@ def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:
 
 def count_of(rows: list[dict] | StreamedRows) -> int:
     """How many examples there are, packed or not; of those that are streamed, how many were read."""
-    return rows.report.examples if isinstance(rows, StreamedRows) else examples_of(rows)
+    if isinstance(rows, StreamedRows):
+        return rows.report.examples
+    return examples_of(rows) if isinstance(rows, list) else len(rows)
 
 
 def streamed_counts(rows: list[dict] | StreamedRows) -> dict[str, dict[str, int]]:
