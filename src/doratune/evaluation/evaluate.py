@@ -94,7 +94,7 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
             result = summarize(name, items, records, protocol, time.perf_counter() - started)
             results.append(add_published(result, *facts))
             if output is not None:
-                _write_items(output / f"{name}.{protocol}.jsonl", records)
+                write_items(output / f"{name}.{protocol}.jsonl", records)
     model.train(was_training)
     averages = [a for p in protocols if (a := overall([r for r in results if r["protocol"] == p]))]
     return {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
@@ -197,7 +197,8 @@ def after_training(recipe: TrainRecipe, say, progress) -> AfterTraining | None:
     return AfterTraining(recipe, say, progress) if recipe.tasks else None
 
 
-def _write_items(path: Path, records: Sequence[dict]) -> None:
+def write_items(path: Path, records: Sequence[dict]) -> None:
+    """One record a line."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

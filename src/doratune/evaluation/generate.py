@@ -67,10 +67,17 @@ def generate(
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
-            gold = kind_of(items[i]).gold(items[i])
-            records[i] = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": gold, "correct": right}
+            records[i] = record_of(items[i], texts_of(items[i]), text, answer, right)
         done(len(batch))
     return records
+
+
+def record_of(item: Mapping, prompt: str, output: str, answer: str | None, right: bool) -> dict:
+    """What is written of one item; `score` where an answer may count in part."""
+    kind = kind_of(item)
+    image = {"image": item["image"]} if isinstance(item.get("image"), str) else {}
+    record = {"prompt": prompt, "output": output, "answer": answer, "gold": kind.gold(item), "correct": right, **image}
+    return record if (score := kind.score(answer, item)) in (0, 1) else record | {"score": score}
 
 
 def read_output(text: str, item: Mapping) -> tuple[str | None, bool]:
