@@ -156,12 +156,13 @@ def load_both(settings: EvaluateSettings, name: str):
     from ..adapter.attach import record_of
     from ..checkpoint.adapter import load
     from ..checkpoint.quantized import recorded_quantization
-    from ..support.models import load_model, load_tokenizer
+    from ..data.image_reader import load_reader
+    from ..support.models import load_model
 
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer, model = load_tokenizer(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
+    tokenizer, model = load_reader(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
     if not settings.adapter:
         return model, tokenizer, (name, None, None)
     if baselines.is_baseline(settings.adapter):

@@ -9,6 +9,7 @@ numbers.py      numbers in a text
 vqa.py          soft accuracy of answers by several people
 protocols.py    the protocols' names
 generate.py     protocol generate: the model writes
+images.py       the images of items, in their prompts and as the model's inputs
 likelihood.py   protocol likelihood: the most probable allowed answer
 paper.py        protocol paper: the published evaluation replayed
 prefix.py       beams of one prompt share its keys and values

@@ -19,6 +19,7 @@ from ..support.folders import whole_folder
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
+from .images import prompt_tokens
 from .kinds import kind_of
 from .likelihood import continuation_tokens, likelihood
 from .paper import check_fixed, paper
@@ -120,7 +121,7 @@ def check_items(
         UserError: a token that the model does not have, or an item longer than its positions.
     """
     for _, items in tasks:
-        prompts = (tokenizer(kind_of(item).prompt(item))["input_ids"] for item in items)
+        prompts = (prompt_tokens(tokenizer, kind_of(item).prompt(item), item) for item in items)
         written = max_new_tokens or longest_output(items)
         answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else written
         check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")

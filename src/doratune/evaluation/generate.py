@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..errors import UserError
 from . import prefix
+from .images import image_inputs, prompt_tokens
 from .kinds import TaskKind, kind_of
 
 
@@ -38,7 +39,7 @@ def generate(
         read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
     texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
-    prompts = [tokenizer(texts_of(item))["input_ids"] for item in items]
+    prompts = [prompt_tokens(tokenizer, texts_of(item), item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -54,6 +55,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+        images = image_inputs(tokenizer, [items[i] for i in batch], ids)
         stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if stops_early else None
         with only_these(model):
             out = model.generate(
@@ -62,7 +64,7 @@ def generate(
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 logits_processor=LogitsProcessorList([NumbersOnly()]),
-                **prefix.for_beams(model, ids, mask, beams),
+                **(images or prefix.for_beams(model, ids, mask, beams)),
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):

@@ -48,7 +48,14 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None) ->
             f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO}, a .json file, or NAME:FOLDER of "
             f"{', '.join(benchmarks())}"
         )
-    return name, _checked(read_examples(path)[:limit], str(path))
+    return name, _checked([_placed(item, n, path) for n, item in enumerate(read_examples(path)[:limit], 1)], str(path))
+
+
+def _placed(item: dict, number: int, path: Path) -> dict:
+    """The item; of one with an image, also its place, and the folders in which the image may lie."""
+    if "image" not in item:
+        return item
+    return dict(item) | {"where": f"{path}: item {number}", "image_folders": [str(path.parent), str(path.parent / "images")]}
 
 
 def _checked(items: list[dict], where: str) -> list[dict]:

@@ -25,6 +25,7 @@ from ..support.models import load_model, torch_dtype
 from .movement import Movement, measure
 from .recipe import TrainRecipe
 from .trainer import BaselineTrainer, DoRATrainer, FullTrainer
+from .visual import freeze_vision, visual_config
 
 
 class AdapterMethod:
@@ -45,7 +46,7 @@ class AdapterMethod:
         r = self.recipe
         unquantized = r.start == "loftq" or r.magnitude_from == "original"
         original = load_model(r.model, r.dtype, trust_remote_code=r.trust_remote_code) if unquantized else None
-        attach(model, r.adapter(), original=original)
+        attach(model, visual_config(r.adapter(), r.visual(), model), original=original)
         share = _share(*self.counts(model))
         report = verify(model)
         if report.bypassed and r.idle_layers == "stop":
@@ -99,11 +100,12 @@ class FullMethod(AdapterMethod):
 
     def prepare(self, model: nn.Module) -> list[str]:
         model.requires_grad_(True).float()
+        freeze_vision(model, self.recipe.visual())
         return [f"full fine-tuning, {_share(*self.counts(model))}"]
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
-        total = sum(p.numel() for p in model.parameters())
-        return total, total
+        parameters = list(model.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def settings(self) -> dict:
         return {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(self.recipe.dtype, {})

@@ -16,6 +16,7 @@ from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, number
+from .visual import VisualSettings
 
 
 def methods() -> list[str]:
@@ -26,6 +27,7 @@ def methods() -> list[str]:
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
 @with_settings_of(DataSettings, after="expected")
+@with_settings_of(VisualSettings, after="double_quantization")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -153,6 +155,10 @@ class TrainRecipe:
     def reading(self) -> DataSettings:
         """The data part of the recipe."""
         return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
+
+    def visual(self) -> VisualSettings:
+        """What is trained of a model of images and text."""
+        return VisualSettings(projector=self.projector, vision_tower=self.vision_tower)
 
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""

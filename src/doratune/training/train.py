@@ -17,21 +17,20 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..data.encode import AnswerCollator
+from ..data.image_reader import load_reader
 from ..data.limits import check_tokens
-from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
 from ..publishing.card import write_training_card
 from ..support.environment import environment
 from ..support.files import replacing, write_json
-from ..support.models import contiguous_head, load_tokenizer
+from ..support.models import contiguous_head
 from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import count_of, datasets, first_rows, streamed_counts
+from .examples import collator, count_of, datasets, first_rows, streamed_counts
 from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
@@ -75,7 +74,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
-    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
+    tokenizer = tokenizer or load_reader(recipe.model, recipe.trust_remote_code)
     counts: dict[str, dict[str, int]] = {}
     rows, eval_rows = datasets(recipe, tokenizer, say, counts)
     set_seed(recipe.seed)
@@ -230,11 +229,6 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
-
-
-def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
-    """What makes batches of rows."""
-    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:

@@ -89,7 +89,8 @@ def benchmark_items(task: str) -> tuple[str, list[dict]] | None:
         return None
     one, path = place
     folder = path if path.is_dir() else path.parent
-    items = [{"image_folders": [str(folder / inner) for inner in ("", *one.image_places)]} | item for item in one.items(path)]
+    places = [str(folder / inner) for inner in ("", *one.image_places)]
+    items = [{"where": f"{task}: question {item['id']}", "image_folders": places} | item for item in one.items(path)]
     if not items:
         raise UserError(f"{path} holds no question; expected {one.shown}")
     twice = [name for name, count in Counter(item["id"] for item in items).items() if count > 1]
