@@ -66,6 +66,21 @@ def test_the_projector_is_trained_whole_where_the_recipe_says_so(place):
     assert tower and all(torch.equal(now[name], p) for name, p in tower.items())
 
 
+def test_the_projector_has_a_rate_of_its_own(place):
+    """At a rate of zero it stays, while the adapters move; the groups say so."""
+    metrics = train(recipe(place, "rates", projector="whole", whole_lr_ratio=0.0), say=lambda line: None)
+    model = load_model(str(place / "model"))
+    parts = parts_of(model)
+    before = {name: p.clone() for name, p in model.named_parameters() if name.startswith(parts.projector)}
+    doratune.load(model, place / "rates" / "adapter")
+    assert metrics["direction_moved"] > 0
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
+    groups = {group["name"]: group["lr"] for group in doratune.parameter_groups(model, lr=2e-4, whole_lr_ratio=0.1)}
+    assert groups["whole"] == pytest.approx(2e-5) and groups["factors"] == 2e-4
+    with pytest.raises(UserError, match="whole_lr_ratio is -1"):
+        doratune.parameter_groups(model, whole_lr_ratio=-1)
+
+
 def test_the_image_tower_is_adapted_where_the_recipe_says_so(place):
     train(recipe(place, "tower", vision_tower="adapted"), say=lambda line: None)
     model = load_model(str(place / "model"))

@@ -69,7 +69,8 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers", "check_base"):
+        ratios = ("magnitude_lr_ratio", "output_factor_lr_ratio", "whole_lr_ratio")
+        for name in (*ratios, "magnitude_decay", "idle_layers", "check_base"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:

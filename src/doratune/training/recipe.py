@@ -54,6 +54,7 @@ class TrainRecipe:
         magnitude_lr_ratio: learning rate of m as a multiple of lr
         output_factor_lr_ratio: LoRA+: learning rate of B over that of A
         magnitude_decay: pulls a relative m back to its start
+        whole_lr_ratio: learning rate of the modules that are trained whole (also_train, projector) as a multiple of lr
         weight_decay: on A and B; m has none
         schedule: linear, cosine or constant, after the warm-up
         warmup_steps: steps of linear warm-up
@@ -113,6 +114,7 @@ class TrainRecipe:
     magnitude_lr_ratio: float = number(1.0, least=0)
     output_factor_lr_ratio: float = number(1.0, above=0)
     magnitude_decay: float = number(0.0, least=0)
+    whole_lr_ratio: float = number(1.0, least=0)
     weight_decay: float = number(0.0, least=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = number(0, least=0)
