@@ -12,6 +12,7 @@ resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before
 faults.py        gradients that are not finite, processes that torchrun starts again
 checkpoints.py   complete in one act; the newest whole one
+visual.py        models of images and text: what of them is trained
 methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's

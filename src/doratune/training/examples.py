@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable
 
 from ..data import encoder, load_items, recognition
-from ..data.encode import DataReport, encode_all
+from ..data.encode import AnswerCollator, DataReport, encode_all
 from ..data.formats import DataFormat
-from ..data.packing import examples_of
+from ..data.image_batches import ImageTextCollator
+from ..data.image_reader import ImageReader
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError
 from .recipe import TrainRecipe
 from .streaming import StreamedRows
@@ -68,6 +70,19 @@ def _tokens(
 ) -> tuple[list[dict], DataReport]:
     limits = recipe.max_length, recipe.too_long, recipe.train_on_prompt, unusable
     return encode_all(items, encoder(kind, recipe.reading()), tokenizer, *limits)
+
+
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator | ImageTextCollator:
+    """What makes batches of rows.
+
+    Raises:
+        UserError: packing, for a model of images and text.
+    """
+    if not isinstance(tokenizer, ImageReader):
+        return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
+    if recipe.packing:
+        raise UserError("packing: rows of several examples are not for models of images and text; set packing: false")
+    return ImageTextCollator(tokenizer, model)
 
 
 def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, choices, number
 from .objectives import DEFAULT, names, objective_of
+from .visual import VisualSettings
 
 
 def methods() -> list[str]:
@@ -27,6 +28,7 @@ def methods() -> list[str]:
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
 @with_settings_of(DataSettings, after="expected")
+@with_settings_of(VisualSettings, after="double_quantization")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -54,6 +56,7 @@ class TrainRecipe:
         magnitude_lr_ratio: learning rate of m as a multiple of lr
         output_factor_lr_ratio: LoRA+: learning rate of B over that of A
         magnitude_decay: pulls a relative m back to its start
+        whole_lr_ratio: learning rate of the modules that are trained whole (also_train, projector) as a multiple of lr
         weight_decay: on A and B; m has none
         schedule: linear, cosine or constant, after the warm-up
         warmup_steps: steps of linear warm-up
@@ -115,6 +118,7 @@ class TrainRecipe:
     magnitude_lr_ratio: float = number(1.0, least=0)
     output_factor_lr_ratio: float = number(1.0, above=0)
     magnitude_decay: float = number(0.0, least=0)
+    whole_lr_ratio: float = number(1.0, least=0)
     weight_decay: float = number(0.0, least=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = number(0, least=0)
@@ -158,6 +162,10 @@ class TrainRecipe:
     def reading(self) -> DataSettings:
         """The data part of the recipe."""
         return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
+
+    def visual(self) -> VisualSettings:
+        """What is trained of a model of images and text."""
+        return VisualSettings(projector=self.projector, vision_tower=self.vision_tower)
 
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""

@@ -162,6 +162,8 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    whole_lr_ratio: float = 1.0
+    """Learning rate of the modules that are trained whole (also_train) as a multiple of the trainer's."""
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
@@ -195,6 +197,7 @@ class TrainerMixin(SteadyMixin):
                 self.magnitude_lr_ratio,
                 self.output_factor_lr_ratio,
                 self.magnitude_decay,
+                self.whole_lr_ratio,
             )
             cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}

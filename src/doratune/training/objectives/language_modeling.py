@@ -6,12 +6,12 @@ from . import Objective
 
 
 class LanguageModeling(Objective):
-    """Causal language models."""
+    """Causal language models, and models of images and text."""
 
     def processor(self):
-        from ...support.models import load_tokenizer
+        from ...data.image_reader import load_reader
 
-        return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
+        return load_reader(self.recipe.model, self.recipe.trust_remote_code)
 
     def examples(self, processor, say, counts):
         from ..examples import datasets
@@ -35,10 +35,9 @@ class LanguageModeling(Objective):
         return packed_rows(rows, self.recipe, self.collator(model, processor), model, say) if self.recipe.packing else rows
 
     def collator(self, model, processor):
-        from ...data.encode import AnswerCollator
-        from ...data.packing import PackingCollator
+        from ..examples import collator
 
-        return (PackingCollator if self.recipe.packing else AnswerCollator)(processor.pad_token_id, model)
+        return collator(self.recipe, processor, model)
 
     def arguments(self) -> dict:
         by_length = self.recipe.group_by_length and not (self.recipe.packing or self.recipe.streaming)
