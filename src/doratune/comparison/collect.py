@@ -34,6 +34,10 @@ PLACES = (
     "keep_checkpoints",
     "save_steps",
     "log_steps",
+    "report_to",
+    "sample_prompts",
+    "sample_steps",
+    "sample_tokens",
 )
 """Settings that change nothing in a result."""
 
