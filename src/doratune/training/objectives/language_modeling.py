@@ -14,9 +14,10 @@ class LanguageModeling(Objective):
         return load_reader(self.recipe.model, self.recipe.trust_remote_code)
 
     def examples(self, processor, say, counts):
-        from ..examples import datasets
+        from ..examples import read_examples
 
-        return datasets(self.recipe, processor, say, counts)
+        rows, eval_rows, self.kind = read_examples(self.recipe, processor, say, counts)
+        return rows, eval_rows
 
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
         from ...support.models import load_model
@@ -38,6 +39,11 @@ class LanguageModeling(Objective):
         from ..examples import collator
 
         return collator(self.recipe, processor, model)
+
+    def watchers(self, processor, say, checkpoint) -> list:
+        from ..samples import SampleWriter
+
+        return [SampleWriter(self.recipe, self.kind, processor, say, checkpoint)] if self.recipe.sample_prompts else []
 
     def arguments(self) -> dict:
         by_length = self.recipe.group_by_length and not (self.recipe.packing or self.recipe.streaming)
