@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, listed
+from .devices import device_of
 from .folders import recover, whole_folder
 from .hub import hub_settings
 from .values import check_choice
@@ -69,6 +70,7 @@ def load_model(
     quantize: str | dict = "none",
     double_quantization: bool = False,
     trust_remote_code: bool = False,
+    device: str | None = None,
 ):
     """The causal language model `name` in `dtype`, in evaluation mode.
 
@@ -76,19 +78,26 @@ def load_model(
         quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
             quantization_config of transformers as a dict.
         trust_remote_code: run the code that the model's folder or repository brings.
+        device: where it is put, as `support.devices` reads it; None: in memory, or where its quantizer puts it.
 
     Raises:
-        UserError: it cannot be found or read, with the reason.
+        UserError: it cannot be found or read, with the reason; no such device.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    place = device_of(device) if device else None
     path = model_path(name)
     settings = quantization(quantize, dtype, double_quantization) | _source_settings(path, trust_remote_code)
+    quantized = quantize != "none"
+    if quantized and place is not None and device != "auto":
+        settings["device_map"] = {"": place}
     with quiet_loading(), readable_errors(name):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
+    if place is not None and not quantized:
+        model.to(place)
     model.eval()
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model

@@ -38,7 +38,8 @@ class AdapterMethod:
 
     def load(self) -> nn.Module:
         r = self.recipe
-        return load_model(r.model, r.dtype, r.quantize, r.double_quantization, r.trust_remote_code)
+        device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
+        return load_model(r.model, r.dtype, r.quantize, r.double_quantization, r.trust_remote_code, device)
 
     def prepare(self, model: nn.Module) -> list[str]:
         """Make the model ready to train, in place; lines to say about it."""

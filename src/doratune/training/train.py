@@ -23,6 +23,7 @@ from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
 from ..publishing.card import write_training_card
+from ..support.devices import device_of
 from ..support.environment import environment
 from ..support.files import replacing, write_json
 from ..support.models import contiguous_head, load_tokenizer
@@ -70,7 +71,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
     recipe = restarted(recipe)
-    connect(recipe.timeout)
+    device_of(recipe.device)
+    connect(recipe.timeout, recipe.device)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
@@ -208,7 +210,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        use_cpu=device_of(recipe.device).type == "cpu",
         disable_tqdm=False,
         accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
