@@ -8,6 +8,8 @@ whole modules    decay, but for their one-dimensional parameters
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import UserError
@@ -24,7 +26,7 @@ def parameter_groups(
     magnitude_lr_ratio: float = 1.0,
     output_factor_lr_ratio: float = 1.0,
     magnitude_decay: float = 0.0,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer, each with a `name`.
 
     Args:
