@@ -99,8 +99,18 @@ def load_model(
     if place is not None and not quantized:
         model.to(place)
     model.eval()
+    if settings.get("quantization_config") is not None:
+        leave_file(model)
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
+
+
+def leave_file(model) -> None:
+    """Put what is not quantized into memory of its own: a view of a mapped file keeps all of its pages, also those of weights that
+    are quantized now."""
+    for t in (*model.parameters(), *model.buffers()):
+        if t.device.type == "cpu" and t.is_floating_point() and type(t.data) is torch.Tensor:
+            t.data = t.data.clone()
 
 
 def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) -> dict:
