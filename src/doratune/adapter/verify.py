@@ -62,7 +62,7 @@ class Report:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | None = None) -> Report:
+def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor | None = None) -> Report:
     """Check an attached model.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
@@ -30,6 +31,7 @@ class EvaluateSettings:
         batch_size: sequences at once; in float32 the score does not depend on it
         limit: only the first so many items of each task; of mt_bench, of each category
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         output: folder for results.json and every item with its verdict
@@ -60,6 +62,7 @@ class EvaluateSettings:
     batch_size: int = number(32, least=1)
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     check_base: bool = True
     output: str = "runs/evaluate"
@@ -177,7 +180,8 @@ def load_both(settings: EvaluateSettings, name: str):
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer, model = load_reader(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
+    tokenizer = load_reader(name, **trusted)
+    model = load_model(name, settings.dtype, quantize, **trusted, device=settings.device)
     if not settings.adapter:
         return model, tokenizer, (name, None, None)
     if baselines.is_baseline(settings.adapter):

@@ -14,6 +14,7 @@ from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
 from ..data.settings import DataSettings
 from ..errors import UserError
+from ..support.devices import Device
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, choices, number
 from .objectives import DEFAULT, names, objective_of
@@ -79,6 +80,7 @@ class TrainRecipe:
         workers: processes that read and prepare images while the model trains; 0 for the run's own
         packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
         tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
@@ -147,6 +149,7 @@ class TrainRecipe:
     workers: int = number(0, least=0, most=256)
     packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Device = "auto"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"
     tasks: list[str] = field(default_factory=list)

@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
+from ..support.devices import device_of
 from ..support.files import replacing
 from ..support.models import contiguous_head
 from ..support.outputs import refuse_inputs
@@ -71,7 +72,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
     trackers_of(recipe)
     recipe = restarted(recipe)
-    connect(recipe.timeout)
+    device_of(recipe.device)
+    connect(recipe.timeout, recipe.device)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
@@ -199,7 +201,7 @@ def build_trainer(
         **watching_arguments(recipe, bool(eval_rows)),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        use_cpu=device_of(recipe.device).type == "cpu",
         disable_tqdm=False,
         accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),

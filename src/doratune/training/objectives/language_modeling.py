@@ -22,7 +22,9 @@ class LanguageModeling(Objective):
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
         from ...support.models import load_model
 
-        return load_model(self.recipe.model, dtype, quantize, double_quantization, self.recipe.trust_remote_code)
+        r = self.recipe
+        device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
+        return load_model(r.model, dtype, quantize, double_quantization, r.trust_remote_code, device)
 
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         from ...data.limits import check_tokens
