@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
@@ -21,14 +22,16 @@ class EvaluateSettings:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
-            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, a .json file, or a list; of a classifier
-            of images: labelled images, as a folder by class, a table of paths and labels, or an .npz file
+            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
+            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
+            images, as a folder by class, a table of paths and labels, or an .npz file
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
         batch_size: sequences at once; in float32 the score does not depend on it
         limit: only the first so many items of each task; of mt_bench, of each category
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         output: folder for results.json and every item with its verdict
@@ -43,7 +46,7 @@ class EvaluateSettings:
         judge_parallel: calls at a time
         judge_max_tokens: longest judgment
         against: of mt_bench: folder or answer file of another run, to judge both answers together, in both orders
-        answers: of mt_bench: an answer file in the published layout, instead of a model
+        answers: of mt_bench or NAME:FOLDER: an answer file in the published layout, instead of a model
         questions: of mt_bench: folder with question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl; default the published
         model_id: of mt_bench: the model's name in the files; default the run's or the model's folder
         template: of mt_bench: chat (the tokenizer's), instruction (as instruction data is trained), auto (chat where there is one)
@@ -59,6 +62,7 @@ class EvaluateSettings:
     batch_size: int = number(32, least=1)
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     check_base: bool = True
     output: str = "runs/evaluate"
@@ -97,6 +101,8 @@ def main(argv: list[str]) -> int:
 
     if mt_bench.asked_for(settings):
         return mt_bench.run(settings, as_json)
+    if settings.answers:
+        return _score_answers(settings, as_json)
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
@@ -106,7 +112,8 @@ def main(argv: list[str]) -> int:
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
-    inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
+    places = [task.partition(":")[2] or task for task in names]
+    inputs = {"the model": name, "the adapter": settings.adapter, "a task": places}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
     if (scorer := scorer_for(name, settings.adapter)) is not None:
         summary = scorer.evaluate(settings, name, say, progress)
@@ -139,18 +146,42 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _score_answers(settings: EvaluateSettings, as_json: bool) -> int:
+    """The figures of an answer file, which no model is loaded for."""
+    from pathlib import Path
+
+    from ..errors import UserError
+    from ..evaluation.answers import evaluate_answers
+    from ..evaluation.evaluate import show
+    from ..support.folders import refuse_existing
+    from ..support.outputs import refuse_inputs
+
+    if settings.model or settings.adapter:
+        raise UserError("answers are there already; give one of --answers FILE and --model or --adapter")
+    names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_existing(Path(settings.output), settings.overwrite)
+    refuse_inputs(settings.output, {"the answers": settings.answers, "a task": [name.partition(":")[2] or name for name in names]})
+    summary = evaluate_answers(names, Path(settings.answers), Path(settings.output), settings.limit)
+    say(show(summary))
+    if as_json:
+        print_json(summary | {"output": settings.output})
+    return 0
+
+
 def load_both(settings: EvaluateSettings, name: str):
     """(base model `name` with the settings' adapter, its tokenizer, (base model, method, rank))."""
     from .. import baselines
     from ..adapter.attach import record_of
     from ..checkpoint.adapter import load
     from ..checkpoint.quantized import recorded_quantization
-    from ..support.models import load_model, load_tokenizer
+    from ..data.image_reader import load_reader
+    from ..support.models import load_model
 
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer, model = load_tokenizer(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
+    tokenizer = load_reader(name, **trusted)
+    model = load_model(name, settings.dtype, quantize, **trusted, device=settings.device)
     if not settings.adapter:
         return model, tokenizer, (name, None, None)
     if baselines.is_baseline(settings.adapter):

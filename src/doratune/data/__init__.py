@@ -14,6 +14,9 @@ words.py               special tokens that an item's words spell
 published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
+image_sources.py       which images an item names, and where they are
+image_reader.py        a processor with the face of a tokenizer: where images go into the tokens
+image_batches.py       batches with the images of their rows
 images.py              one image: RGB, upright, or one line that says why not
 packing.py             several examples in one row, none of which sees another
 encode.py              answer and prompt, the length limit, batches

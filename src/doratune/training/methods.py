@@ -26,6 +26,7 @@ from .movement import Movement, measure
 from .objectives import Objective, objective_of
 from .recipe import TrainRecipe
 from .trainer import BaselineTrainer, DoRATrainer, FullTrainer
+from .visual import freeze_vision, visual_config
 
 
 class AdapterMethod:
@@ -46,7 +47,7 @@ class AdapterMethod:
         r = self.recipe
         unquantized = r.start == "loftq" or r.magnitude_from == "original"
         original = self.objective.load(r.dtype) if unquantized else None
-        attach(model, r.adapter(), original=original)
+        attach(model, visual_config(r.adapter(), r.visual(), model), original=original)
         share = _share(*self.counts(model))
         report = verify(model)
         if report.bypassed and r.idle_layers == "stop":
@@ -69,7 +70,8 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers", "check_base"):
+        ratios = ("magnitude_lr_ratio", "output_factor_lr_ratio", "whole_lr_ratio")
+        for name in (*ratios, "magnitude_decay", "idle_layers", "check_base"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -100,11 +102,12 @@ class FullMethod(AdapterMethod):
 
     def prepare(self, model: nn.Module) -> list[str]:
         model.requires_grad_(True).float()
+        freeze_vision(model, self.recipe.visual())
         return [f"full fine-tuning, {_share(*self.counts(model))}"]
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
-        total = sum(p.numel() for p in model.parameters())
-        return total, total
+        parameters = list(model.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def settings(self) -> dict:
         return {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(self.recipe.dtype, {})

@@ -67,11 +67,11 @@ class SteadyMixin:
         self._token_loss = TokenLoss()
         try:
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-            mean = self._token_loss.mean()
+            means = {"loss": self._token_loss.mean(), "token_accuracy": self._token_loss.accuracy()}
         finally:
             self._token_loss = None
-        if mean is not None and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if mean is not None})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -162,6 +162,8 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    whole_lr_ratio: float = 1.0
+    """Learning rate of the modules that are trained whole (also_train) as a multiple of the trainer's."""
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
@@ -195,6 +197,7 @@ class TrainerMixin(SteadyMixin):
                 self.magnitude_lr_ratio,
                 self.output_factor_lr_ratio,
                 self.magnitude_decay,
+                self.whole_lr_ratio,
             )
             cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}
@@ -237,6 +240,9 @@ class BaselineTrainer(SteadyMixin, transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         baselines.load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class DoRATrainer(TrainerMixin, transformers.Trainer):

@@ -6,22 +6,25 @@ from . import Objective
 
 
 class LanguageModeling(Objective):
-    """Causal language models."""
+    """Causal language models, and models of images and text."""
 
     def processor(self):
-        from ...support.models import load_tokenizer
+        from ...data.image_reader import load_reader
 
-        return load_tokenizer(self.recipe.model, self.recipe.trust_remote_code)
+        return load_reader(self.recipe.model, self.recipe.trust_remote_code)
 
     def examples(self, processor, say, counts):
-        from ..examples import datasets
+        from ..examples import read_examples
 
-        return datasets(self.recipe, processor, say, counts)
+        rows, eval_rows, self.kind = read_examples(self.recipe, processor, say, counts)
+        return rows, eval_rows
 
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
         from ...support.models import load_model
 
-        return load_model(self.recipe.model, dtype, quantize, double_quantization, self.recipe.trust_remote_code)
+        r = self.recipe
+        device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
+        return load_model(r.model, dtype, quantize, double_quantization, r.trust_remote_code, device)
 
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         from ...data.limits import check_tokens
@@ -35,10 +38,14 @@ class LanguageModeling(Objective):
         return packed_rows(rows, self.recipe, self.collator(model, processor), model, say) if self.recipe.packing else rows
 
     def collator(self, model, processor):
-        from ...data.encode import AnswerCollator
-        from ...data.packing import PackingCollator
+        from ..examples import collator
 
-        return (PackingCollator if self.recipe.packing else AnswerCollator)(processor.pad_token_id, model)
+        return collator(self.recipe, processor, model)
+
+    def watchers(self, processor, say, checkpoint) -> list:
+        from ..samples import SampleWriter
+
+        return [SampleWriter(self.recipe, self.kind, processor, say, checkpoint)] if self.recipe.sample_prompts else []
 
     def arguments(self) -> dict:
         by_length = self.recipe.group_by_length and not (self.recipe.packing or self.recipe.streaming)
