@@ -76,6 +76,7 @@ def test_in_bfloat16_and_in_full(kind, bases, photos, tmp_path):
     """The recipe's default dtype; and all weights, with batch normalization's statistics as trained."""
     assert main(words(bases[kind], photos, tmp_path / "half", max_steps=2, dtype="bfloat16")) == 0
     assert main(words(bases[kind], photos, tmp_path / "full", max_steps=8, method="full", lr=3e-3, tasks=photos)) == 0
+    assert metrics_of(tmp_path / "full")["trainable"] == metrics_of(tmp_path / "full")["total"]  # the head too
     lines = (tmp_path / "full" / "scores" / "after" / "photos.likelihood.jsonl").read_text().splitlines()
     after = [json.loads(line) for line in lines]
     assert far(after, evaluated(tmp_path / "again", photos, model=tmp_path / "full" / "model")[1]) < 1e-5
