@@ -53,6 +53,9 @@ def test_a_task_is_the_test_split_and_limits_are_held(classifier, tmp_path):
     assert evaluate(classifier, f"[{tmp_path}/photos, {tmp_path}/photos:train]", tmp_path / "e") == 0
     results = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     assert [(r["task"], r["total"]) for r in results] == [("photos", 6), ("photos-train", 9)]
+    photographs(tmp_path / "a:b" / "scans", 1)  # no split: a folder's own name
+    assert evaluate(classifier, tmp_path / "a:b" / "scans", tmp_path / "c") == 0
+    assert (tmp_path / "c" / "scans.likelihood.jsonl").is_file()
     assert evaluate(classifier, f"{tmp_path}/photos", tmp_path / "l", limit=4) == 0
     assert json.loads((tmp_path / "l" / "results.json").read_text())["results"][0]["total"] == 4
 
@@ -74,7 +77,7 @@ def test_what_cannot_be_scored_is_one_line(classifier, tmp_path, capsys):
         (classifier, f"[{photos}, {photos}]", {}, "two tasks are called 'photos'"),
         (classifier, "boolq", {}, "boolq: no such images"),
         (tmp_path / "spoiled", photos, {}, "NaN or infinite values"),
-        (body, photos, {}, "AutoModelForCausalLM"),
+        (body, photos, {}, "has no head that tells classes of images, and no adapter brings one; train it first"),
     ):
         assert evaluate(model, task, tmp_path / "e", **more) == 2, said
         lines = capsys.readouterr().err.strip().splitlines()

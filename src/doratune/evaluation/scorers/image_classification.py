@@ -25,12 +25,20 @@ from ...adapter.attach import record_of
 from ...checkpoint.adapter import load
 from ...checkpoint.merge import wanted_of
 from ...checkpoint.quantized import recorded_quantization
-from ...data.image_sets import LabelledImage, load_images, usable
+from ...data.image_sets import LabelledImage, load_images, place_of, usable
 from ...errors import UserError, listed
 from ...support.environment import peak_bytes
 from ...support.files import write_json
 from ...support.folders import whole_folder
-from ...support.image_models import PROCESSOR, is_classifier, labels_of, load_classifier, load_processor, pretrained_labels
+from ...support.image_models import (
+    PROCESSOR,
+    is_classifier,
+    is_image_body,
+    labels_of,
+    load_classifier,
+    load_processor,
+    pretrained_labels,
+)
 from ...support.tables import aligned
 from ...training.class_scores import class_scores
 from ...training.image_rows import ImageCollator, ImageRows, dtype_of
@@ -49,8 +57,8 @@ class ClassScorer(Scorer):
     objective = "image_classification"
     protocols = (PROTOCOL,)
 
-    def scores(self, class_name: str) -> bool:
-        return is_classifier(class_name)
+    def scores(self, class_name: str, model_type: str) -> bool:
+        return is_classifier(class_name) or is_image_body(model_type)
 
     def after_training(self, recipe, say, progress):
         return ScoredImages(recipe, say, progress)
@@ -123,8 +131,8 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for source in sources:
-        path, _, split = re.sub(r"\[:\d+\]$", "", source).partition(":")
-        name = "-".join(filter(None, (Path(path).stem or Path(path).name or "images", split)))
+        path, split = place_of(re.sub(r"\[:\d+\]$", "", source))
+        name = "-".join(filter(None, (path.stem or "images", split)))
         if name in names:
             raise UserError(f"two tasks are called {name!r}; rename one of their files or folders")
         names[name] = source
