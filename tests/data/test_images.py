@@ -185,10 +185,14 @@ def test_damage_anywhere_is_a_user_error_or_a_picture(tmp_path):
             for _ in range(generator.randrange(1, 6)):
                 data[generator.randrange(len(data))] = generator.randrange(256)
             data = bytes(data[: generator.randrange(1, len(data) + 1)] if generator.random() < 0.5 else data)
-            try:
-                assert open_image(data, name).mode == "RGB"
-            except UserError as error:
-                assert "\n" not in str(error)
+            assert outcome(data) in ("RGB", "one line")
+
+
+def outcome(data):
+    try:
+        return open_image(data, "x").mode
+    except UserError as error:
+        return "one line" if "\n" not in str(error) else str(error)
 
 
 def test_arrays_are_pictures():

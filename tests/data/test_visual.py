@@ -10,7 +10,7 @@ from PIL import Image
 
 from doratune.data import DataSettings, encoder, load_items
 from doratune.data.encode import IGNORED, encode_all
-from doratune.data.image_batches import ImageCollator
+from doratune.data.image_batches import ImageTextCollator
 from doratune.data.image_reader import ImageReader, load_reader
 from doratune.errors import UserError
 
@@ -91,7 +91,7 @@ def test_a_batch_is_what_its_rows_are_alone(tmp_path, family):
     """Loss and logits of a mixed batch are those of each row by itself; images of rows in their order."""
     _, model, reader = family
     rows, _, _ = rows_of(tmp_path, llava_items(8), reader)
-    collate = ImageCollator(reader, model)
+    collate = ImageTextCollator(reader, model)
     with torch.no_grad():
         together = collate(rows)
         logits = model(**together).logits
@@ -109,7 +109,7 @@ def test_other_pixels_give_other_logits(tmp_path, family):
     _, model, reader = family
     rows, _, _ = rows_of(tmp_path, llava_items(2), reader)
     same = {"input_ids": rows[0]["input_ids"], "labels": rows[0]["labels"], "length": rows[0]["length"]}
-    collate = ImageCollator(reader, model)
+    collate = ImageTextCollator(reader, model)
     Image.new("RGB", (16, 16), (0, 250, 0)).save(tmp_path / "images" / "other.png")
     other = encode_other(tmp_path, reader)
     with torch.no_grad():

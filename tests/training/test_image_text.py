@@ -72,7 +72,7 @@ def test_the_projector_has_a_rate_of_its_own(place):
     model = load_model(str(place / "model"))
     parts = parts_of(model)
     before = {name: p.clone() for name, p in model.named_parameters() if name.startswith(parts.projector)}
-    doratune.load(model, place / "rates" / "adapter")
+    doratune.load(model, place / "rates" / "adapter", trainable=True)
     assert metrics["direction_moved"] > 0
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
     groups = {group["name"]: group["lr"] for group in doratune.parameter_groups(model, lr=2e-4, whole_lr_ratio=0.1)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..support.values import number
@@ -21,7 +22,8 @@ class EvaluateSettings:
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
             MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
-            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list
+            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images:
+            labelled images, as a folder by class, a table of paths and labels, or an .npz file
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
@@ -34,6 +36,8 @@ class EvaluateSettings:
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
+        columns: of a table of labelled images: {image: NAME, label: NAME, split: NAME} (docs/vision.md)
+        bad_items: of labelled images: stop at one that cannot be used, or skip and count it
         judge: of mt_bench: base address of an OpenAI-compatible server; its key is read from DORATUNE_JUDGE_KEY or OPENAI_API_KEY
         judge_model: of mt_bench: the judge's name there
         judge_retries: how often a call that failed is tried again
@@ -62,6 +66,8 @@ class EvaluateSettings:
     mirror: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    bad_items: Literal["stop", "skip"] = "stop"
     judge: str | None = None
     judge_model: str | None = None
     judge_retries: int = number(6, least=0)
@@ -85,6 +91,7 @@ def main(argv: list[str]) -> int:
     from ..errors import UserError
     from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
     from ..evaluation.protocols import protocols_of
+    from ..evaluation.scorers import scorer_for
     from ..support.folders import refuse_existing
     from ..support.outputs import refuse_inputs, run_of
     from . import mt_bench
@@ -105,6 +112,14 @@ def main(argv: list[str]) -> int:
     places = [task.partition(":")[2] or task for task in names]
     inputs = {"the model": name, "the adapter": settings.adapter, "a task": places}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
+    if (scorer := scorer_for(name, settings.adapter)) is not None:
+        summary = scorer.evaluate(settings, name, say, progress)
+        say(scorer.show(summary))
+        if as_json:
+            print_json(summary | {"output": settings.output})
+        return 0
+    if settings.columns or settings.bad_items != "stop":
+        raise UserError("columns and bad_items are for labelled images, and this is no classifier of images; drop them")
     tasks = load_tasks(names, settings.mirror, settings.limit)
     check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     if settings.dtype != "float32" and settings.batch_size > 1:

@@ -34,6 +34,7 @@ PLACES = (
     "keep_checkpoints",
     "save_steps",
     "log_steps",
+    "workers",
 )
 """Settings that change nothing in a result."""
 

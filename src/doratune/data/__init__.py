@@ -4,6 +4,7 @@ sources.py             files, folders, hub ids, published names
 files.py               the items of a file, each with its place
 containers/            .json, .jsonl, .csv, .tsv, .parquet, .arrow, compressed or not
 formats/               instruction, chat, sharegpt, completion, questions, text, preference
+image_sets/            labelled images: folders by class, tables of paths and labels, .npz
 settings.py            how items are read and what is learned
 loading.py             items of one or several sources, checked
 conversation.py        conversations in one form: roles, tool calls, order

@@ -10,7 +10,7 @@ from .encode import AnswerCollator
 from .image_reader import ImageReader
 
 
-class ImageCollator:
+class ImageTextCollator:
     """Batches of rows that may have `images`.
 
     Returns what `AnswerCollator` does, with pixel_values and what else the model wants of its images."""

@@ -13,9 +13,11 @@ Pillow's limit are refused. Source: Pillow. Cost: decoding the image.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+import threading
 import warnings
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 """How the names of image files end, in a folder of them."""
 _SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose grey beyond 8 bits is 0 … 65,535 where Pillow holds it in 32 bits."""
+_FILTERS = threading.Lock()
 _BACKGROUND = "white"
 _WORDS = "JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, PPM or AVIF"
 
@@ -52,14 +55,15 @@ def open_image(source: str | os.PathLike | bytes, where: str = "") -> Image.Imag
         raise UserError(f"{name}: an empty file (0 bytes); copy the image again or remove it")
     Image.init()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of metadata that is damaged
-            with Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-                _refuse_pages(image, name)
-                image.load()
-                grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS)
-                return _rgb(_upright(_of_eight_bits(image) if grey else image), name)
+        with _quietly():
+            image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+            _refuse_pages(image, name)
+        with image:
+            image.load()
+            grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS)
+            with _quietly():
+                upright = _upright(_of_eight_bits(image) if grey else image)
+            return _rgb(upright, name)
     except UnidentifiedImageError:
         dicom = stream.getvalue()[128:132] == b"DICM"
         fix = "write its window of values as PNG first" if dicom else "convert or remove it"
@@ -104,6 +108,17 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+@contextlib.contextmanager
+def _quietly():
+    """Too many pixels are an error, damaged metadata says nothing; one thread at a time, because filters are the process's."""
+    from PIL import Image
+
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def _bytes_of(path: str | os.PathLike, name: str) -> bytes:
     """The bytes of a file."""
     try:
@@ -123,8 +138,8 @@ def _bytes_of(path: str | os.PathLike, name: str) -> bytes:
 
 def _refuse_pages(image, name: str) -> None:
     """Raise for a file whose further frames are pictures of their own."""
-    frames = getattr(image, "n_frames", 1)
-    if image.format == "TIFF" and frames > 1:
+    frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    if frames > 1:
         raise UserError(f"{name}: a TIFF of {frames} pages, of which none is the image; write the one that counts to a file")
 
 

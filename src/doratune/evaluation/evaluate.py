@@ -193,9 +193,14 @@ class AfterTraining:
         self.say(show(summary))
 
 
-def after_training(recipe: TrainRecipe, say, progress) -> AfterTraining | None:
-    """What scores a run's result; None where the recipe names no tasks."""
-    return AfterTraining(recipe, say, progress) if recipe.tasks else None
+def after_training(recipe: TrainRecipe, say, progress):
+    """What scores a run's result, by its objective; None where the recipe names no tasks."""
+    from .scorers import scorer_of  # which score by what is here
+
+    if not recipe.tasks:
+        return None
+    scorer = scorer_of(recipe.objective)
+    return AfterTraining(recipe, say, progress) if scorer is None else scorer.after_training(recipe, say, progress)
 
 
 def write_items(path: Path, records: Sequence[dict]) -> None:

@@ -63,6 +63,10 @@ def load_processor(name: str, trust_remote_code: bool = False):
 
 def parts_of(model: nn.Module) -> ModelParts | None:
     """The parts of a model of images and text; None for any other model, and where nothing stands beside the decoder."""
+    from transformers import AutoModelForImageTextToText
+
+    if type(getattr(model, "config", None)) not in AutoModelForImageTextToText._model_mapping:
+        return None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     names = {id(module): name for name, module in model.named_modules()}
     language = names.get(id(decoder), "") if decoder is not None else ""

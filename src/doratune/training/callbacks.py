@@ -17,7 +17,11 @@ from ..support.processes import largest
 
 
 class TokenProgress(ProgressCallback):
-    """transformers' bar, with the loss and the padding-free tokens a second beside it."""
+    """transformers' bar, with the loss and the padding-free tokens, or the images, a second beside it."""
+
+    def __init__(self, unit: str = "tokens"):
+        super().__init__()
+        self.unit = unit
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -27,14 +31,15 @@ class TokenProgress(ProgressCallback):
         if logs and "loss" in logs:
             self.loss = float(logs["loss"])
         if logs and "eval_loss" in logs and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}")
+            accuracy = f", accuracy {100 * logs['eval_accuracy']:.1f} %" if "eval_accuracy" in logs else ""
+            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}{accuracy}")
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
             rate = tokens_per_second(state.num_input_tokens_seen - self.tokens_before, self.started)
             shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
-            self.training_bar.set_postfix(shown | {"tokens/s": f"{rate:.0f}"}, refresh=False)
+            self.training_bar.set_postfix(shown | {f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
 
     def close(self):
         """Take the bar off the screen when training ends by an error, so that the error stands on a line of its own."""

@@ -15,7 +15,8 @@ from ..config import METHODS, AdapterConfig
 from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.fields import with_settings_of
-from ..support.values import check_choice, check_values, number
+from ..support.values import check_choice, check_values, choices, number
+from .objectives import DEFAULT, names, objective_of
 from .visual import VisualSettings
 
 
@@ -36,6 +37,7 @@ class TrainRecipe:
         data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
             (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
+        objective: what is learned: language_modeling, or image_classification (a class of each image; docs/vision.md)
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
@@ -71,6 +73,7 @@ class TrainRecipe:
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        workers: processes that read and prepare images while the model trains; 0 for the run's own
         packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
@@ -94,6 +97,7 @@ class TrainRecipe:
     model: str = "smollm2-135m-instruct"
     data: str | list[str] = ""
     output: str = "runs/train"
+    objective: str = choices(DEFAULT, names())
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
@@ -131,6 +135,7 @@ class TrainRecipe:
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    workers: int = number(0, least=0, most=256)
     packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
@@ -183,6 +188,7 @@ class TrainRecipe:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
+        objective_of(self).check()
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")

@@ -17,8 +17,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..data.image_reader import load_reader
-from ..data.limits import check_tokens
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
 from ..publishing.card import write_training_card
@@ -30,11 +28,11 @@ from ..support.processes import agree, connect, is_first, launched, refuse_stran
 from ..support.yaml_text import to_yaml
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import collator, count_of, datasets, first_rows, streamed_counts
+from .examples import count_of, streamed_counts
 from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
-from .packing import packed_rows
+from .objectives import objective_of
 from .recipe import TrainRecipe
 from .resume import already_trained, check_same
 from .sharded import arguments as fsdp_arguments
@@ -74,20 +72,20 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
-    tokenizer = tokenizer or load_reader(recipe.model, recipe.trust_remote_code)
+    objective = objective_of(recipe)
+    tokenizer = tokenizer or objective.processor()
     counts: dict[str, dict[str, int]] = {}
-    rows, eval_rows = datasets(recipe, tokenizer, say, counts)
+    rows, eval_rows = objective.examples(tokenizer, say, counts)
     set_seed(recipe.seed)
-    method = method_of(recipe)
+    method = method_of(recipe, objective)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
+    for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
-    if recipe.packing:
-        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
+    rows = objective.arranged(rows, model, tokenizer, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
     _say_engine(trainer, recipe, say)
@@ -122,7 +120,7 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
 
 def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
     """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
-    bar = TokenProgress()
+    bar = TokenProgress(trainer.unit)
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
         trainer.add_callback(stop)
@@ -174,7 +172,7 @@ def _begin(recipe: TrainRecipe, run: RunFolder, own: bool) -> None:
 
 def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
     """The method's Trainer with our progress bar and clock."""
-    recipe = method.recipe
+    recipe, objective = method.recipe, method.objective
     every_epoch = {True: "epoch", False: "steps"}
     if recipe.checkpointing != "none":
         model.enable_input_require_grads()
@@ -191,10 +189,6 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length"
-        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
-        else "random",
-        length_column_name="length",
         seed=recipe.seed,
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
@@ -204,7 +198,6 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         save_steps=recipe.save_steps or 500,
         save_total_limit=recipe.keep_checkpoints,
         report_to=["tensorboard"] if recipe.tensorboard else [],
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
@@ -212,6 +205,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
         **fsdp_arguments(recipe.fsdp),
+        **objective.arguments(),
         **method.settings(),
     )
     refuse_strangers(arguments.world_size)
@@ -219,11 +213,13 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=collator(recipe, tokenizer, model),
+        data_collator=objective.collator(model, tokenizer),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock],
+        **objective.trainer_settings(),
     )
+    trainer.unit, trainer.units_in = objective.unit, objective.units_in
     refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
@@ -268,6 +264,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "final_loss": last("loss") or last("train_loss"),
         "eval_loss": last("eval_loss"),
         **clock.spent,
+        "unit": trainer.unit,
         "tokens_per_second": clock.spent["tokens"] / max(clock.spent["seconds"], 1e-9),
         "peak_bytes": clock.peak_bytes,
         "moved": None if moved is None else str(moved),
@@ -279,7 +276,8 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
     }
     write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
     write_json(output / "metrics.json", metrics)
-    say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
+    speed = f"{metrics['tokens_per_second']:.0f} {trainer.unit}/s" + " without padding" * (trainer.unit == "tokens")
+    say(f"{method.result} written to {output / method.result} ({speed})")
     return metrics
 
 
