@@ -74,7 +74,7 @@ def test_what_cannot_be_scored_is_one_line(classifier, tmp_path, capsys):
         (classifier, f"[{photos}, {photos}]", {}, "two tasks are called 'photos'"),
         (classifier, "boolq", {}, "boolq: no such images"),
         (tmp_path / "spoiled", photos, {}, "NaN or infinite values"),
-        (body, photos, {}, "AutoModelForCausalLM"),
+        (body, photos, {}, "has no head that tells classes of images, and no adapter brings one; train it first"),
     ):
         assert evaluate(model, task, tmp_path / "e", **more) == 2, said
         lines = capsys.readouterr().err.strip().splitlines()

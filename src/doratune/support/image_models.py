@@ -52,6 +52,16 @@ def is_classifier(class_name: str) -> bool:
     return "ForImageClassification" in class_name
 
 
+def is_image_body(model_type: str) -> bool:
+    """Can a classifier of images be made of a model of this type, and no language model?"""
+    from transformers.models.auto import modeling_auto as known
+
+    return (
+        model_type in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        and model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
 def labels_of(config) -> list[str]:
     """The labels of a classifier's outputs, in order."""
     return [str(config.id2label[i]) for i in sorted(config.id2label)]

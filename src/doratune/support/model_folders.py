@@ -72,7 +72,17 @@ def folder_config(folder: Path) -> dict:
 
 
 def architecture_of(name: str) -> str | None:
-    """The class that the config of a model names first: of a folder, of the hub, or of the wheel; None where it names none.
+    """The class that the config of a model names first; None where it names none.
+
+    Raises:
+        UserError: no such model, or its config cannot be read.
+    """
+    names = config_of(name).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def config_of(name: str) -> dict:
+    """The config of a model: of a folder, of the hub, or of the wheel.
 
     Raises:
         UserError: no such model, or its config cannot be read.
@@ -83,12 +93,9 @@ def architecture_of(name: str) -> str | None:
 
     path = model_path(name)
     if Path(path).is_dir():
-        config = folder_config(Path(path))
-    else:
-        with readable_errors(name):
-            config, _ = PretrainedConfig.get_config_dict(path, **hub_settings(path))
-    names = config.get("architectures")
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+        return folder_config(Path(path))
+    with readable_errors(name):
+        return PretrainedConfig.get_config_dict(path, **hub_settings(path))[0]
 
 
 def is_diffusers(config: dict) -> bool:

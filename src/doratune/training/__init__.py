@@ -4,7 +4,7 @@ recipe.py        TrainRecipe: every setting
 objectives/      what is learned: text, classes of images; one file each
 examples.py      its data: read, split, tokenized, counted
 image_rows.py    images as a model reads them
-class_scores.py  accuracy, balanced accuracy, AUROC
+class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run

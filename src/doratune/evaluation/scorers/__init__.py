@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 from ... import baselines
 from ...checkpoint.merge import wanted_of
 from ...errors import UserError
-from ...support.model_folders import architecture_of
+from ...support.model_folders import architecture_of, config_of
 
 if TYPE_CHECKING:
-    from ...cli.evaluate import EvaluateSettings
     from ...training.recipe import TrainRecipe
 
 
@@ -36,16 +35,16 @@ class Scorer:
     scores_bases = False
     """Has a base model answers before it is trained? One that gets a new head has none."""
 
-    def scores(self, class_name: str) -> bool:
-        """Is this a class of transformers that it scores?"""
+    def scores(self, class_name: str, model_type: str) -> bool:
+        """Is this a class of transformers that it scores, or a model of a type that such a class is made of?"""
         raise NotImplementedError
 
     def after_training(self, recipe: TrainRecipe, say: Callable[[str], None], progress) -> Callable:
         """What scores a run's result on the recipe's tasks: a function of model and processor, with `check` for both."""
         raise NotImplementedError
 
-    def evaluate(self, settings: EvaluateSettings, model: str, say: Callable[[str], None], progress) -> dict:
-        """The summary of `doratune evaluate`, which is written into its output folder."""
+    def evaluate(self, settings, model: str, say: Callable[[str], None], progress) -> dict:
+        """The summary of `doratune evaluate`, by the command's settings, which is written into their output folder."""
         raise NotImplementedError
 
     def show(self, summary: dict) -> str:
@@ -66,11 +65,12 @@ def scorer_of(objective: str) -> Scorer | None:
 
 def scorer_for(model: str, adapter: str | None) -> Scorer | None:
     """The scorer of what an adapter was trained on, or of a model alone; None for language models."""
-    name = None
+    name, model_type = None, ""
     if adapter and not baselines.is_baseline(adapter):
         name = wanted_of(Path(adapter)).class_name
     try:
-        name = name or architecture_of(model)
+        if name is None:
+            name, model_type = architecture_of(model) or "", str(config_of(model).get("model_type"))
     except UserError:  # loading it will say so
         return None
-    return next((one for one in scorers() if name and one.scores(name)), None)
+    return next((one for one in scorers() if one.scores(name, model_type)), None)

@@ -30,7 +30,15 @@ from ...errors import UserError, listed
 from ...support.environment import peak_bytes
 from ...support.files import write_json
 from ...support.folders import whole_folder
-from ...support.image_models import PROCESSOR, is_classifier, labels_of, load_classifier, load_processor, pretrained_labels
+from ...support.image_models import (
+    PROCESSOR,
+    is_classifier,
+    is_image_body,
+    labels_of,
+    load_classifier,
+    load_processor,
+    pretrained_labels,
+)
 from ...support.tables import aligned
 from ...training.class_scores import class_scores
 from ...training.image_rows import ImageCollator, ImageRows, dtype_of
@@ -49,8 +57,8 @@ class ClassScorer(Scorer):
     objective = "image_classification"
     protocols = (PROTOCOL,)
 
-    def scores(self, class_name: str) -> bool:
-        return is_classifier(class_name)
+    def scores(self, class_name: str, model_type: str) -> bool:
+        return is_classifier(class_name) or is_image_body(model_type)
 
     def after_training(self, recipe, say, progress):
         return ScoredImages(recipe, say, progress)
