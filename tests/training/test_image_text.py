@@ -242,6 +242,26 @@ def test_a_quantized_base_keeps_what_stands_beside_the_language_model(place):
     assert "Linear4bit" in kinds.values() and "Linear" in kinds.values()
 
 
+def test_a_quantized_result_is_merged_with_its_processor(place):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    pytest.importorskip("bitsandbytes")
+    train(recipe(place, "q", quantize="nf4", max_steps=1), say=lambda line: None)
+    adapter, merged = str(place / "q" / "adapter"), place / "q-merged"
+    assert (
+        main(["merge", "--model", str(place / "model"), "--adapter", adapter, "--output", str(merged), "--dtype", "float32"]) == 0
+    )
+    assert AutoProcessor.from_pretrained(merged).image_processor is not None
+    model = AutoModelForImageTextToText.from_pretrained(merged)
+    assert not any("4bit" in type(module).__name__ for module in model.modules())
+
+
+def test_prompts_are_answered_while_it_trains(place):
+    lines = []
+    train(recipe(place, "samples", sample_prompts=["What colour is the sky?"], max_steps=1), say=lines.append)
+    assert any(line.startswith("step 1: 'What colour is the sky?' -> ") for line in lines)
+
+
 def test_llava_7b_by_counting():
     """The paper's Table 4 says 4.61 % for LoRA and 4.63 % for DoRA: adapter and projector over all numbers, the adapter's own among
     them, cut to two digits."""

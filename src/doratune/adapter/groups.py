@@ -8,6 +8,8 @@ whole modules    decay, but for their one-dimensional parameters; own rate, such
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import UserError
@@ -25,7 +27,7 @@ def parameter_groups(
     output_factor_lr_ratio: float = 1.0,
     magnitude_decay: float = 0.0,
     whole_lr_ratio: float = 1.0,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer, each with a `name`.
 
     Args:

@@ -20,6 +20,7 @@ from ..adapter.attach import record_of
 from ..adapter.merge import merge
 from ..adapter.stored import Stored
 from ..bases import dense_weight
+from ..data.image_reader import load_reader
 from ..errors import UserError
 from ..layers import kind_of
 from ..publishing.card import write_merged_card
@@ -96,7 +97,7 @@ def _merge_in_memory(
     if into == "dequantized":
         dequantize(model)
     with new_folder(output, overwrite, key="config.json") as folder:
-        _write(model, load_tokenizer(base), folder, dense=into == "dequantized")
+        _write(model, load_reader(base), folder, dense=into == "dequantized")
         write_merged_card(folder, base, adapter, method, name=output.name)
 
 

@@ -2,11 +2,14 @@
 
 main.py        the table of commands; errors and signals as exit statuses
 __main__.py    python -m doratune.cli
+description.py   what a command can be told, without running it
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
+init.py        doratune init: a recipe that fits model, data and memory
 data.py        doratune data: what a model sees of a data set
 plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
+runs.py        doratune runs: the runs in a folder
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
 mt_bench.py    doratune evaluate --task mt_bench: answers and a judge
@@ -24,5 +27,6 @@ inspect.py     doratune inspect: what an adapter adapts
 analyze.py     doratune analyze: ΔM and ΔD, spectra, gradients
 report.py      doratune report: one HTML page about runs
 doctor.py      doratune doctor: faults of the environment
+completion.py   doratune completion: for the Tab key of a shell
 bench.py       doratune bench: speed and memory
 """

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
@@ -22,14 +23,15 @@ class EvaluateSettings:
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
             MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
-            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images:
-            labelled images, as a folder by class, a table of paths and labels, or an .npz file
+            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
+            images, as a folder by class, a table of paths and labels, or an .npz file
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
         batch_size: sequences at once; in float32 the score does not depend on it
         limit: only the first so many items of each task; of mt_bench, of each category
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         quantize: recorded (as the adapter was trained), none, nf4, fp4 or int8
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         output: folder for results.json and every item with its verdict
@@ -60,6 +62,7 @@ class EvaluateSettings:
     batch_size: int = number(32, least=1)
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     check_base: bool = True
     output: str = "runs/evaluate"
@@ -177,7 +180,8 @@ def load_both(settings: EvaluateSettings, name: str):
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer, model = load_reader(name, **trusted), load_model(name, settings.dtype, quantize, **trusted)
+    tokenizer = load_reader(name, **trusted)
+    model = load_model(name, settings.dtype, quantize, **trusted, device=settings.device)
     if not settings.adapter:
         return model, tokenizer, (name, None, None)
     if baselines.is_baseline(settings.adapter):

@@ -35,6 +35,10 @@ PLACES = (
     "save_steps",
     "log_steps",
     "workers",
+    "report_to",
+    "sample_prompts",
+    "sample_steps",
+    "sample_tokens",
 )
 """Settings that change nothing in a result."""
 

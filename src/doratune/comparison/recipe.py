@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError, listed, near_misses
 from ..evaluation.protocols import protocols_of
 from ..evaluation.scorers import scorer_of
 from ..evaluation.tasks import protocols_of_task
+from ..support.recipes import here_or_shipped
 from ..support.values import Range, check_value, check_values, number
 from ..support.yaml_text import read_yaml
 from ..training.recipe import TrainRecipe, methods
@@ -204,7 +204,7 @@ def _read(path: str) -> dict:
     if not path:
         return {}
     try:
-        values = read_yaml(Path(path))
+        values = read_yaml(here_or_shipped(path))
     except UserError as error:
         raise UserError(f"recipe is {error}") from None
     if not isinstance(values, dict):

@@ -211,6 +211,13 @@ def encode_one(item, encode, tokenizer, number: int = 1) -> Encoded:
     return example
 
 
+def prompt_ids(example: Encoded, tokenizer) -> list[int]:
+    """The tokens in front of the last answer; of a plain text, which has no answer, all but what closes it."""
+    if not example.divisible:
+        return example.ids[: example.last_answer]
+    return example.ids[:-1] if example.ids[-1] == tokenizer.eos_token_id else example.ids
+
+
 class AnswerCollator:
     """Left-padded batches; where the model can, labels and logits of the last positions only.
 

@@ -3,9 +3,9 @@
 evaluate.py     one evaluation: model × tasks × protocols
 tasks.py        tasks by name or file, chance and majority level
 kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math, questions about images
+scorers/        models that are no language models: classes of images
 benchmarks/     published benchmarks of questions about images: their files, their answer files
 answers.py      the score of an answer file
-scorers/        models that are no language models: classes of images
 numbers.py      numbers in a text
 vqa.py          soft accuracy of answers by several people
 protocols.py    the protocols' names

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
+from ..support.environment import memory_bytes
 from .architecture import Architecture, architecture_of, config_of, stored_bytes
 from .log import ADAPTERS, GRADIENTS, OPTIMIZER, TERMS, WEIGHTS
 from .settings import PlanSettings
@@ -106,7 +107,8 @@ class Planner:
         if key not in self._steps:
             built = built or architecture_of(settings, self.config)
             answer = None if settings.answer_length is None else min(settings.answer_length, settings.max_length)
-            step = step_bytes(built, settings.batch_size, settings.max_length, answer, foreach=settings.device == "cuda")
+            each = -(-settings.batch_size // settings.processes)
+            step = step_bytes(built, each, settings.max_length, answer, foreach=settings.on_gpu)
             self._steps[key] = step, dict(built.uncounted)
         step, uncounted = self._steps[key]
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
@@ -146,9 +148,7 @@ def capacity_of(settings: PlanSettings) -> int:
     if settings.memory:
         return int(settings.memory * 2**30)
     if settings.device == "cpu":
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
     if not torch.cuda.is_available():
         raise UserError("memory is 0, and this machine has no GPU to ask; give --memory GIB, or --device cpu")
     return torch.cuda.get_device_properties(0).total_memory
@@ -160,9 +160,7 @@ def duration(settings: PlanSettings) -> float | None:
         return None
     tokens = math.inf
     if settings.max_steps > 0:
-        tokens = (
-            settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length * settings.processes
-        )
+        tokens = settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length
     if settings.tokens is not None:
         tokens = min(tokens, settings.epochs * settings.tokens)
     return None if tokens == math.inf else tokens / (settings.tokens_per_second * settings.processes)

@@ -12,7 +12,10 @@ from ..config import AdapterConfig
 from .read import Run
 from .tables import Table, shown
 
-BOOKKEEPING = {"output", "source", "expected", "resume", "overwrite", "tensorboard", "log_steps", "save_steps", "keep_checkpoints"}
+BOOKKEEPING = {
+    "output", "source", "expected", "resume", "overwrite", "tensorboard", "report_to", "log_steps", "save_steps",
+    "keep_checkpoints", "sample_prompts", "sample_steps", "sample_tokens",
+}  # fmt: skip
 """Settings that change no weight."""
 
 VARIED = {f.name for f in dataclasses.fields(AdapterConfig)} | {

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, listed
+from .devices import device_of
 from .folders import recover, whole_folder
 from .hub import hub_settings
 from .values import check_choice
@@ -71,6 +72,7 @@ def load_model(
     quantize: str | dict = "none",
     double_quantization: bool = False,
     trust_remote_code: bool = False,
+    device: str | None = None,
 ):
     """The language model `name` in `dtype`, in evaluation mode; it may read images too.
 
@@ -78,23 +80,39 @@ def load_model(
         quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
             quantization_config of transformers as a dict.
         trust_remote_code: run the code that the model's folder or repository brings.
+        device: where it is put, as `support.devices` reads it; None: in memory, or where its quantizer puts it.
 
     Raises:
-        UserError: it cannot be found or read, with the reason.
+        UserError: it cannot be found or read, with the reason; no such device.
     """
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    place = device_of(device) if device else None
     path = model_path(name)
     settings = quantization(quantize, dtype, double_quantization) | source_settings(path, trust_remote_code)
-    auto = auto_class(name, trust_remote_code)
-    if skipped := dense_parts(name, trust_remote_code) if "quantization_config" in settings and auto.__name__ != CAUSAL else ():
-        settings["quantization_config"].llm_int8_skip_modules = list(skipped)
+    auto, quantized = auto_class(name, trust_remote_code), quantize != "none"
+    if auto.__name__ != CAUSAL and hasattr(config := settings.get("quantization_config"), "llm_int8_skip_modules"):
+        config.llm_int8_skip_modules = list(dense_parts(name, trust_remote_code))
+    if quantized and place is not None and device != "auto":
+        settings["device_map"] = {"": place}
     with quiet_loading(), readable_errors(name):
         model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
+    if place is not None and not quantized:
+        model.to(place)
     model.eval()
+    if quantized:
+        leave_file(model)
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
+
+
+def leave_file(model) -> None:
+    """Put what is not quantized into memory of its own: a view of a mapped file keeps all of its pages, also those of weights that
+    are quantized now."""
+    for t in (*model.parameters(), *model.buffers()):
+        if t.device.type == "cpu" and t.is_floating_point() and type(t.data) is torch.Tensor:
+            t.data = t.data.clone()
 
 
 def auto_class(name: str, trust_remote_code: bool = False) -> type:

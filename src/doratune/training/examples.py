@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..data import encoder, load_items, recognition
 from ..data.encode import AnswerCollator, DataReport, encode_all
@@ -16,10 +17,23 @@ from .recipe import TrainRecipe
 from .streaming import StreamedRows
 
 
-def datasets(
+class RunExamples(NamedTuple):
+    """Rows to train and to evaluate on, tokenized, and the format of the training items."""
+
+    rows: list[dict] | StreamedRows
+    eval_rows: list[dict]
+    kind: DataFormat
+
+
+def datasets(recipe: TrainRecipe, tokenizer, say: Callable[[str], None]) -> tuple[list[dict] | StreamedRows, list[dict]]:
+    """(training rows, evaluation rows) of a recipe; see `read_examples`."""
+    return read_examples(recipe, tokenizer, say)[:2]
+
+
+def read_examples(
     recipe: TrainRecipe, tokenizer, say: Callable[[str], None], counts: dict[str, dict[str, int]] | None = None
-) -> tuple[list[dict] | StreamedRows, list[dict]]:
-    """(training rows, evaluation rows), tokenized; what the length limit did, and what was skipped, is said.
+) -> RunExamples:
+    """The examples of a recipe; what the length limit did, and what was skipped, is said.
 
     Args:
         counts: takes the numbers of examples, cut, too long and unusable, of both.
@@ -31,7 +45,8 @@ def datasets(
     eval_items, eval_unusable = [], [] if skip else None
     if recipe.streaming:
         rows = StreamedRows(recipe, tokenizer)
-        eval_kind, report = rows.kind, rows.report
+        kind = eval_kind = rows.kind
+        report = rows.report
         say(recognition(rows.kind, recipe.data_format))
         say(f"training data: {recipe.data}: read while it is trained on (max_length {recipe.max_length})")
     else:
@@ -53,7 +68,7 @@ def datasets(
         say(f"evaluation data: {recipe.eval_data or recipe.data}: {eval_report}")
     if counts is not None:
         counts |= {"training": report.counts(), "evaluation": eval_report.counts()}
-    return rows, eval_rows
+    return RunExamples(rows, eval_rows, kind)
 
 
 def _split(items: list, recipe: TrainRecipe) -> tuple[list, list]:

@@ -67,11 +67,11 @@ class SteadyMixin:
         self._token_loss = TokenLoss()
         try:
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-            mean = self._token_loss.mean()
+            means = {"loss": self._token_loss.mean(), "token_accuracy": self._token_loss.accuracy()}
         finally:
             self._token_loss = None
-        if mean is not None and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if mean is not None})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -240,6 +240,9 @@ class BaselineTrainer(SteadyMixin, transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         baselines.load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class DoRATrainer(TrainerMixin, transformers.Trainer):

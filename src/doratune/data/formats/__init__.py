@@ -83,6 +83,22 @@ class DataFormat:
         """What the item asks, without its answer, to compare items by."""
         raise NotImplementedError
 
+    def asking(self, text: str) -> dict:
+        """An item that asks this; what stands for the answer is of no meaning.
+
+        Raises:
+            UserError: items of this format ask nothing.
+        """
+        raise UserError(f"{self.name} data asks nothing")
+
+    def gold(self, item: Mapping, settings: DataSettings) -> str:
+        """The last answer of a checked item, as text.
+
+        Raises:
+            UserError: it has none.
+        """
+        raise UserError(f"{self.name} data holds no answer to compare with")
+
 
 @cache
 def formats() -> tuple[DataFormat, ...]:

@@ -20,7 +20,7 @@ class Messages(DataFormat):
     optional = ("tools",)
     inner = ("role", "content", "tool_calls")
     usual = {"messages": ("conversation", "dialog", "dialogue", "turns", "chat")}
-    list_key, names = "messages", ("role", "content")
+    list_key, names, asking_roles = "messages", ("role", "content"), ("user", "assistant")
 
     def conversation(self, item: Mapping, where: str, settings) -> list[dict]:
         """The item's messages in our form."""
@@ -42,6 +42,15 @@ class Messages(DataFormat):
 
     def question(self, item: Mapping, settings) -> str:
         return conversation.asked(self.conversation(item, "it", settings))
+
+    def asking(self, text: str) -> dict:
+        role, content = self.names
+        turns = zip(self.asking_roles, (text, "."))
+        return {self.list_key: [{role: name, content: words} for name, words in turns]}
+
+    def gold(self, item: Mapping, settings) -> str:
+        answers = [m for m in self.conversation(item, "it", settings) if m["role"] == "assistant"]
+        return answers[-1]["content"]
 
 
 FORMATS = (Messages(),)

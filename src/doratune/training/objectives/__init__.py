@@ -74,6 +74,10 @@ class Objective:
         """Further arguments of transformers' Trainer."""
         return {}
 
+    def watchers(self, processor, say: Callable[[str], None], checkpoint) -> list:
+        """Callbacks that show the run by its own means, once the examples are read. checkpoint: of a run that goes on."""
+        return []
+
     def units_in(self, inputs: dict) -> int | None:
         """Units in a batch, where transformers does not count them itself."""
         return None

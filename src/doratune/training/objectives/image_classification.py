@@ -20,7 +20,7 @@ from ...data.loading import check_weights, weighted
 from ...errors import UserError, listed, near_misses
 from . import Objective
 
-NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror")
+NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror", "sample_prompts")
 """Settings of text alone that would be ignored."""
 
 
@@ -37,6 +37,8 @@ class ImageClassification(Objective):
         for name in NOT_HERE:
             if value := getattr(self.recipe, name):
                 raise UserError(f"{name} is {value}, which is for text; objective image_classification has no use for it: drop it")
+        if self.recipe.best_by == "token_accuracy":
+            raise UserError("best_by is token_accuracy, and images have no tokens; give loss")
         if self.recipe.method not in (*METHODS, "full"):
             raise UserError(
                 f"method {self.recipe.method} trains no head of classes; for images give full or one of {', '.join(METHODS)}"

@@ -1,6 +1,4 @@
-"""The next token of text, with the loss on the answers: `data/` says what an answer is. The text may be about images, where the
-model reads them (LLaVA). Cost: tokenizing the data once; of images also their decoding.
-"""
+"""The next token of text, with the loss on the answers: `data/` says what an answer is. Cost: tokenizing the data once."""
 
 from __future__ import annotations
 
@@ -16,14 +14,17 @@ class LanguageModeling(Objective):
         return load_reader(self.recipe.model, self.recipe.trust_remote_code)
 
     def examples(self, processor, say, counts):
-        from ..examples import datasets
+        from ..examples import read_examples
 
-        return datasets(self.recipe, processor, say, counts)
+        rows, eval_rows, self.kind = read_examples(self.recipe, processor, say, counts)
+        return rows, eval_rows
 
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
         from ...support.models import load_model
 
-        return load_model(self.recipe.model, dtype, quantize, double_quantization, self.recipe.trust_remote_code)
+        r = self.recipe
+        device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
+        return load_model(r.model, dtype, quantize, double_quantization, r.trust_remote_code, device)
 
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         from ...data.limits import check_tokens
@@ -40,6 +41,11 @@ class LanguageModeling(Objective):
         from ..examples import collator
 
         return collator(self.recipe, processor, model)
+
+    def watchers(self, processor, say, checkpoint) -> list:
+        from ..samples import SampleWriter
+
+        return [SampleWriter(self.recipe, self.kind, processor, say, checkpoint)] if self.recipe.sample_prompts else []
 
     def arguments(self) -> dict:
         by_length = self.recipe.group_by_length and not (self.recipe.packing or self.recipe.streaming)
