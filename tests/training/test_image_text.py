@@ -248,9 +248,7 @@ def test_a_quantized_result_is_merged_with_its_processor(place):
     pytest.importorskip("bitsandbytes")
     train(recipe(place, "q", quantize="nf4", max_steps=1), say=lambda line: None)
     options = ["--adapter", place / "q" / "adapter", "--output", place / "q-merged", "--dtype", "float32"]
-    assert (
-        main(["merge", "--model", str(place / "model"), "--adapter", adapter, "--output", str(merged), "--dtype", "float32"]) == 0
-    )
+    assert main(["merge", "--model", *map(str, [place / "model", *options])]) == 0
     assert AutoProcessor.from_pretrained(place / "q-merged").image_processor is not None
     model = AutoModelForImageTextToText.from_pretrained(place / "q-merged")
     assert not any("4bit" in type(module).__name__ for module in model.modules())
