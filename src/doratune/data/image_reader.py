@@ -49,6 +49,7 @@ class ImageReader:
         self.mark = self._placeholder()
         self._sizes: dict[tuple[int, int], list[int]] = {}
         self.type_names: tuple[str, ...] = ()
+        self._kinds: dict[int, int] = {}
         self.checked = 0
         self.expansion((64, 64))
 
@@ -102,6 +103,9 @@ class ImageReader:
                 ) from None
             self._sizes[size] = list(inputs["input_ids"][0])
             self.type_names = tuple(name for name in TYPES if name in inputs)
+            for name in self.type_names:
+                kinds = zip(inputs["input_ids"][0], inputs[name][0], strict=True)
+                self._kinds |= {int(token): int(kind) for token, kind in kinds if kind}
         return self._sizes[size]
 
     def expanded(self, ids: Sequence[int], sources: Sequence[ImageSource]) -> tuple[list[int], list[int]]:
@@ -131,8 +135,10 @@ class ImageReader:
             return
         self.checked += 1
         images = [[opened(source) for source in sources]]
-        theirs = self.processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
-        if list(theirs) != list(ids):
+        theirs = self.processor(images=images, text=[text], add_special_tokens=False)
+        kinds = self.types(torch.tensor([ids]))
+        same = all(kinds[name][0].tolist() == list(theirs[name][0]) for name in self.type_names)
+        if list(theirs["input_ids"][0]) != list(ids) or not same:
             raise UserError(f"the processor of {self.name} puts more than the image into the text; its family is not supported")
 
     def _of_size(self, source: ImageSource) -> list[int]:
@@ -170,10 +176,10 @@ class ImageReader:
 
     def types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Which tokens (B, T) are an image's, under the names that the model wants."""
-        if not self.type_names:
-            return {}
-        marks = torch.tensor([token for token in self.processor.image_token_ids if token is not None], device=ids.device)
-        return dict.fromkeys(self.type_names, torch.isin(ids, marks).long())
+        kinds = torch.zeros_like(ids)
+        for token, kind in self._kinds.items():
+            kinds[ids == token] = kind
+        return dict.fromkeys(self.type_names, kinds)
 
 
 def load_reader(name: str, trust_remote_code: bool = False):
