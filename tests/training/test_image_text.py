@@ -1,5 +1,6 @@
 """Training models of images and text: what is trained and what is frozen, a step, resume, save, load, merge, evaluate."""
 
+import json
 import math
 
 import pytest
@@ -175,9 +176,10 @@ def test_merge_and_evaluate_from_the_command_line(place, capsys):
     assert all(torch.allclose(p, now[name], atol=1e-6) for name, p in base.named_parameters() if name in now)
 
 
-def test_the_images_decide_what_is_learned(tmp_path):
-    """After some steps a tiny LLaVA names the colours that it was shown, and its score is above the most frequent answer."""
-    model_folder(tmp_path / "model", "llava")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_decide_what_is_learned(tmp_path, family):
+    """After some steps the model names the colours that it was shown, and ends its answers where the template does."""
+    model_folder(tmp_path / "model", family)
     image_folder(tmp_path / "images", [(16, 16)] * 4)
     items = [item for item in llava_items(64) if "image" in item]
     write_items(tmp_path / "train.json", items)
@@ -190,6 +192,48 @@ def test_the_images_decide_what_is_learned(tmp_path):
     doratune.load(model, tmp_path / "run" / "adapter")
     result = evaluate(model, reader, [load_task(str(tmp_path / "colours.json"))], ["generate"], batch_size=3)["results"][0]
     assert result["accuracy"] == 1.0 and result["majority"] == pytest.approx(1 / 3)
+
+
+def test_tasks_are_scored_after_a_training_and_data_may_be_streamed(place):
+    write_items(place / "train.jsonl", llava_items(12))
+    task_file(place)
+    run = {"data": str(place / "train.jsonl"), "streaming": True, "tasks": [str(place / "colours.json")], "tasks_batch_size": 4}
+    metrics = train_with_tasks(recipe(place, "tasks", tasks_protocol="generate", **run))
+    result = json.loads((place / "tasks" / "scores" / "after" / "results.json").read_text())["results"][0]
+    assert metrics["steps"] == 2 and result["total"] == 9 and 0 <= result["accuracy"] <= 1
+
+
+def train_with_tasks(settings):
+    from doratune.evaluation.evaluate import after_training
+
+    return train(settings, say=lambda line: None, score=after_training(settings, lambda line: None, None))
+
+
+def test_prompts_of_text_are_generated_in_the_processors_template(place, tmp_path, capsys):
+    """Through `doratune generate`: the question is in the prompt, and an image is refused."""
+    turns = [{"role": "user", "content": "What colour is the sky?"}]
+    write_items(tmp_path / "prompts.jsonl", [{"messages": turns}])
+    options = [
+        "--model",
+        place / "model",
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--max_new_tokens",
+        3,
+    ]
+    assert main(["generate", *map(str, options)]) == 0
+    reader = load_reader(str(place / "model"))
+    from doratune.generation.prompts import rendered
+
+    ids = rendered({"messages": turns}, reader)
+    assert "What colour is the sky?" in reader.decode(ids) and ids == reader.question("What colour is the sky?", [])
+    write_items(tmp_path / "prompts.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}])
+    assert main(["generate", *map(str, options), "--overwrite"]) == 2
+    capsys.readouterr()
+    with pytest.raises(UserError, match="a prompt with an image"):
+        rendered({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, reader)
 
 
 def test_settings_that_do_not_fit_are_one_line(place, tiny_folder):

@@ -12,7 +12,7 @@ epoch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,8 @@ class ImageReader:
 
     Attributes:
         processor, tokenizer: the tokenizer has the processor's chat template. mark: the placeholder's token.
-        type_names: which of TYPES the model wants. in_parts: a template gets the content of a turn as a list of parts."""
+        type_names: which of TYPES the model wants. stops: tokens at which an answer ends.
+        in_parts: a template gets the content of a turn as a list of parts."""
 
     in_parts = True
 
@@ -52,6 +53,7 @@ class ImageReader:
         self._kinds: dict[int, int] = {}
         self.checked = 0
         self.expansion((64, 64))
+        self.stops = self._stops()
 
     def __getattr__(self, name: str):
         if name == "tokenizer":  # not there yet: while it is copied
@@ -84,6 +86,23 @@ class ImageReader:
                 self.word = str(word)
                 return ids[0]
         raise UserError(f"the chat template of {self.name} writes no image token of its processor; it takes no images this way")
+
+    def _stops(self) -> list[int]:
+        """The tokens at which an answer ends: the end of a sequence, and what the template closes an answer with."""
+        word = "zqANSWERqz"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
+        behind = self.apply_chat_template(turns, tokenize=False).partition(word)[2].lstrip()
+        first = self.tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+        special = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *(token for token in first if token in special)]))
+
+    def apply_chat_template(self, conversation: Sequence[Mapping], *args, **settings):
+        """The tokenizer's, with the content of each turn as the parts that a processor's template reads."""
+        turns = [
+            turn | {"content": [{"type": "text", "text": turn["content"]}]} if isinstance(turn.get("content"), str) else turn
+            for turn in conversation
+        ]
+        return self.tokenizer.apply_chat_template(turns, *args, **settings)
 
     def expansion(self, size: tuple[int, int]) -> list[int]:
         """The tokens of one image of (width, height).

@@ -46,7 +46,7 @@ def generate(
         num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=getattr(tokenizer, "stops", tokenizer.eos_token_id),
         bos_token_id=tokenizer.bos_token_id,
     )
     stops_early = beams == 1 and read is None

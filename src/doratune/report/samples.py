@@ -57,13 +57,13 @@ def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
 
 def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:
     after = read_items(run.after.folder, task, protocol, warn)
-    before = {item["prompt"]: item for item in read_items(run.before.folder, task, protocol, warn)}
+    before = {(item["prompt"], item.get("image")): item for item in read_items(run.before.folder, task, protocol, warn)}
     if not after:
         return None
     start, end = _frame([item["prompt"] for item in after])
     by_kind: dict[str, list[Sample]] = {kind: [] for kind in KINDS.values()}
     for item in after:
-        old = before.get(item["prompt"])
+        old = before.get((item["prompt"], item.get("image")))
         right = (bool(old.get("correct")) if old else None, bool(item.get("correct")))
         prompt = item["prompt"][len(start) : len(item["prompt"]) - len(end)]
         sample = Sample(prompt, item["gold"], old["output"] if old else None, item["output"], KINDS[right], right)
