@@ -237,6 +237,21 @@ def test_images_count_at_their_token_cost_and_are_never_cut(tmp_path, family):
         rows_of(tmp_path, [long], reader, max_length=whole - 1, too_long="skip")
 
 
+def test_what_is_shown_counts_an_images_tokens(tmp_path, llava, capsys):
+    """Through `doratune data`: the tokens of an image are one word and a number; what is wrong is listed with its item."""
+    from doratune.cli.main import main
+
+    llava.save_pretrained(tmp_path / "model")
+    FAMILIES["llava"]()[0].save_pretrained(tmp_path / "model")
+    image_folder(tmp_path / "images")
+    write_items(tmp_path / "train.json", [*llava_items(2), ask("<image>what?", "nobody.png")])
+    options = ["--model", tmp_path / "model", "--images", tmp_path / "images"]
+    assert main(["data", str(tmp_path / "train.json"), *map(str, options)]) == 1
+    shown = capsys.readouterr().out
+    assert "USER: <image> × 16 \nWhat colour is it? ASSISTANT:⟦ red</s>⟧" in shown
+    assert "item 3: " in shown and "nobody.png: no such image file" in shown
+
+
 def test_a_mix_that_begins_with_text_is_read_with_its_images(tmp_path, llava):
     items = [llava_items(4)[3], *llava_items(3)]
     rows, _, kind = rows_of(tmp_path, items, llava)
