@@ -21,11 +21,16 @@ SMOL = (  # that of SmolVLM's: a special token closes every turn
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+GEMMA = (  # that of Gemma 3's, without its system turn
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (30, 30, 220), "white": (250, 250, 250)}
 
 
-def words_tokenizer(special):
-    """A byte-level BPE over these special tokens, with a beginning-of-sequence token in front of every text."""
+def words_tokenizer(special, named=None):
+    """A byte-level BPE over these special tokens, with a beginning-of-sequence token in front of every text; some have names."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,7 +46,7 @@ def words_tokenizer(special):
     inner.train_from_iterator(["What colour is it? red green blue white USER: ASSISTANT: yes no"] * 20, trainer)
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=list(special)
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=named or list(special)
     )
 
 
@@ -94,7 +99,62 @@ def tiny_smolvlm(seed=0):
     return Idefics3ForConditionalGeneration(config).eval(), processor
 
 
+def tiny_llava_next(seed=0):
+    """(LLaVA-NeXT, whose images are cut into a grid of tiles, its processor)."""
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tokenizer = words_tokenizer(["<image>"])
+    grid = [[16, 32], [32, 16], [32, 32]]
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=grid
+    )
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaNextProcessor(images, tokenizer, chat_template=LLAVA, **options)
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    torch.manual_seed(seed)
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text_config(tokenizer),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=grid,
+    )
+    return LlavaNextForConditionalGeneration(config).eval(), processor
+
+
+def tiny_gemma3(seed=0):
+    """(Gemma 3, which says which tokens are an image's and puts line feeds around it, its processor)."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, SiglipVisionConfig
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    begin, end, soft = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
+    named = {"boi_token": begin, "eoi_token": end, "image_token": soft}
+    tokenizer = words_tokenizer([begin, end, soft, "<start_of_turn>", "<end_of_turn>"], named)
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=4, chat_template=GEMMA
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in (begin, end, soft)]
+    torch.manual_seed(seed)
+    config = Gemma3Config(
+        vision_config=vision,
+        text_config=text_config(tokenizer, "Gemma3TextConfig", head_dim=8),
+        mm_tokens_per_image=4,
+        **dict(zip(("boi_token_index", "eoi_token_index", "image_token_index"), ids)),
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero by its config alone
+    return model, processor
+
+
 FAMILIES = {"llava": tiny_llava, "smolvlm": tiny_smolvlm}
+
+FURTHER = {"llava-next": tiny_llava_next, "gemma3": tiny_gemma3}
+"""Families whose batches are tested too; training, merging and scoring are shown on the first two."""
 
 
 def model_folder(path, family="llava"):

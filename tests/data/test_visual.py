@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from pictures import FAMILIES, image_folder, llava_items, model_folder, write_items
+from pictures import FAMILIES, FURTHER, image_folder, llava_items, write_items
 from PIL import Image
 
 from doratune.data import DataSettings, encoder, load_items
@@ -15,9 +15,9 @@ from doratune.data.image_reader import ImageReader, load_reader
 from doratune.errors import UserError
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *FURTHER])
 def family(request):
-    model, processor = FAMILIES[request.param]()
+    model, processor = (FAMILIES | FURTHER)[request.param]()
     return request.param, model, ImageReader(processor, request.param)
 
 
@@ -53,7 +53,7 @@ def test_the_loss_is_on_the_answers_and_on_what_closes_them(tmp_path, family):
     item = {"image": ["red.png", "green.png"], "conversations": [{"from": f, "value": v} for f, v in turns]}
     rows, _, kind = rows_of(tmp_path, [item, *llava_items(4)], reader)
     assert kind.name == "visual"
-    closing = "</s>" if name == "llava" else "<end_of_utterance>"
+    closing = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(name, "</s>")
     assert [part.strip() for part in learned(reader, rows[0])] == [f"red{closing}", f"no green{closing}"]
     assert [part.strip() for part in learned(reader, rows[4])] == [f"yes{closing}"]
     mark = reader.mark
@@ -75,7 +75,7 @@ def test_the_tokens_are_those_of_the_processor_itself(tmp_path, family):
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": "yes?"}]
         parts = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]
         text = reader.processor.apply_chat_template(parts, tokenize=False)
-        text = text.replace("no ", "no</s> ") if reader.name == "llava" else text
+        text = text.replace("no ", "no</s> ") if reader.name.startswith("llava") else text
         opened = [[Image.open(tmp_path / "images" / name) for name in images]] if images else None
         theirs = reader.processor(text=[text], images=opened)["input_ids"][0]
         assert rows[0]["input_ids"] == list(theirs)
@@ -99,7 +99,6 @@ def test_a_batch_is_what_its_rows_are_alone(tmp_path, family):
             alone = model(**collate([row]))
             count = sum(label != IGNORED for label in row["labels"])
             assert torch.allclose(logits[i, -count - 1 :], alone.logits[0, -count - 1 :], atol=1e-5)
-    assert torch.equal(together["labels"] != IGNORED, together["labels"] != IGNORED)
     assert together["attention_mask"].sum().item() == sum(row["length"] for row in rows)
     assert "pixel_values" in together and "pixel_values" not in collate([rows[3]])
 
@@ -227,7 +226,7 @@ def test_images_count_at_their_token_cost_and_are_never_cut(tmp_path, family):
     rows, report, _ = rows_of(tmp_path, [long], reader)
     whole, cost = rows[0]["length"], len(reader.expansion((16, 16)))
     marks = sum(token == reader.mark for token in rows[0]["input_ids"])
-    assert whole > cost and marks >= 4
+    assert whole > cost and marks >= 1
     rows, report, _ = rows_of(tmp_path, [long], reader, max_length=whole - 15)
     assert report.counts()["cut"] == 1 and rows[0]["length"] == whole - 15
     assert sum(token == reader.mark for token in rows[0]["input_ids"]) == marks
@@ -236,6 +235,21 @@ def test_images_count_at_their_token_cost_and_are_never_cut(tmp_path, family):
         rows_of(tmp_path, [long], reader, max_length=cost + 3)
     with pytest.raises(UserError, match="longer than max_length"):
         rows_of(tmp_path, [long], reader, max_length=whole - 1, too_long="skip")
+
+
+def test_what_is_shown_counts_an_images_tokens(tmp_path, llava, capsys):
+    """Through `doratune data`: the tokens of an image are one word and a number; what is wrong is listed with its item."""
+    from doratune.cli.main import main
+
+    llava.save_pretrained(tmp_path / "model")
+    FAMILIES["llava"]()[0].save_pretrained(tmp_path / "model")
+    image_folder(tmp_path / "images")
+    write_items(tmp_path / "train.json", [*llava_items(2), ask("<image>what?", "nobody.png")])
+    options = ["--model", tmp_path / "model", "--images", tmp_path / "images"]
+    assert main(["data", str(tmp_path / "train.json"), *map(str, options)]) == 1
+    shown = capsys.readouterr().out
+    assert "USER: <image> × 16 \nWhat colour is it? ASSISTANT:⟦ red</s>⟧" in shown
+    assert "item 3: " in shown and "nobody.png: no such image file" in shown
 
 
 def test_a_mix_that_begins_with_text_is_read_with_its_images(tmp_path, llava):
@@ -263,8 +277,10 @@ def test_a_model_of_text_refuses_images(tmp_path, tiny_tokenizer):
 
 
 def test_which_reader_a_folder_gets(tmp_path, tiny_folder, family):
-    name, _, _ = family
-    assert isinstance(load_reader(str(model_folder(tmp_path / "m", name))), ImageReader)
+    name, model, reader = family
+    model.save_pretrained(tmp_path / "m")
+    reader.save_pretrained(tmp_path / "m")
+    assert isinstance(load_reader(str(tmp_path / "m")), ImageReader)
     assert not isinstance(load_reader(str(tiny_folder)), ImageReader)
     for path in (tmp_path / "m").glob("*processor*"):
         path.unlink()

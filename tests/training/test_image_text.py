@@ -1,5 +1,6 @@
 """Training models of images and text: what is trained and what is frozen, a step, resume, save, load, merge, evaluate."""
 
+import json
 import math
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_projector_has_a_rate_of_its_own(place):
     model = load_model(str(place / "model"))
     parts = parts_of(model)
     before = {name: p.clone() for name, p in model.named_parameters() if name.startswith(parts.projector)}
-    doratune.load(model, place / "rates" / "adapter")
+    doratune.load(model, place / "rates" / "adapter", trainable=True)
     assert metrics["direction_moved"] > 0
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
     groups = {group["name"]: group["lr"] for group in doratune.parameter_groups(model, lr=2e-4, whole_lr_ratio=0.1)}
@@ -175,9 +176,10 @@ def test_merge_and_evaluate_from_the_command_line(place, capsys):
     assert all(torch.allclose(p, now[name], atol=1e-6) for name, p in base.named_parameters() if name in now)
 
 
-def test_the_images_decide_what_is_learned(tmp_path):
-    """After some steps a tiny LLaVA names the colours that it was shown, and its score is above the most frequent answer."""
-    model_folder(tmp_path / "model", "llava")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_decide_what_is_learned(tmp_path, family):
+    """After some steps the model names the colours that it was shown, and ends its answers where the template does."""
+    model_folder(tmp_path / "model", family)
     image_folder(tmp_path / "images", [(16, 16)] * 4)
     items = [item for item in llava_items(64) if "image" in item]
     write_items(tmp_path / "train.json", items)
@@ -190,6 +192,48 @@ def test_the_images_decide_what_is_learned(tmp_path):
     doratune.load(model, tmp_path / "run" / "adapter")
     result = evaluate(model, reader, [load_task(str(tmp_path / "colours.json"))], ["generate"], batch_size=3)["results"][0]
     assert result["accuracy"] == 1.0 and result["majority"] == pytest.approx(1 / 3)
+
+
+def test_tasks_are_scored_after_a_training_and_data_may_be_streamed(place):
+    write_items(place / "train.jsonl", llava_items(12))
+    task_file(place)
+    run = {"data": str(place / "train.jsonl"), "streaming": True, "tasks": [str(place / "colours.json")], "tasks_batch_size": 4}
+    metrics = train_with_tasks(recipe(place, "tasks", tasks_protocol="generate", **run))
+    result = json.loads((place / "tasks" / "scores" / "after" / "results.json").read_text())["results"][0]
+    assert metrics["steps"] == 2 and result["total"] == 9 and 0 <= result["accuracy"] <= 1
+
+
+def train_with_tasks(settings):
+    from doratune.evaluation.evaluate import after_training
+
+    return train(settings, say=lambda line: None, score=after_training(settings, lambda line: None, None))
+
+
+def test_prompts_of_text_are_generated_in_the_processors_template(place, tmp_path, capsys):
+    """Through `doratune generate`: the question is in the prompt, and an image is refused."""
+    turns = [{"role": "user", "content": "What colour is the sky?"}]
+    write_items(tmp_path / "prompts.jsonl", [{"messages": turns}])
+    options = [
+        "--model",
+        place / "model",
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "--output",
+        tmp_path / "out.jsonl",
+        "--max_new_tokens",
+        3,
+    ]
+    assert main(["generate", *map(str, options)]) == 0
+    reader = load_reader(str(place / "model"))
+    from doratune.generation.prompts import rendered
+
+    ids = rendered({"messages": turns}, reader)
+    assert "What colour is the sky?" in reader.decode(ids) and ids == reader.question("What colour is the sky?", [])
+    write_items(tmp_path / "prompts.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}])
+    assert main(["generate", *map(str, options), "--overwrite"]) == 2
+    capsys.readouterr()
+    with pytest.raises(UserError, match="a prompt with an image"):
+        rendered({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, reader)
 
 
 def test_settings_that_do_not_fit_are_one_line(place, tiny_folder):
@@ -210,6 +254,16 @@ def test_settings_that_do_not_fit_are_one_line(place, tiny_folder):
             train(recipe(place, "refused", **changes), **quiet)
         assert words in str(stop.value) and "\n" not in str(stop.value)
         assert not (place / "refused" / "adapter").exists()
+
+
+def test_memory_is_not_planned_for_models_of_images_and_text(place, capsys):
+    """One line that says so, from `plan` and from `init`, instead of figures without the images."""
+    model, data = str(place / "model"), str(place / "train.json")
+    write_recipe = ["init", "--model", model, "--data", data, "--images", str(place / "images"), "--output", str(place / "r.yaml")]
+    for command in (["plan", "--model", model, "--data", data], [*write_recipe, "--memory", "24"]):
+        assert main(command) == 2
+        assert "memory is planned for models of text" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (place / "r.yaml").exists()
 
 
 def test_broken_images_are_skipped_and_counted_where_the_recipe_says_so(place):
@@ -240,6 +294,24 @@ def test_a_quantized_base_keeps_what_stands_beside_the_language_model(place):
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     assert all((kind == "Linear4bit") != name.startswith(skipped) for name, kind in kinds.items())
     assert "Linear4bit" in kinds.values() and "Linear" in kinds.values()
+
+
+def test_a_quantized_result_is_merged_with_its_processor(place):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    pytest.importorskip("bitsandbytes")
+    train(recipe(place, "q", quantize="nf4", max_steps=1), say=lambda line: None)
+    options = ["--adapter", place / "q" / "adapter", "--output", place / "q-merged", "--dtype", "float32"]
+    assert main(["merge", "--model", *map(str, [place / "model", *options])]) == 0
+    assert AutoProcessor.from_pretrained(place / "q-merged").image_processor is not None
+    model = AutoModelForImageTextToText.from_pretrained(place / "q-merged")
+    assert not any("4bit" in type(module).__name__ for module in model.modules())
+
+
+def test_prompts_are_answered_while_it_trains(place):
+    lines = []
+    train(recipe(place, "samples", sample_prompts=["What colour is the sky?"], max_steps=1), say=lines.append)
+    assert any(line.startswith("step 1: 'What colour is the sky?' -> ") for line in lines)
 
 
 def test_llava_7b_by_counting():

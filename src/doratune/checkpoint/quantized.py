@@ -20,6 +20,7 @@ from ..adapter.attach import record_of
 from ..adapter.merge import merge
 from ..adapter.stored import Stored
 from ..bases import dense_weight
+from ..data.image_reader import load_reader
 from ..errors import UserError
 from ..layers import kind_of
 from ..publishing.card import write_merged_card
@@ -124,7 +125,7 @@ def logits(model, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 def _processor(model, base: str):
     """What is saved beside a model of this class."""
-    return load_processor(base) if is_classifier(class_record(model)["class"]) else load_tokenizer(base)
+    return load_processor(base) if is_classifier(class_record(model)["class"]) else load_reader(base)
 
 
 def _inputs(model, base: str) -> list[dict[str, torch.Tensor]]:

@@ -139,12 +139,12 @@ def _wish(settings: InitSettings):
 def _facts(settings: InitSettings):
     """(facts of the data, how it is read, lines of items that cannot be used)."""
     from ..data import load_items, recognition
+    from ..data.image_reader import load_reader
     from ..planning.architecture import config_of
     from ..planning.lengths import data_facts, in_the_template
-    from ..support.models import load_tokenizer
 
     config_of(settings.model, settings.trust_remote_code)
-    tokenizer = load_tokenizer(settings.model, settings.trust_remote_code)
+    tokenizer = load_reader(settings.model, settings.trust_remote_code)
     reading = {f.name: getattr(settings, f.name) for f in dataclasses.fields(DataSettings)}
     reading = DataSettings(**reading | ({"prompt": "plain"} if settings.prompt == "auto" else {}))
     unusable: list[str] = []

@@ -113,7 +113,8 @@ def read_verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
         for line in lines(read_text(path)):
             item = json.loads(line)
             verdicts.append(float(item.get("score", {True: 1.0, False: 0.0}[item["correct"]])))
-            digest.update(json.dumps([item["prompt"], item["gold"]]).encode())
+            asked = [item["prompt"], item["gold"], *([item["image"]] if "image" in item else [])]
+            digest.update(json.dumps(asked).encode())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is missing or corrupt ({type(error).__name__}); delete the cell's folder, and it runs again"

@@ -12,7 +12,7 @@ epoch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,8 @@ class ImageReader:
 
     Attributes:
         processor, tokenizer: the tokenizer has the processor's chat template. mark: the placeholder's token.
-        type_names: which of TYPES the model wants. in_parts: a template gets the content of a turn as a list of parts."""
+        type_names: which of TYPES the model wants. stops: tokens at which an answer ends.
+        in_parts: a template gets the content of a turn as a list of parts."""
 
     in_parts = True
 
@@ -49,8 +50,10 @@ class ImageReader:
         self.mark = self._placeholder()
         self._sizes: dict[tuple[int, int], list[int]] = {}
         self.type_names: tuple[str, ...] = ()
+        self._kinds: dict[int, int] = {}
         self.checked = 0
         self.expansion((64, 64))
+        self.stops = self._stops()
 
     def __getattr__(self, name: str):
         if name == "tokenizer":  # not there yet: while it is copied
@@ -84,6 +87,23 @@ class ImageReader:
                 return ids[0]
         raise UserError(f"the chat template of {self.name} writes no image token of its processor; it takes no images this way")
 
+    def _stops(self) -> list[int]:
+        """The tokens at which an answer ends: the end of a sequence, and what the template closes an answer with."""
+        word = "zqANSWERqz"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
+        behind = self.apply_chat_template(turns, tokenize=False).partition(word)[2].lstrip()
+        first = self.tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+        special = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *(token for token in first if token in special)]))
+
+    def apply_chat_template(self, conversation: Sequence[Mapping], *args, **settings):
+        """The tokenizer's, with the content of each turn as the parts that a processor's template reads."""
+        turns = [
+            turn | {"content": [{"type": "text", "text": turn["content"]}]} if isinstance(turn.get("content"), str) else turn
+            for turn in conversation
+        ]
+        return self.tokenizer.apply_chat_template(turns, *args, **settings)
+
     def expansion(self, size: tuple[int, int]) -> list[int]:
         """The tokens of one image of (width, height).
 
@@ -102,6 +122,9 @@ class ImageReader:
                 ) from None
             self._sizes[size] = list(inputs["input_ids"][0])
             self.type_names = tuple(name for name in TYPES if name in inputs)
+            for name in self.type_names:
+                kinds = zip(inputs["input_ids"][0], inputs[name][0], strict=True)
+                self._kinds |= {int(token): int(kind) for token, kind in kinds if kind}
         return self._sizes[size]
 
     def expanded(self, ids: Sequence[int], sources: Sequence[ImageSource]) -> tuple[list[int], list[int]]:
@@ -131,8 +154,10 @@ class ImageReader:
             return
         self.checked += 1
         images = [[opened(source) for source in sources]]
-        theirs = self.processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
-        if list(theirs) != list(ids):
+        theirs = self.processor(images=images, text=[text], add_special_tokens=False)
+        kinds = self.types(torch.tensor([ids]))
+        same = all(kinds[name][0].tolist() == list(theirs[name][0]) for name in self.type_names)
+        if list(theirs["input_ids"][0]) != list(ids) or not same:
             raise UserError(f"the processor of {self.name} puts more than the image into the text; its family is not supported")
 
     def _of_size(self, source: ImageSource) -> list[int]:
@@ -170,10 +195,10 @@ class ImageReader:
 
     def types(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Which tokens (B, T) are an image's, under the names that the model wants."""
-        if not self.type_names:
-            return {}
-        marks = torch.tensor([token for token in self.processor.image_token_ids if token is not None], device=ids.device)
-        return dict.fromkeys(self.type_names, torch.isin(ids, marks).long())
+        kinds = torch.zeros_like(ids)
+        for token, kind in self._kinds.items():
+            kinds[ids == token] = kind
+        return dict.fromkeys(self.type_names, kinds)
 
 
 def load_reader(name: str, trust_remote_code: bool = False):

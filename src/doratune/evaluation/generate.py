@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..errors import UserError
 from . import prefix
-from .images import image_inputs, prompt_tokens
+from .images import image_inputs, place_of, prompt_tokens
 from .kinds import TaskKind, kind_of
 
 
@@ -46,7 +46,7 @@ def generate(
         num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=getattr(tokenizer, "stops", tokenizer.eos_token_id),
         bos_token_id=tokenizer.bos_token_id,
     )
     stops_early = beams == 1 and read is None
@@ -77,8 +77,8 @@ def generate(
 def record_of(item: Mapping, prompt: str, output: str, answer: str | None, right: bool) -> dict:
     """What is written of one item; `score` where an answer may count in part."""
     kind = kind_of(item)
-    image = {"image": item["image"]} if isinstance(item.get("image"), str) else {}
-    record = {"prompt": prompt, "output": output, "answer": answer, "gold": kind.gold(item), "correct": right, **image}
+    record = {"prompt": prompt, "output": output, "answer": answer, "gold": kind.gold(item), "correct": right}
+    record |= {"image": place} if (place := place_of(item)) else {}
     return record if (score := kind.score(answer, item)) in (0, 1) else record | {"score": score}
 
 

@@ -24,6 +24,12 @@ def sources(item: Mapping) -> list[ImageSource]:
     return [] if item.get("image") is None else [source_of(item["image"], item.get("image_folders", ()))]
 
 
+def place_of(item: Mapping) -> str | None:
+    """The path of an item's image; None of an item without one, or that holds its image itself."""
+    place = next((source.place for source in sources(item)), None)
+    return place if isinstance(place, str) else None
+
+
 def prompt_tokens(tokenizer, text: str, item: Mapping) -> list[int]:
     """The tokens of an item's prompt.
 

@@ -15,8 +15,9 @@ from ..adapter import several
 from ..analysis.runs import names as shortest_names
 from ..checkpoint.adapter import base_model_of, load, read_folder
 from ..checkpoint.quantized import recorded_quantization
+from ..data.image_reader import load_reader
 from ..errors import UserError, near_misses
-from ..support.models import load_model, load_tokenizer
+from ..support.models import load_model
 
 BASE = "base"
 
@@ -77,7 +78,7 @@ class NamedAdapters:
         self.base = model or base_model_of(next(iter(self.folders.values())))
         if quantize == "recorded":
             quantize = self._recorded()
-        self.tokenizer = load_tokenizer(self.base, trust_remote_code)
+        self.tokenizer = load_reader(self.base, trust_remote_code)
         self.model = load_model(self.base, dtype, quantize, trust_remote_code=trust_remote_code, device=device)
         self.current = BASE
         self.inside: dict[str, str] = {}

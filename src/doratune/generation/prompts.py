@@ -126,4 +126,9 @@ def _chat(messages: list[dict], tokenizer) -> list[int]:
     except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
         roles = ", ".join(m["role"] for m in messages)
         raise UserError(f"the chat template refuses a conversation of {roles}: {' '.join(str(error).split())[:200]}") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not getattr(tokenizer, "in_parts", False):
+        return ids
+    if tokenizer.mark in ids:
+        raise UserError("a prompt with an image; prompts are text here: ask about images with doratune evaluate --task FILE.json")
+    return [*tokenizer.leading(text), *ids]

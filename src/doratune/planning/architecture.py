@@ -90,13 +90,18 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
     Raises:
         UserError: no such model, or the recipe's targets or ranks do not fit it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if recipe.objective != DEFAULT:
         raise UserError(
             f"objective is {recipe.objective}, and doratune plan counts what language models keep; try a few steps instead"
         )
     config = copy.deepcopy(config) if config is not None else config_of(recipe.model, recipe.trust_remote_code)
+    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"{recipe.model} reads images and text, and memory is planned for models of text; plan its language model instead, "
+            "with the tokens of an image in max_length"
+        )
     config._name_or_path = ""  # files of the weights are not looked at
     dtype = torch.float32 if recipe.method == "full" else torch_dtype(recipe.dtype)
     with quiet_loading(), readable_errors(recipe.model), torch.device("meta"):

@@ -1,16 +1,23 @@
 """Sample outputs before and after training: items whose verdict changed first, then the others.
 
-What all prompts of a task have in common (the template) is shown once. Cost: the item files are read whole, one at a time.
+What all prompts of a task have in common (the template) is shown once; an item's image stands beside it. Cost: the item
+files are read whole, one at a time.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..data.images import open_image
+from ..errors import UserError
 from .read import Run, Warn, read_items
 
 SHOWN = 6
+PIXELS = 240
+"""Longest side of an image on the page."""
 KINDS = {
     (False, True): "learned",
     (True, False): "lost",
@@ -30,6 +37,8 @@ class Sample:
     after: str
     kind: str
     right: tuple[bool | None, bool]
+    image: str | None = None
+    """The path of the item's image; on the page, the image itself."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,37 @@ def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
 
 def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:
     after = read_items(run.after.folder, task, protocol, warn)
-    before = {item["prompt"]: item for item in read_items(run.before.folder, task, protocol, warn)}
+    before = {(item["prompt"], item.get("image")): item for item in read_items(run.before.folder, task, protocol, warn)}
     if not after:
         return None
     start, end = _frame([item["prompt"] for item in after])
     by_kind: dict[str, list[Sample]] = {kind: [] for kind in KINDS.values()}
     for item in after:
-        old = before.get(item["prompt"])
+        old = before.get((item["prompt"], item.get("image")))
         right = (bool(old.get("correct")) if old else None, bool(item.get("correct")))
         prompt = item["prompt"][len(start) : len(item["prompt"]) - len(end)]
-        sample = Sample(prompt, item["gold"], old["output"] if old else None, item["output"], KINDS[right], right)
+        sample = Sample(
+            prompt, item["gold"], old["output"] if old else None, item["output"], KINDS[right], right, item.get("image")
+        )
         by_kind[sample.kind].append(sample)
     counts = {kind: len(samples) for kind, samples in by_kind.items() if samples}
-    return SampleSet(run.name, task, protocol, counts, (start, end), _chosen(list(by_kind.values())))
+    chosen = [replace(sample, image=picture(sample.image, warn)) for sample in _chosen(list(by_kind.values()))]
+    return SampleSet(run.name, task, protocol, counts, (start, end), chosen)
+
+
+def picture(place: str | None, warn: Warn) -> str | None:
+    """The image as a small data URI; None where there is none, or it cannot be read (any more), which is said."""
+    if not isinstance(place, str):
+        return None
+    try:
+        image = open_image(place)
+    except (UserError, ImportError) as error:
+        warn(f"{place} is not shown beside its sample: {str(error).removeprefix(place).lstrip(': ')}")
+        return None
+    image.thumbnail((PIXELS, PIXELS))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def _chosen(kinds: list[list[Sample]]) -> list[Sample]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UserError
-from .model_folders import embeddings_of
 from .models import model_path, readable_errors, source_settings
 
 PROJECTORS = ("multi_modal_projector", "connector", "projector", "merger", "mm_projector", "modality_projection")
@@ -64,8 +63,11 @@ def load_processor(name: str, trust_remote_code: bool = False):
 
 def parts_of(model: nn.Module) -> ModelParts | None:
     """The parts of a model of images and text; None for any other model, and where nothing stands beside the decoder."""
-    reads_tokens = hasattr(embeddings_of(model), "num_embeddings")  # transformers calls the body of an image classifier a decoder
-    decoder = model.get_decoder() if reads_tokens and hasattr(model, "get_decoder") else None
+    from transformers import AutoModelForImageTextToText
+
+    if type(getattr(model, "config", None)) not in AutoModelForImageTextToText._model_mapping:
+        return None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     names = {id(module): name for name, module in model.named_modules()}
     language = names.get(id(decoder), "") if decoder is not None else ""
     if not language:

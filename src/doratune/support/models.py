@@ -91,8 +91,8 @@ def load_model(
     path = model_path(name)
     settings = quantization(quantize, dtype, double_quantization) | source_settings(path, trust_remote_code)
     auto, quantized = auto_class(name, trust_remote_code), quantize != "none"
-    if skipped := dense_parts(name, trust_remote_code) if quantized and auto.__name__ != CAUSAL else ():
-        settings["quantization_config"].llm_int8_skip_modules = list(skipped)
+    if auto.__name__ != CAUSAL and hasattr(config := settings.get("quantization_config"), "llm_int8_skip_modules"):
+        config.llm_int8_skip_modules = list(dense_parts(name, trust_remote_code))
     if quantized and place is not None and device != "auto":
         settings["device_map"] = {"": place}
     with quiet_loading(), readable_errors(name), blocks_apart():

@@ -92,6 +92,13 @@ class Visual(DataFormat):
         messages, images = self.conversation(item, "it", settings)
         return "\n".join([conversation.asked(messages), *(str(image)[:200] for image in images)])
 
+    def asking(self, text: str) -> dict:
+        return _LISTS["messages"].asking(text)
+
+    def gold(self, item: Mapping, settings) -> str:
+        answers = [m for m in self.conversation(item, "it", settings)[0] if m["role"] == "assistant"]
+        return answers[-1]["content"]
+
 
 def _content_keys(item: Mapping) -> list[tuple[str, tuple[str, ...]]]:
     return [(key, ("content", "value")) for key in _LISTS if isinstance(item.get(key), list)]

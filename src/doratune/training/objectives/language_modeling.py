@@ -53,6 +53,7 @@ class LanguageModeling(Objective):
             "train_sampling_strategy": "group_by_length" if by_length else "random",
             "length_column_name": "length",
             "include_num_input_tokens_seen": "non_padding",
+            "dataloader_num_workers": 0 if self.recipe.streaming else self.recipe.workers,
         }
 
 
