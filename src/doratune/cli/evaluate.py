@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ..support.values import number
+from ..data.formats import names_of_formats
+from ..evaluation.metrics import NAMES
+from ..support.values import choices, number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
@@ -20,7 +22,14 @@ class EvaluateSettings:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
-            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, a .json file, or a list
+            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, a .json file, or a list; a file may hold items of
+            your own, in a format of training data, whose last answer is the right one
+        metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right
+        pattern: of the metric regex, for items without a pattern of their own
+        function: of the metric function: FILE.py:NAME, called with (output, item), gives 0 to 1; the file's code is run
+        data_format: of your own items; default by their keys
+        columns: a format's names of fields, and what your file calls them
+        prompt: of your own items: plain, template (the tokenizer's), or auto: as the adapter was trained, else template if it can
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
@@ -49,6 +58,12 @@ class EvaluateSettings:
     model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
+    metrics: list[str] = choices([], NAMES)
+    pattern: str | None = None
+    function: str | None = None
+    data_format: str = choices("auto", ("auto", *names_of_formats()))
+    columns: dict[str, str] = field(default_factory=dict)
+    prompt: Literal["auto", "plain", "template"] = "auto"
     protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     beams: int | None = number(None, least=1)
     max_new_tokens: int | None = number(None, least=1)
@@ -101,7 +116,7 @@ def main(argv: list[str]) -> int:
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
     inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
-    tasks = load_tasks(names, settings.mirror, settings.limit)
+    tasks = load_tasks(names, settings.mirror, settings.limit, _own_task(settings))
     check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     if settings.dtype != "float32" and settings.batch_size > 1:
         say(f"note: in {settings.dtype} rounding makes single verdicts depend on the batch size; in float32 they do not")
@@ -122,6 +137,21 @@ def main(argv: list[str]) -> int:
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0
+
+
+def _own_task(settings: EvaluateSettings):
+    """How items of a user's own task are read: as the settings say, or as the adapter's run read its training data."""
+    from ..data import DataSettings
+    from ..evaluation.own_items import OwnTask
+    from ..support.outputs import run_of
+    from ..support.yaml_text import read_yaml
+
+    prompt = settings.prompt
+    for run in run_of(settings.adapter) if prompt == "auto" else ():
+        recorded = read_yaml(run / "recipe.yaml")
+        prompt = "template" if isinstance(recorded, dict) and recorded.get("prompt") == "template" else "plain"
+    reading = DataSettings(data_format=settings.data_format, columns=settings.columns)
+    return OwnTask(tuple(settings.metrics), settings.pattern, settings.function, reading, prompt)
 
 
 def load_both(settings: EvaluateSettings, name: str):

@@ -38,7 +38,7 @@ def generate(
         read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
     texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
-    prompts = [tokenizer(texts_of(item))["input_ids"] for item in items]
+    prompts = [tokenizer(prompt_of(i))["input_ids"] if prompt_of else kind_of(i).tokens(i, tokenizer) for i in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -67,8 +67,9 @@ def generate(
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
-            gold = kind_of(items[i]).gold(items[i])
-            records[i] = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": gold, "correct": right}
+            kind = kind_of(items[i])
+            record = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": kind.gold(items[i]), "correct": right}
+            records[i] = record | ({"measures": m} if (m := kind.measures(text, items[i])) else {})
         done(len(batch))
     return records
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from ..support.tables import aligned
+from .kinds import kind_of
 from .published import published
-from .tasks import chance, majority
+from .tasks import chance, kinds_of, majority
 
 
 def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protocol: str, seconds: float) -> dict:
@@ -29,6 +30,9 @@ def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protoco
     }
     if protocol == "likelihood":
         result["accuracy_normalized"] = sum(r["correct_normalized"] for r in records) / n
+    for kind in kinds_of(items):
+        own = [place for place, item in enumerate(items) if kind_of(item) is kind]
+        result |= kind.figures([items[place] for place in own], [records[place] for place in own])
     return result
 
 
@@ -80,6 +84,9 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
         for other in r.get("published", ())[1:]:
             gap = 100 * (r["accuracy"] - other["accuracy"])
             lines.append(f"{r['task']}: {100 * other['accuracy']:.1f} % in {other['source']} ({gap:+.1f})")
+    for r in results:
+        shown = [f"{name} {100 * m['mean']:.1f} ± {100 * m['standard_error']:.1f} %" for name, m in r.get("metrics", {}).items()]
+        lines += [f"{r['task']} {r['protocol']}: {', '.join(shown)}"] if shown else []
     if peak_bytes is not None:
         lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)

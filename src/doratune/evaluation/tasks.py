@@ -1,7 +1,8 @@
 """Tasks by name or file, chance and majority level. What an item is, and when an answer is right: `kinds/`.
 
 Named tasks are those of the published data: eight commonsense tasks, five arithmetic test sets, Orca-Math's held-out problems, and
-`demo`, the demonstration's test half. A file may hold items of several kinds.
+`demo`, the demonstration's test half. A file may hold items of several kinds; those that are of no published kind are a user's
+own, in a format of training data (`own_items.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from ..data import DEMO, facts, published
 from ..data.files import read_examples
 from ..errors import UserError, near_misses
 from .kinds import TaskKind, kind_of, kinds
+from .own_items import OwnTask, is_own, own_items
 from .protocols import PROTOCOLS
 
 NAMES = tuple(task for kind in kinds() for task in kind.tasks)
 """The published tasks."""
 
 
-def load_task(task: str, mirror: str | None = None, limit: int | None = None) -> tuple[str, list[dict]]:
-    """(name, items) of a task by name, of `demo` (the demonstration's test half), or of a .json/.jsonl file in the tasks' format.
+def load_task(task: str, mirror: str | None = None, limit: int | None = None, own: OwnTask | None = None) -> tuple[str, list[dict]]:
+    """(name, items) of a task by name, of `demo` (the demonstration's test half), or of a file.
+
+    Args:
+        own: how items of a user's own task are read; default: OwnTask().
 
     Raises:
         UserError: unknown task, malformed file, or an item without a question, or whose answer no kind of task accepts.
@@ -40,6 +45,9 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None) ->
     else:
         raise UserError(f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO} or a .json file")
     items = read_examples(path)[:limit]
+    own = own or OwnTask()
+    if task not in NAMES and is_own(items, own, lambda item: _problem(item) is None):
+        return name, own_items(items, own, str(path))
     for number, item in enumerate(items, 1):
         if problem := _problem(item):
             raise UserError(f"{path}: item {number}{problem}")
@@ -56,7 +64,7 @@ def _problem(item: Mapping) -> str | None:
             if not isinstance(item.get(key), str) or not item[key].strip():
                 return f" has no text under {key!r}"
             break
-    return f": answer is {item.get('answer')!r}, which no task's pattern accepts"
+    return f": answer is {item.get('answer')!r}, which no task's pattern accepts; for free answers give --metrics exact_match f1"
 
 
 def protocols_for(items: Sequence[Mapping], protocols: Sequence[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
     commonsense.py   one of a few allowed answers (§5.1)
     arithmetic.py    a number, the last one of the output (LLM-Adapters' five test sets)
     orca_math.py     question and worked answer, compared by their last numbers (§6.1)
+    own.py           a user's own task: free answers by metrics, one of an item's choices
 
 A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new file. An
 item says by its keys and its answer which kind it is, so a file may hold several.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -58,6 +59,10 @@ class TaskKind:
         """The text in front of the answer."""
         return prompt_of(item)
 
+    def tokens(self, item: Mapping, tokenizer) -> list[int]:
+        """The tokens in front of the answer."""
+        return tokenizer(self.prompt(item))["input_ids"]
+
     def gold(self, item: Mapping) -> Any:
         """The right answer, as records show it."""
         return item["answer"]
@@ -73,6 +78,22 @@ class TaskKind:
     def right(self, answer: str | None, item: Mapping) -> bool:
         """Does this answer count?"""
         return answer == self.gold(item)
+
+    def measures(self, text: str, item: Mapping) -> dict[str, float]:
+        """Further metrics of an output, 0 to 1, by name."""
+        return {}
+
+    def choices(self, item: Mapping) -> tuple[str, ...]:
+        """The answers that protocol likelihood compares."""
+        raise NotImplementedError
+
+    def continuation(self, choice: str) -> str:
+        """The text of a choice behind the prompt."""
+        return choice
+
+    def figures(self, items: Sequence[Mapping], records: Sequence[Mapping]) -> dict:
+        """Figures of the kind's own, from its items and their records; they stand beside, or instead of, those of every kind."""
+        return {}
 
     def settled(self, text: str, item: Mapping) -> bool:
         """Can nothing that a text is continued with change the answer?"""
