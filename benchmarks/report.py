@@ -1,4 +1,4 @@
-"""python benchmarks/report.py: docs/performance.md and the README's table from benchmarks/results/."""
+"""python benchmarks/report.py: docs/performance.md from benchmarks/results/."""
 
 from pathlib import Path
 

@@ -147,14 +147,15 @@ def same(one, other):
     )
 
 
-def command(words, log):
+def command_here(words):
     from doratune.cli.main import main
 
-    def work():
-        torch.set_num_threads(1)
-        return main(words)
+    torch.set_num_threads(1)
+    return main(words)
 
-    return fork(work, log)
+
+def command(words, log):
+    return fork(lambda: command_here(words), log)
 
 
 def prepare(place):

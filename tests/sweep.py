@@ -204,6 +204,11 @@ def _near(a, b, tolerance: float) -> bool:
     return len(a) == len(b) and _distance(a, b) <= tolerance
 
 
+def _plain(text: str) -> str:
+    """A message in a table's cell: no new cell, no link."""
+    return text.replace("|", "/").replace("[", "\\[")
+
+
 def page(results: list[Result]) -> str:
     """docs/families.md."""
     done, out = [r for r in results if not r.exception], [r for r in results if r.exception]
@@ -233,7 +238,7 @@ def page(results: list[Result]) -> str:
     lines += ["", "## Failed", ""] if failed else []
     lines += [f"- {r.name}: {r.stage}: {r.reason}" for r in failed]
     lines += ["", "## Not built or run by the sweep", "", "| family | class | why |", "|---|---|---|"]
-    lines += [f"| {r.family} | {r.name} | {r.reason.replace('|', '/')} |" for r in out]
+    lines += [f"| {r.family} | {r.name} | {_plain(r.reason)} |" for r in out]
     lines += ["", "## Went through", "", "| family | class | layers adapted | moved | left out |", "|---|---|---|---|---|"]
     lines += [f"| {r.family} | {r.name} | {r.layers} | {r.moved} | {r.left_out} |" for r in done if r.ok]
     return "\n".join(lines) + "\n"

@@ -221,6 +221,13 @@ def test_no_paths_of_a_machine():
     assert [f for f in files if (ROOT / f).is_file() and pattern.search((ROOT / f).read_text(errors="replace"))] == []
 
 
+def test_nothing_is_tracked_that_a_build_leaves():
+    """Nor what a package manager or an editor does."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    built = re.compile(r"\.(whl|pyc|pyo|so|o|egg|zip|gz|log|swp|orig)$|\.egg-info/|(^|/)(build|dist|site|__pycache__|\.venv|runs)/")
+    assert [name for name in files if built.search(name)] == []
+
+
 def test_every_defect_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "defects.md").read_text(encoding="utf-8"))
     assert len(named) > 15

@@ -55,16 +55,16 @@ class AdapterConfig:
     """`standard` alpha / R, `rslora` alpha / sqrt(R)."""
     dropout: float = number(0.0, least=0, below=1)
     """Dropout probability on the input of the low-rank branch, in training only."""
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | list[str] | tuple[str, ...] = "all-linear"
     """A list of module names or name suffixes; or a string: a regex that must match a whole module name, or
     `"all-linear"` (every linear layer but the output head and layers whose forward PyTorch bypasses), or `"all-layers"`."""
-    exclude: str | tuple[str, ...] = ()
+    exclude: str | list[str] | tuple[str, ...] = ()
     """Modules to leave out: a list of names or suffixes, or a regex."""
-    layers: tuple[int, ...] = number((), least=0)
+    layers: list[int] | tuple[int, ...] = number((), least=0)
     """Only modules in these layers, by the first index in their names (PEFT's `layers_to_transform`); (): in all."""
-    magnitude_only: str | tuple[str, ...] = ()
+    magnitude_only: str | list[str] | tuple[str, ...] = ()
     """Further modules that train their magnitude alone (§5.6): no A, no B. Same forms as `targets`."""
-    also_train: tuple[str, ...] = ()
+    also_train: list[str] | tuple[str, ...] = ()
     """Modules trained whole (PEFT's `modules_to_save`), by name or suffix."""
     newly_initialized: Literal["train", "freeze"] = "train"
     """Parameters that no file holds, because transformers drew them at random (a new head) or a vocabulary was resized. `train`:
@@ -97,7 +97,7 @@ class AdapterConfig:
     seed: int = number(0, least=0, most=2**31 - 1)
     """Seed of A. Each module draws from its own generator, so that order and global state do not change the start."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("targets", "exclude", "magnitude_only", "also_train"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "layers", _indices(self.layers))

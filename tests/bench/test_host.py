@@ -33,10 +33,20 @@ def test_every_arm_is_timed_and_counted(measured):
 
 def test_counts_of_arms_whose_code_is_not_ours(measured):
     frozen, peft = measured["operations"]["frozen"], measured["operations"]["lora_peft"]
-    assert all(part == {"a_layer": 1.0, "host_reads": 0, "names": {"mm": 3}} for part in frozen.values())
+    assert all(part == {"a_layer": 1.0, "in_the_call": 1, "host_reads": 0, "names": {"mm": 3}} for part in frozen.values())
     assert peft["decode"]["names"]["mm"] == 9 and peft["decode"]["a_layer"] > 3
     assert peft["forward preparing"] == peft["forward"]  # PEFT prepares nothing
     assert measured["host_reads"]["lora_peft"] == {"a_model_forward": 0, "a_layer": 0}
+
+
+def test_what_the_model_does_once_a_forward_is_told_from_a_layers_call(measured):
+    for arm, limits in (("dora", (4, 11, 4)), ("lora", (3, 8, 3))):
+        counted = measured["operations"][arm]
+        own = [counted[part]["in_the_call"] for part in ("forward", "backward", "decode")]
+        assert all(0 < ours <= limit for ours, limit in zip(own, limits, strict=True)), own
+        assert counted["forward preparing"]["a_layer"] > counted["forward preparing"]["in_the_call"]
+    peft = measured["operations"]["dora_peft"]["forward"]
+    assert peft["in_the_call"] == peft["a_layer"]  # nothing stands above PEFT's layers
 
 
 def test_every_round_steps_before_the_forward_and_decodes_twice():

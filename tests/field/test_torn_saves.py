@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import killing
+import killing_several
 import pytest
 import torch
 import yaml
@@ -26,13 +27,20 @@ KILLS, COMMAND_KILLS = (int(os.environ.get(name, "0")) for name in ("DORATUNE_KI
 
 
 def figures_of(mode, count, place):
-    words = [sys.executable, killing.__file__, mode, str(count), str(place)]
+    script = [killing_several.__file__] if mode == "several" else [killing.__file__, mode]
+    words = [sys.executable, *script, str(count), str(place)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     run = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=7200)
     assert run.returncode == 0, run.stderr[-4000:]
     figures = json.loads(run.stdout.strip().splitlines()[-1])
     print(figures)
     return figures
+
+
+def test_saves_of_several_processes_that_are_killed(tmp_path):
+    figures = figures_of("several", COMMAND_KILLS or 4, tmp_path / "k")
+    assert [figures[key] for key in ("torn", "none", "leftovers", "different")] == [0, 0, 0, 0]
+    assert figures["kills"] and figures["resumed"]
 
 
 @pytest.mark.parametrize("mode", ["swap", "renames", "files"])

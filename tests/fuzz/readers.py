@@ -15,9 +15,14 @@ if __name__ == "__main__":
 
     with atheris.instrument_imports(include=["doratune"]):
         import doratune.checkpoint.adapter
+        import doratune.checkpoint.convert
         import doratune.data.files
         import doratune.formats.source
+        import doratune.serving.app
         import doratune.support.yaml_text  # noqa: F401
+
+from conversions import CONVERTED, converted
+from http_requests import REQUESTS, asked
 
 from doratune.checkpoint.adapter import read_folder
 from doratune.data.files import read_examples
@@ -81,6 +86,8 @@ READERS = {
     "jsonl": jsonl,
     "index": index,
     "metadata": metadata,
+    "conversion": converted,
+    "http": asked,
 }
 
 
@@ -146,6 +153,8 @@ HOSTILE = {
         b"{}",
     ],
     "metadata": [b"[" * 100_000, b'{"a": 1, "a": 2}', b"{" * 1000, b"\xc3"],
+    "conversion": CONVERTED,
+    "http": REQUESTS,
 }
 
 

@@ -60,7 +60,7 @@ def test_the_doctor_finds_nothing_here_and_says_what_runs(capsys):
     ("requirements", "line"),
     [
         (["torch<2"], "is not <2; pip install doratune"),
-        (['nowhere>=1; extra == "train"', 'PyYAML; extra == "train"'], "nowhere is missing; pip install 'doratune[train]'"),
+        (['nowhere>=1; extra == "train"', 'peft; extra == "train"'], "nowhere is missing; pip install 'doratune[train]'"),
         (['torch<2; extra == "dev"'], "is not <2; pip install 'doratune[dev]'"),
     ],
 )
@@ -70,8 +70,11 @@ def test_the_doctor_names_what_has_to_be_mended(requirements, line, monkeypatch,
     assert line in next(text for text in capsys.readouterr().out.splitlines() if text.startswith("mend"))
 
 
-def test_an_extra_that_is_not_installed_is_no_fault(monkeypatch, capsys):
-    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: ['nowhere; extra == "train"'])
+@pytest.mark.parametrize("beside", ["", "Jinja2", "PyYAML", "typing_extensions", "MarkupSafe>=99"])
+def test_an_extra_that_is_not_installed_is_no_fault(beside, monkeypatch, capsys):
+    """Nor one of which another package happens to need a part."""
+    lines = ['nowhere; extra == "train"'] + ([f'{beside}; extra == "train"'] if beside else [])
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: lines)
     assert main(["doctor"]) == 0
     assert "not installed: pip install 'doratune[train]'" in capsys.readouterr().out
 

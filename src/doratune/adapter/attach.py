@@ -30,7 +30,7 @@ from .foreign import refuse_foreign
 from .fresh import trained_whole
 from .kernels import writing_kernels
 from .layer import Common, adapt, follow, put_on, refuse_altered, take_off
-from .states import RECORD, has_adapter, let_go, refuse_merged
+from .states import RECORD, Model, Original, has_adapter, let_go, refuse_merged
 from .targets import Selection, select
 
 BASELINE = "_doratune_baseline"
@@ -73,8 +73,13 @@ class SetAside:
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig | None = None, *, trainable: bool = True, original=None, name: str = "default"
-) -> nn.Module:
+    model: Model,
+    config: AdapterConfig | None = None,
+    *,
+    trainable: bool = True,
+    original: Original | None = None,
+    name: str = "default",
+) -> Model:
     """Adapt a model in place and return it; everything else is frozen. Of a compiled or otherwise wrapped model, what it stands
     around is adapted.
 
@@ -160,7 +165,7 @@ def attach_selection(
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
+def detach(model: Model) -> Model:
     """Back to the untouched base model, in place: same modules, same tensors, same `requires_grad`. Of several adapters the one in
     use is taken off; the others stay set aside.
 

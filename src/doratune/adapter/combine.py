@@ -27,10 +27,11 @@ from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
 from .attach import adapters, attach_selection, record_of
 from .several import check_known, layers_of, record_named, room_for
+from .states import Model
 from .targets import Selection
 
 
-def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> nn.Module:
+def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """A new adapter out of several, in use afterwards: V = W + Σ t·s·B·A, m = w + Σ t·(m − w), LoRA's t·s·B·A outside the norm.
 
     Args:
@@ -43,7 +44,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> nn.Mod
     return _made_of(model, {key: float(t) for key, t in weights.items()}, name, combined)
 
 
-def strength(model: nn.Module, adapter: str, t: float, name: str) -> nn.Module:
+def strength(model: Model, adapter: str, t: float, name: str) -> Model:
     """A new adapter on the line from the base (t = 0, bit for bit) to `adapter` (t = 1), in use afterwards: W + t·(W′ − W).
 
     Raises:

@@ -20,7 +20,7 @@ from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_para
 from ..layers.magnitude import MAGNITUDES
 from ..layers.offload import offloaded, take_along
 from ..layers.registry import Registry
-from ..layers.shares import is_share
+from ..layers.shares import at_hand, is_share
 from ..layers.weight import AdaptedWeight
 from . import start as initial
 from .base_norms import RowNorms, row_norms, spread
@@ -195,6 +195,20 @@ def put_on(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter
     weight.base.adopt(module)
     become(module, adapted_class(type(module), weight.magnitude and weight.relative))
     weight.kind.joined(module)
+
+
+def untouched(layer: nn.Module) -> bool:
+    """ΔV = 0 and m = w: the layer's adapter has not been trained."""
+    with at_hand(layer):
+        return all(_untouched(part) for part in layer.adapted.matrices())
+
+
+def _untouched(weight) -> bool:
+    A, B = weight.low_rank()
+    if A is not None and bool((A.any(1) & B.any(0)).any()):
+        return False
+    m = weight.m()
+    return m is None or bool((m == weight.facts.w2.sqrt().to(m.dtype)).all())
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
 from .attach import Attachment, SetAside, adapters, detach, put_back, record_of, set_aside
 from .layer import follow
-from .states import ASIDE, RECORD
+from .states import ASIDE, RECORD, Model
 
 
 def names(model: nn.Module) -> list[str]:
@@ -34,7 +34,7 @@ def names(model: nn.Module) -> list[str]:
     return [*([] if record is None else [record.name]), *vars(model).get(ASIDE, {})]
 
 
-def use(model: nn.Module, name: str | None) -> nn.Module:
+def use(model: Model, name: str | None) -> Model:
     """Switch to another adapter of the model; None: to the base, with all adapters set aside. Optimizers keep their parameters.
 
     Raises:

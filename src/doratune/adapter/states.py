@@ -7,13 +7,21 @@ Cost: one walk over the parameters.
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
 
 from ..errors import UserError, listed
 from ..layers.layouts import layer_at
 from ..layers.wrappers import named_parameters, unwrapped
 from . import whole
 from .fresh import MARK
+
+Model = TypeVar("Model", bound=nn.Module)
+"""What is adapted in place and given back: to a type checker of the class that it was."""
+Original = nn.Module | Callable[[str], Tensor]
+"""The unquantized weights of a quantized model: a model with the same names, or a function from a name to its weight."""
 
 RECORD, ASIDE = "_doratune", "_doratune_aside"
 """Attributes of a model: the adapter in use; with several: name → `SetAside`, of those that are not in use."""

@@ -25,9 +25,10 @@ from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
 from .foreign import foreign
 from .fresh import unsaved
-from .layer import altered, never_trained
+from .layer import altered, never_trained, untouched
 from .running import Running, watchable
 from .states import refuse_merged
+from .statistics import moving_statistics
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Report:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | None = None) -> Report:
+def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor | None = None) -> Report:
     """Check an attached model.
 
     Args:
@@ -100,6 +101,11 @@ def verify(model: nn.Module, example: Sequence | Mapping[str, Any] | Tensor | No
     if record.config.magnitude_from == "original":
         report.notes.append(_offset(layers.values()))
     report.notes += [f"{name}: {reason}, trained whole and saved" for name, reason in record.fresh.items()]
+    if moving := moving_statistics(model):
+        report.notes.append(
+            f"running statistics are the base's and in no adapter's file ({listed(moving, 2)}): doratune's trainers hold them; in "
+            "a loop of your own put these layers into eval() after model.train()"
+        )
     if lost := unsaved(model, record.also_train):
         shown = [f"{name} ({reason})" for name, reason in lost.items()]
         report.problems.append(f"in no file, and not trained: {listed(shown, 4)}; name their modules in also_train")
@@ -217,7 +223,7 @@ def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
     with_adapter = _call(model, example)  # unwatched: PyTorch's fast paths are others while it is watched
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    untouched = all([_layer_untouched(layer) for layer in layers.values()])  # of shards each process asks for all
+    untouched = all([untouched(layer) for layer in layers.values()])  # of shards each process asks for all
     if untouched and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
@@ -229,20 +235,6 @@ def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
                 become(layer, classes[name])
         if not all(torch.equal(a, b) for a, b in zip(flat_tensors(with_adapter), flat_tensors(without), strict=True)):
             report.problems.append("the untrained adapter changes the output; m was not taken from this model's weights")
-
-
-def _layer_untouched(layer) -> bool:
-    with at_hand(layer):
-        return all(_untouched(part) for part in layer.adapted.matrices())
-
-
-def _untouched(weight) -> bool:
-    """ΔV = 0 and m = w: the adapter has not been trained."""
-    A, B = weight.low_rank()
-    if A is not None and bool((A.any(1) & B.any(0)).any()):
-        return False
-    m = weight.m()
-    return m is None or bool((m == weight.facts.w2.sqrt().to(m.dtype)).all())
 
 
 def _call(model: nn.Module, example):

@@ -18,7 +18,7 @@
     operations.py    counts operations and host reads
     startup.py       importing the package, attaching to many layers
     targets.py       what is promised, and the table of it
-    pages.py         docs/performance.md and the README's table
+    pages.py         docs/performance.md
     sections.py      the tables of docs/performance.md
     host_tables.py   those of host cost
     tables.py        figures in words; which clock counts where

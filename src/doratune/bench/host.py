@@ -10,7 +10,8 @@ turns; of every round these are timed, each by itself, in microseconds a layer:
     decode      one forward without gradients of the model in evaluation mode, the second after the step: nothing to prepare
 
 Shown are the least of all rounds, which other work on the machine disturbs least, and the median. Beside them what an arm does is
-counted (`operations.py`): operations a layer, also of a forward that has nothing to prepare, and host reads of the whole model.
+counted (`operations.py`): operations a layer, also of a forward that has nothing to prepare; how many of them its call makes, the
+rest being the model's look at its parameters, once a forward; and host reads of the whole model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 from ..support.models import torch_dtype
 from .arms import build, make_optimizer, trainable
 from .clock import bar, quick_collection, silent, synchronize, thread_count
-from .operations import count
+from .operations import Count, count
 from .settings import BenchSettings
 from .startup import attach_seconds, import_seconds
 
@@ -100,7 +101,9 @@ def measure(settings: BenchSettings, progress=silent) -> dict:
         total = (settings.warm_up + settings.host_rounds) * len(arms)
         with bar(progress, f"host {dtype} rank {settings.host_rank}", total) as advance:
             taken = rounds(running, settings.host_rounds, settings.warm_up, layers, device, advance)
-        counts = {name: operations(arm, layers) for name, arm in running.items()}
+        fewer = small_layers(layers - 1, settings.host_width, torch_dtype(dtype), device)
+        without_one = {name: HostArm(build(name, fewer, names(fewer), settings.host_rank), *sizes) for name in arms}
+        counts = {name: operations(arm, without_one[name], layers) for name, arm in running.items()}
         many = small_layers(settings.attach_layers, settings.host_width, torch_dtype(dtype), device)
         result = {
             "arms": {name: {part: _least(times) for part, times in parts.items()} for name, parts in taken.items()},
@@ -153,16 +156,27 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def operations(arm: HostArm, layers: int) -> dict[str, dict]:
-    """What is counted of each part: operations a layer, host reads of the whole model, and the operations by name."""
+def operations(arm: HostArm, without_one: HostArm, layers: int) -> dict[str, dict]:
+    """What is counted of each part: operations a layer, those of them that one layer more adds (the rest is the model's, once a
+    forward), host reads of the whole model, and the operations by name."""
+    whole, fewer = _counts(arm), _counts(without_one)
+    return {
+        part: {
+            "a_layer": one.operations / layers,
+            "in_the_call": one.operations - fewer[part].operations,
+            "host_reads": one.host_reads,
+            "names": one.names,
+        }
+        for part, one in whole.items()
+    }
+
+
+def _counts(arm: HostArm) -> dict[str, Count]:
+    """Part → what the model's forward or backward does."""
     arm.renew()
     counts = {"forward preparing": count(arm.forward), "forward": count(arm.forward), "backward": count(arm.backward)}
     arm.ready_to_decode()
-    counts["decode"] = count(arm.decode)
-    return {
-        part: {"a_layer": found.operations / layers, "host_reads": found.host_reads, "names": found.names}
-        for part, found in counts.items()
-    }
+    return counts | {"decode": count(arm.decode)}
 
 
 def _reads(parts: dict[str, dict], layers: int) -> dict[str, int]:

@@ -42,12 +42,13 @@ def ratios(one: dict, dtype: str, rank: str) -> str:
 
 
 def counts(one: dict) -> str:
-    """Operations a layer, and host reads of a model's forward."""
-    head = ["operations a layer", *COUNTED, "host reads of a model's forward, preparing", "and not"]
+    """Operations a layer with its share of what the model does once a forward, in brackets those of its own call; host reads."""
+    head = ["operations a layer (in its call)", *COUNTED, "host reads of a model's forward, preparing", "and not"]
     rows = []
     for name, parts in one["operations"].items():
         reads = [str(parts[part]["host_reads"]) for part in COUNTED[:2]]
-        rows.append([name, *(f"{parts[part]['a_layer']:.4g}" for part in COUNTED), *reads])
+        numbers = (f"{parts[part]['a_layer']:.4g} ({parts[part]['in_the_call']})" for part in COUNTED)
+        rows.append([name, *numbers, *reads])
     return markdown(head, rows)
 
 

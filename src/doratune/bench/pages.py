@@ -1,4 +1,4 @@
-"""docs/performance.md, and the README's table between its markers, from the JSON files of `doratune bench`.
+"""docs/performance.md, from the JSON files of `doratune bench`.
 
 No figure is written by hand; what was not measured says so.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..support.files import read_json, replacing
 from ..support.models import QUANTIZATIONS
-from ..support.tables import placed
 from .sections import device_sections
 from .settings import MEASUREMENTS
 from .shapes import BESIDE
@@ -26,23 +25,21 @@ thread, measured by itself: with several, CPU time counts those that spin while 
 is DoRA with W + s·B·A formed in full. Ratios of bytes are of those alive after the forward."""
 
 
-def write_report(root: Path, results_folder: Path | None = None) -> list[Path]:
-    """Write docs/performance.md and the README's table of the checkout at `root`; returns both paths.
+def write_report(root: Path, results_folder: Path | None = None) -> Path:
+    """Write docs/performance.md of the checkout at `root`; returns its path.
 
     Args:
         results_folder: where the JSON files are; default benchmarks/results.
 
     Raises:
-        UserError: the README lacks the markers, or a results file cannot be read; nothing is then written.
+        UserError: a results file cannot be read; nothing is then written.
     """
     folder = results_folder or root / "benchmarks" / "results"
     cpu, gpu = (read_results(folder, device) for device in ("cpu", "cuda"))
-    page, readme = root / "docs" / "performance.md", root / "README.md"
-    contents = {page: performance_page(cpu, gpu), readme: placed(readme, "performance", targets(cpu, gpu))}
-    for path, content in contents.items():
-        with replacing(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    return list(contents)
+    page, content = root / "docs" / "performance.md", performance_page(cpu, gpu)
+    with replacing(page) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return page
 
 
 def read_results(folder: Path, device: str) -> Results:

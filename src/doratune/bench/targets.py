@@ -93,14 +93,14 @@ HOST_TARGETS = (
     Target("backward, DoRA / PEFT's DoRA", "host", ("ratios", "dora/dora_peft", "backward_min"), {"all": 1.1}),
     Target("decode, DoRA / PEFT's LoRA", "host", ("ratios", "dora/lora_peft", "decode_min"), {"all": 0.8}),
     *(
-        Target(f"operations of {title}'s {part}", "host", ("operations", arm, part, "a_layer"), {"all": limit})
+        Target(f"operations in a layer's {part}, {title}", "host", ("operations", arm, part, "in_the_call"), {"all": limit})
         for arm, title, limits in (("dora", "DoRA", (5, 11, 4)), ("lora", "LoRA", (3, 8, 3)))
         for part, limit in zip(("forward", "backward", "decode"), limits, strict=True)
     ),
     Target("host reads of a DoRA layer's forward", "host", ("host_reads", "dora", "a_layer"), {"all": 0}),
     Target("host reads of a DoRA model's forward", "host", ("host_reads", "dora", "a_model_forward"), {"all": 1}),
 )
-"""Of a small layer (`host.py`): ratios of the least times, and counts a layer of a forward with nothing to prepare."""
+"""Of a small layer (`host.py`): ratios of the least times, and counts of a forward with nothing to prepare."""
 
 NORM_TARGETS = (
     Target("extra memory, MiB", "norm", ("*", "arms", "doratune", "peak_bytes"), {"all": 16.0}, unit=MIB),

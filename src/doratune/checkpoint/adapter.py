@@ -21,7 +21,7 @@ from ..adapter.foreign import refuse_foreign
 from ..adapter.fresh import unsaved
 from ..adapter.layer import refuse_altered
 from ..adapter.several import room_for
-from ..adapter.states import base_name
+from ..adapter.states import Model, base_name
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
@@ -177,7 +177,7 @@ def base_model_of(folder: str | Path) -> str:
 
 
 def load(
-    model: nn.Module,
+    model: Model,
     folder: str | Path,
     trainable: bool = False,
     *,
@@ -185,7 +185,7 @@ def load(
     magnitude_axis: str | None = None,
     alpha: float | None = None,
     check_base: bool = True,
-) -> nn.Module:
+) -> Model:
     """Attach the adapter in `folder` to a model, in place; ours, PEFT's own (DoRA or LoRA), or a file or folder of another program
     (`formats/`: kohya, LyCORIS, diffusers, torchtune, mlx-lm, ai-toolkit, the authors'). Returns the model.
 

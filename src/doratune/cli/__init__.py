@@ -2,6 +2,7 @@
 
 main.py        the table of commands; errors and signals as exit statuses
 __main__.py    python -m doratune.cli
+description.py   what a command can be told, without running it
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
 init.py        doratune init: a recipe that fits model, data and memory
@@ -26,5 +27,6 @@ inspect.py     doratune inspect: what an adapter adapts
 analyze.py     doratune analyze: ΔM and ΔD, spectra, gradients
 report.py      doratune report: one HTML page about runs
 doctor.py      doratune doctor: faults of the environment
+completion.py   doratune completion: for the Tab key of a shell
 bench.py       doratune bench: speed and memory
 """

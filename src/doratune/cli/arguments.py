@@ -18,8 +18,11 @@ from typing import Any, TypeVar
 import yaml
 
 from ..errors import UserError, near_misses
+from ..support.recipes import recipe_file
 from ..support.values import check_value, check_values, rule_of, shown
 from ..support.yaml_text import parse_yaml, read_yaml
+from .description import CommandLine, answer
+from .output import say_help
 
 T = TypeVar("T")
 
@@ -40,6 +43,7 @@ def parse(
         UserError: an unknown key, a value of the wrong type, a recipe file that is not there.
         SystemExit: after --help.
     """
+    answer(argv, CommandLine(cls, recipe, words))
     fields = {f.name: f for f in dataclasses.fields(cls)}
     as_json = "--json" in argv
     argv = [a for a in argv if a != "--json"]
@@ -48,6 +52,7 @@ def parse(
         argv = ["--config", *argv]
     argv, loose = _loose_words(argv, fields) if words else (argv, [])
     argv = _one_word_lists(_plain_flags(argv, fields, {"config"} if recipe else set()), fields)
+    argv = [f"--config={recipe_file(a[9:])}" if a.startswith("--config=") else a for a in argv]
     hints = typing.get_type_hints(cls)
     for name, value in _values(argv, fields):
         _check_given(name, value, hints[name], rule_of(fields[name]))
@@ -68,11 +73,19 @@ def _parser(cls: type, command: str, example: str, recipe: bool, words: str | No
     before = "[RECIPE.yaml] " if recipe else f"{words.removesuffix('s').upper()}… " if words else ""
     usage = f"doratune {command} {before}[--SETTING VALUE …] [--json]"
     parser = ArgumentParser(
-        prog=f"doratune {command}", usage=usage, epilog=f"example: {example}", exit_on_error=False, parser_mode="settings"
+        prog=f"doratune {command}",
+        usage=usage,
+        epilog=f"example: {example}",
+        exit_on_error=False,
+        parser_mode="settings",
+        print_config=None,
     )
+    say_help(parser)
     if recipe:
         parser.add_argument("--config", action="config", help="a YAML file of settings; also the first argument")
     parser.add_class_arguments(cls)
+    for action in parser._actions:  # --data+, which appends to a list: `_plain_flags` refuses it
+        action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
     return parser
 
 
@@ -115,10 +128,8 @@ def _settings_of(path: Path, fields) -> dict:
     """The settings in a recipe.
 
     Raises:
-        UserError: no such file, not readable, or with a key that is no setting.
+        UserError: not readable, or with a key that is no setting.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such recipe; see recipes/ for examples")
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; expected lines of the form key: value")

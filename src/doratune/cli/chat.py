@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory
@@ -29,6 +31,7 @@ class ChatSettings:
         max_new_tokens: longest answer
         seed: of sampling
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -44,6 +47,7 @@ class ChatSettings:
     max_new_tokens: int = number(512, least=1)
     seed: int = number(0, least=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     check_base: bool = True
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     trust_remote_code: bool = False
@@ -59,14 +63,21 @@ def main(argv: list[str]) -> int:
 
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
     adapters = NamedAdapters(
-        settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code, settings.check_base
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.quantize,
+        settings.trust_remote_code,
+        settings.check_base,
+        settings.device,
     )
     speaker = next(iter(adapters.folders), BASE)
     chat = Conversation(adapters, sampling, _write, settings.template, settings.system, settings.compare, speaker)
     adapters.use(speaker)
     _write(f"{adapters.base}, {speaker}; /help lists commands, Ctrl-D ends\n")
     if sys.stdin.isatty():
-        import readline  # noqa: F401 (input() edits lines with it)
+        with contextlib.suppress(ModuleNotFoundError):  # Windows edits lines by itself
+            import readline  # noqa: F401 (input() edits lines with it)
     while True:
         try:
             line = input("you> ")

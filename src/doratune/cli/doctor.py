@@ -11,14 +11,17 @@ import platform
 import shutil
 import sys
 
-from .output import print_json, say
+from .description import CommandLine, answer
+from .output import print_json, say, say_help
 
 WHAT = "Look at Python, torch, the devices and the packages of every extra. Exit status 2 where something has to be mended."
 
 
 def main(argv: list[str]) -> int:
+    answer(argv, CommandLine())
     parser = argparse.ArgumentParser("doratune doctor", description=WHAT, epilog="example: doratune doctor", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="the same as JSON on the last line")
+    say_help(parser)
     as_json = parser.parse_args(argv).json
     from ..support.tables import aligned
 
@@ -74,9 +77,11 @@ def gpu() -> tuple[str, str]:
 
 
 def packages() -> list[tuple[str, str, str]]:
-    """(extra, its packages with their versions or "missing", problem or ""); a missing extra is no problem, half of one is."""
-    from ..support.packages import NAME, wishes
+    """(extra, its packages with their versions or "missing", problem or ""); a missing extra is no problem, half of one is. What
+    others brought along (torch, Jinja2) is no half of an extra."""
+    from ..support.packages import NAME, brought_along, wishes
 
+    brought = brought_along()
     groups: dict[str, list] = {}
     for wish in wishes():
         groups.setdefault(wish.extra, []).append(wish)
@@ -85,9 +90,10 @@ def packages() -> list[tuple[str, str, str]]:
         missing = [wish.distribution for wish in members if wish.installed is None]
         wrong = [f"{w.distribution} {w.installed} is not {w.versions}" for w in members if w.installed and not w.fits()]
         line = f"pip install '{NAME}[{extra}]'" if extra else f"pip install {NAME}"
-        half = [f"{name} is missing" for name in missing] if len(missing) < len(members) or not extra else []
-        problem = f"{', '.join(half + wrong)}; {line}" if half + wrong else ""
-        here = "not installed: " + line if len(missing) == len(members) else ", ".join(map(_said, members))
+        absent = bool(missing and extra) and all(wish.installed is None or wish.plain in brought for wish in members)
+        faults = [] if absent else [*(f"{name} is missing" for name in missing), *wrong]
+        problem = f"{', '.join(faults)}; {line}" if faults else ""
+        here = "not installed: " + line if absent else ", ".join(map(_said, members))
         rows.append((f"[{extra}]" if extra else "core", here, problem))
     return rows
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
@@ -33,6 +34,7 @@ class GenerateSettings:
         batch_size: prompts at once
         limit: only the first so many prompts
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         check_base: refuse a base whose row norms are not those of the base that the adapter was trained on
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
         trust_remote_code: run the Python code that the model's folder or repository brings
@@ -54,6 +56,7 @@ class GenerateSettings:
     batch_size: int = number(8, least=1)
     limit: int | None = number(None, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     check_base: bool = True
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     trust_remote_code: bool = False
@@ -86,7 +89,13 @@ def main(argv: list[str]) -> int:
     items = [{"prompt": settings.prompt}] if settings.prompts is None else read_prompts(Path(settings.prompts))
     items = items[: settings.limit]
     adapters = NamedAdapters(
-        settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code, settings.check_base
+        settings.model,
+        settings.adapter,
+        settings.dtype,
+        settings.quantize,
+        settings.trust_remote_code,
+        settings.check_base,
+        settings.device,
     )
     ids = rendered_all(items, adapters.tokenizer, settings.template, settings.system)
     check_lengths(ids, adapters.model, sampling.max_new_tokens)

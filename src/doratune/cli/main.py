@@ -6,9 +6,11 @@ with 128 + their number; no traceback for any of them. Of several processes, the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 
 COMMANDS = {
     "demo": "fine-tune a real 135M model with DoRA, score it before and after, merge it",
@@ -31,13 +33,17 @@ COMMANDS = {
     "report": "one HTML page about runs: settings, curves, scores, costs, movement, samples",
     "inspect": "what an adapter adapts in a model, what is left out, rows without direction",
     "doctor": "what this environment has and lacks: Python, torch, devices, extras",
+    "completion": "a script that lets the shell complete commands and settings",
     "bench": "time and memory of DoRA, LoRA, PEFT's and the frozen base, interleaved",
 }
 
-OF_SEVERAL = ("train", "inspect", "plan", "doctor")
+OF_SEVERAL = ("train", "inspect", "plan", "doctor", "completion")
 """Commands that several processes of one launch may run: training together, or writing nothing."""
 
-USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are: looked at here, since reading them in support/processes.py imports torch."""
+
+USAGE = "usage: doratune COMMAND [options]\n\n" + "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
 USAGE += "\n\n  doratune COMMAND --help shows a command's options and an example.\n"
 
 
@@ -45,34 +51,36 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
+        return _guarded("", lambda: print(USAGE))
     if argv[0] in ("--version", "version"):
-        print(_version())
-        return 0
+        return _guarded("", lambda: print(_version()))
     if argv[0] not in COMMANDS:
         from ..errors import near_misses
 
-        print(f"doratune: unknown command {argv[0]!r}{near_misses(argv[0], COMMANDS)}", file=sys.stderr)
+        _say("", f"unknown command {argv[0]!r}{near_misses(argv[0], COMMANDS)}")
         return 2
-    return _run(argv[0], argv[1:])
+    return _guarded(argv[0], lambda: _run(argv[0], argv[1:]))
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if command not in OF_SEVERAL and not {"-h", "--help"} & set(arguments):
+        _refuse_several(command)
+    return importlib.import_module(f".{command}", __package__).main(arguments) or 0
+
+
+def _guarded(command: str, call: Callable[[], int | None]) -> int:
+    """The exit status of what is called, with one line instead of a traceback where a user or the system is at fault."""
     from ..errors import UserError
 
     try:
-        if command not in OF_SEVERAL and not {"-h", "--help"} & set(arguments):
-            _refuse_several(command)
-        status = importlib.import_module(f".{command}", __package__).main(arguments) or 0
-        sys.stdout.flush()
-        return status
+        with _written():
+            return call() or 0
     except UserError as error:
         if type(error).__name__ != "SaidByFirst":
             _say(command, str(error))
         return 2
-    except BrokenPipeError:  # the reader of standard output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who read our output has gone
+        _write_no_more()
         return 141
     except (OSError, RuntimeError) as error:
         from ..support.durable import write_problem
@@ -82,17 +90,44 @@ def _run(command: str, arguments: list[str]) -> int:
             raise
         where = getattr(error, "filename", None)
         _say(command, f"{where}: {reason}" if where else reason)
+        _write_no_more()
         return 2
     except KeyboardInterrupt:
-        print(f"doratune {command}: interrupted", file=sys.stderr)
+        _say(command, "interrupted")
         return 130
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("doratune"):
             raise
         from ..support.packages import install_line
 
-        print(f"doratune {command}: needs {error.name}; {install_line(error.name or 'doratune')}", file=sys.stderr)
+        _say(command, f"needs {error.name}; {install_line(error.name or 'doratune')}")
         return 2
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """What the block printed has left the process when it ends well, or with --help."""
+    try:
+        yield
+    except SystemExit:
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by who started us
+        sys.stdout.flush()
+
+
+def _write_no_more() -> None:
+    """Where a standard stream takes no more, let what it holds go nowhere: Python would stumble over it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _version() -> str:
@@ -104,7 +139,7 @@ def _version() -> str:
 
 
 def _refuse_several(command: str) -> None:
-    if any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
+    if any(name in os.environ for name in SIZES):
         from ..support.processes import refuse_several
 
         refuse_several(f"doratune {command}")
@@ -112,10 +147,15 @@ def _refuse_several(command: str) -> None:
 
 def _say(command: str, text: str) -> None:
     """One line on standard error, of the first process, or of another where it alone has something to say."""
-    from ..support.processes import is_first, rank
+    name = f"doratune {command}".strip()
+    if any(variable in os.environ for variable in SIZES):
+        from ..support.processes import is_first, rank
 
-    name = f"doratune {command}" if is_first() else f"doratune {command} (process {rank()})"
-    print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        name += "" if is_first() else f" (process {rank()})"
+    try:
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+    except OSError:  # nobody reads it
+        _write_no_more()
 
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -131,7 +171,15 @@ def share_cores() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
+def show_every_character() -> None:
+    """Escapes for the characters that the output's encoding lacks (ΔM in a code page of Windows) instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def entry() -> None:
     """The process of `doratune`."""
     share_cores()
+    show_every_character()
     sys.exit(main())

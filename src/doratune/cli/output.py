@@ -12,6 +12,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def say_help(parser) -> None:
+    """Let --help of an argparse parser fail as any output does: argparse itself is silent about a full disk or a closed pipe."""
+    parser.print_help = lambda file=None: print(parser.format_help(), end="", file=file)
+
+
 def print_json(value) -> None:
     """The machine-readable result: one document on the last line of standard output."""
     print(json.dumps(value, ensure_ascii=False), flush=True)

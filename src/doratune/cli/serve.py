@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
 from .output import keep_freed_memory, say
@@ -31,6 +32,7 @@ class ServeSettings:
         max_prompt_tokens: longest prompt; default: what the model has room for
         max_body_kib: largest body of a request
         dtype: dtype of the model
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8
         trust_remote_code: run the Python code that the model's folder or repository brings
     """
@@ -46,6 +48,7 @@ class ServeSettings:
     max_prompt_tokens: int | None = number(None, least=1)
     max_body_kib: int = number(1024, least=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Device = "auto"
     quantize: Literal["recorded", "none", "nf4", "fp4", "int8"] = "recorded"
     trust_remote_code: bool = False
 
@@ -58,7 +61,8 @@ def main(argv: list[str]) -> int:
 
     api_key = key()
     with bound(settings.host, settings.port, api_key) as sock:
-        adapters = NamedAdapters(settings.model, settings.adapter, settings.dtype, settings.quantize, settings.trust_remote_code)
+        loading = settings.dtype, settings.quantize, settings.trust_remote_code
+        adapters = NamedAdapters(settings.model, settings.adapter, *loading, device=settings.device)
         service = _service(settings, adapters, api_key)
         service.engine.start()
         sock.listen(128)

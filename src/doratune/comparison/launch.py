@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 Job = tuple[str, list[str], str]
 """(name, words of the command, log file)."""
@@ -50,7 +54,7 @@ def run_local(jobs: list[Job], done: Callable[[str, int], None]) -> None:
                 stderr=subprocess.STDOUT,
                 close_fds=False,
                 start_new_session=True,
-                preexec_fn=_stop_with_parent,
+                **({"preexec_fn": _stop_with_parent} if os.name == "posix" else {}),
             )
             first, status = 0, None
             while status is None:
@@ -73,13 +77,16 @@ def _stop_with_parent() -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the cells that are started inherit.
+    """Hold the folder's lock, which the cells that are started inherit; where the system locks no files, nothing is held.
 
     Raises:
         UserError: another process, or a cell that outlived it, works in this folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -132,7 +139,7 @@ def run_on_ray(jobs: list[Job], done: Callable[[str, int], None], address: str |
             try:
                 status = ray.get(ready)
             except ray.exceptions.RayError:  # its worker died, of memory or with its node: this cell alone failed
-                status = -signal.SIGKILL
+                status = -9
             done(waiting.pop(ready), status)
     finally:
         if mine:

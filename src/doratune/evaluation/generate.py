@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..errors import UserError
 from . import prefix
+from .images import image_inputs, prompt_tokens
 from .kinds import TaskKind, kind_of
 
 
@@ -38,7 +39,7 @@ def generate(
         read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
     texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
-    prompts = [tokenizer(prompt_of(i))["input_ids"] if prompt_of else kind_of(i).tokens(i, tokenizer) for i in items]
+    prompts = [prompt_tokens(tokenizer, prompt_of(i), i) if prompt_of else kind_of(i).tokens(i, tokenizer) for i in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -54,6 +55,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+        images = image_inputs(tokenizer, [items[i] for i in batch], ids)
         stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if stops_early else None
         with only_these(model):
             out = model.generate(
@@ -62,16 +64,23 @@ def generate(
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 logits_processor=LogitsProcessorList([NumbersOnly()]),
-                **prefix.for_beams(model, ids, mask, beams),
+                **(images or prefix.for_beams(model, ids, mask, beams)),
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
-            kind = kind_of(items[i])
-            record = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": kind.gold(items[i]), "correct": right}
-            records[i] = record | ({"measures": m} if (m := kind.measures(text, items[i])) else {})
+            record = record_of(items[i], texts_of(items[i]), text, answer, right)
+            records[i] = record | ({"measures": m} if (m := kind_of(items[i]).measures(text, items[i])) else {})
         done(len(batch))
     return records
+
+
+def record_of(item: Mapping, prompt: str, output: str, answer: str | None, right: bool) -> dict:
+    """What is written of one item; `score` where an answer may count in part."""
+    kind = kind_of(item)
+    image = {"image": item["image"]} if isinstance(item.get("image"), str) else {}
+    record = {"prompt": prompt, "output": output, "answer": answer, "gold": kind.gold(item), "correct": right, **image}
+    return record if (score := kind.score(answer, item)) in (0, 1) else record | {"score": score}
 
 
 def read_output(text: str, item: Mapping) -> tuple[str | None, bool]:

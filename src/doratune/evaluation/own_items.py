@@ -88,7 +88,7 @@ class OwnItem(dict):
     def tokens(self, tokenizer) -> list[int]:
         """The prompt: all that stands in front of the last answer."""
         reading = self.task.reading
-        if self.task.prompt != "auto" or tokenizer.chat_template:
+        if self.task.prompt != "auto" or getattr(tokenizer, "chat_template", None):
             prompt = "template" if self.task.prompt == "auto" else self.task.prompt
             reading = dataclasses.replace(reading, prompt=prompt)
         example = encode_one(self, lambda item, t: self.kind.encode(item, t, reading), tokenizer)

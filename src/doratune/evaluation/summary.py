@@ -14,14 +14,15 @@ from .tasks import chance, kinds_of, majority
 def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protocol: str, seconds: float) -> dict:
     """The figures of one task."""
     n, right = len(records), sum(r["correct"] for r in records)
-    accuracy = right / n
+    scores = [r.get("score", float(r["correct"])) for r in records]
+    accuracy = math.fsum(scores) / n
     result = {
         "task": name,
         "protocol": protocol,
         "right": right,
         "total": n,
         "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+        "standard_error": math.sqrt(max(0.0, math.fsum(s * s for s in scores) / n - accuracy**2) / n),
         "unparsable": sum(r["answer"] is None for r in records) / n,
         "chance": chance(items),
         "majority": majority(items),
@@ -58,6 +59,23 @@ def overall(results: Sequence[dict]) -> dict | None:
     return facts | mean | sums | {"standard_error": error}
 
 
+SHARES = {
+    "circular_accuracy": "right in every rotation of the options",
+    "accuracy_with_image": "accuracy of the items with an image",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "yes_share": "share of yes",
+}
+"""Figures of single kinds of items, and what a table calls them."""
+
+
+def own_figures(result: dict) -> str:
+    """One line about the figures that a task's kind of items has beyond those of every kind; empty where it has none."""
+    parts = [f"{words} {100 * result[key]:.1f} %" for key, words in SHARES.items() if key in result]
+    return f"{result['task']}: {', '.join(parts)}" if parts else ""
+
+
 def table(results: Sequence[dict], peak_bytes: int | None) -> str:
     """A plain text table, one line a task and protocol."""
     head = [
@@ -87,6 +105,7 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
     for r in results:
         shown = [f"{name} {100 * m['mean']:.1f} ± {100 * m['standard_error']:.1f} %" for name, m in r.get("metrics", {}).items()]
         lines += [f"{r['task']} {r['protocol']}: {', '.join(shown)}"] if shown else []
+    lines += [line for r in results if (line := own_figures(r))]
     if peak_bytes is not None:
         lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)

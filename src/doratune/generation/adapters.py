@@ -53,6 +53,7 @@ class NamedAdapters:
         quantize: recorded (as the adapters were trained), none, nf4, fp4 or int8.
         trust_remote_code: run the code that the model's folder or repository brings.
         check_base: refuse a base with other row norms than an adapter was trained on, when it is used.
+        device: where the model is, as `support.devices` reads it.
 
     Raises:
         UserError: neither model nor adapters; a folder that is no adapter; adapters of bases that were quantized differently.
@@ -66,6 +67,7 @@ class NamedAdapters:
         quantize: str = "recorded",
         trust_remote_code: bool = False,
         check_base: bool = True,
+        device: str = "auto",
     ):
         self.folders, self.check_base = named(entries), check_base
         if not model and not self.folders:
@@ -76,7 +78,7 @@ class NamedAdapters:
         if quantize == "recorded":
             quantize = self._recorded()
         self.tokenizer = load_tokenizer(self.base, trust_remote_code)
-        self.model = load_model(self.base, dtype, quantize, trust_remote_code=trust_remote_code)
+        self.model = load_model(self.base, dtype, quantize, trust_remote_code=trust_remote_code, device=device)
         self.current = BASE
         self.inside: dict[str, str] = {}
         """Name → the adapter's name in the model, of those that are loaded."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
+from ..support.environment import memory_bytes
 from .architecture import Architecture, architecture_of, config_of, stored_bytes
 from .log import ADAPTERS, GRADIENTS, OPTIMIZER, TERMS, WEIGHTS
 from .settings import PlanSettings
@@ -107,7 +108,7 @@ class Planner:
             built = built or architecture_of(settings, self.config)
             answer = None if settings.answer_length is None else min(settings.answer_length, settings.max_length)
             each = -(-settings.batch_size // settings.processes)
-            step = step_bytes(built, each, settings.max_length, answer, foreach=settings.device == "cuda")
+            step = step_bytes(built, each, settings.max_length, answer, foreach=settings.on_gpu)
             self._steps[key] = step, dict(built.uncounted)
         step, uncounted = self._steps[key]
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
@@ -147,9 +148,7 @@ def capacity_of(settings: PlanSettings) -> int:
     if settings.memory:
         return int(settings.memory * 2**30)
     if settings.device == "cpu":
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
     if not torch.cuda.is_available():
         raise UserError("memory is 0, and this machine has no GPU to ask; give --memory GIB, or --device cpu")
     return torch.cuda.get_device_properties(0).total_memory

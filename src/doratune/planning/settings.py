@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Literal
 
+from ..support.devices import Device
 from ..support.values import number
 from ..training.recipe import TrainRecipe, check_share
 
@@ -20,7 +21,6 @@ class PlanSettings(TrainRecipe):
     """Memory that a training run will need, term by term; whether it fits; the largest batch or rank; its time; no weights read.
 
     Args:
-        device: cuda or cpu; on cuda the optimizer steps all parameters at once, which takes more memory
         memory: of each device, in GiB; 0: of this machine's, where it has one
         answer_length: positions with a loss in the longest example; default: max_length. Training keeps logits of these only
         largest: also find the largest batch_size or rank that fits; none: do not
@@ -29,7 +29,7 @@ class PlanSettings(TrainRecipe):
         process: GiB that a process takes before it has a tensor; default: 0.5 on cuda, 0.66 on cpu
     """
 
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Device = "cuda"
     memory: float = number(24.0, least=0)
     answer_length: int | None = number(None, least=1)
     largest: Literal["batch_size", "rank", "none"] = "batch_size"
@@ -44,7 +44,12 @@ class PlanSettings(TrainRecipe):
 
     @property
     def process_bytes(self) -> int:
-        return int(2**30 * (PROCESS_GIB[self.device] if self.process is None else self.process))
+        return int(2**30 * (PROCESS_GIB["cuda" if self.on_gpu else "cpu"] if self.process is None else self.process))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Is the run planned for a GPU? There the optimizer steps all parameters at once, which takes more memory."""
+        return self.device != "cpu"
 
 
 def _arguments(cls: type) -> str:

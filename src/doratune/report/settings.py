@@ -19,7 +19,8 @@ BOOKKEEPING = {
 """Settings that change no weight."""
 
 VARIED = {f.name for f in dataclasses.fields(AdapterConfig)} | {
-    "lr", "magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "seed", "limit", "quantize", "double_quantization",
+    "lr", "magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay",
+    "whole_lr_ratio", "seed", "limit", "quantize", "double_quantization",
 }  # fmt: skip
 """Settings that a comparison is about; any other that differs is named in a warning."""
 

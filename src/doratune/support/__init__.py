@@ -6,12 +6,15 @@ durable.py       what both stand on: locked staging names, syncing, an exchange 
 outputs.py       an output that is, holds or lies in an input is refused
 processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
+image_text.py    models of images and text: processors, which part is which
+devices.py       the device that a command computes on
 hub.py           whether a hub answers, asked once
 model_folders.py   model folders of transformers and diffusers: class, modules, config
 headers.py       names and shapes in the files a model came from
 examples.py      an input for any model, from its config
 packages.py      requirements of every extra, and what is installed of them
 environment.py   machine, versions, commit, peak memory
+recipes.py       recipes that come with the package
 tables.py        text tables: aligned, Markdown
 text.py          UTF-8 text and its lines
 yaml_text.py     YAML, counted before it is built

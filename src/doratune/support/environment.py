@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -33,16 +38,35 @@ def environment(device: torch.device | None = None) -> dict:
 
 
 def peak_bytes() -> int:
-    """Peak memory: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Peak memory: of the GPU where one was used, else of the process; 0 where the system does not tell."""
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
+        return used
+    if resource is None:
+        return _peak_of_windows()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _peak_of_windows() -> int:
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return 0
+    return getattr(psutil.Process().memory_info(), "peak_wset", 0)
+
+
+def memory_bytes() -> int:
+    """This machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().total
 
 
 def cpu_name() -> str:
     """The processor's model name, where the system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

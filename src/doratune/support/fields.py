@@ -72,6 +72,17 @@ def documentation(cls: type) -> dict[str, str]:
     return texts
 
 
+def argument_texts(cls: type) -> dict[str, str]:
+    """{setting: its text in the docstring's "Args:", on one line}."""
+    return {name: " ".join(text.split()) for name, text in _entries(cls.__doc__ or "").items()}
+
+
+def _entries(doc: str) -> dict[str, str]:
+    """{name: text} of a docstring's "Args:", its last section."""
+    args = inspect.cleandoc(doc).partition("\nArgs:\n")[2]
+    return dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", args, re.MULTILINE))
+
+
 def _as_yaml(source: type, field: dataclasses.Field):
     """`str | tuple[str, ...]` → `str | list[str]`, `Mapping[str, int]` → `dict[str, int]`: a type, not its name, since one name
     that a class's module lacks would switch off the check of every setting."""
@@ -92,8 +103,7 @@ def _default(field: dataclasses.Field):
 
 def _described(doc: str, texts: dict[str, str], after: str | None) -> str:
     """The docstring with the texts among its "Args:", its last section."""
-    head, _, args = inspect.cleandoc(doc).partition("\nArgs:\n")
-    entries = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", args, re.MULTILINE))
+    head, entries = inspect.cleandoc(doc).partition("\nArgs:\n")[0], _entries(doc)
     own = [(name, f"{texts[name]} {text}" if name in texts else text) for name, text in entries.items()]
     place = list(entries).index(after) + 1 if after else len(own)
     added = [(name, text) for name, text in texts.items() if name not in entries]

@@ -29,6 +29,11 @@ class Wish(NamedTuple):
         return MODULES.get(name, name.replace("-", "_"))
 
     @property
+    def plain(self) -> str:
+        """Its name in lower case with hyphens, as `brought_along` has it."""
+        return _plain(self.distribution)
+
+    @property
     def installed(self) -> str | None:
         """The installed version."""
         try:
@@ -52,6 +57,22 @@ def wishes() -> list[Wish]:
     except importlib.metadata.PackageNotFoundError:
         return []
     return [wish for line in lines if (wish := _wish(line)) is not None]
+
+
+def brought_along() -> set[str]:
+    """Distributions that another installed one than ours requires, in lower case with hyphens: that they are here says nothing of
+    an extra. Cost: the metadata of all that is installed."""
+    lines = (
+        line
+        for distribution in importlib.metadata.distributions()
+        if _plain(distribution.name or "") != NAME
+        for line in distribution.requires or ()
+    )
+    return {_plain(re.match(r"\s*([\w.-]+)", line)[1]) for line in lines if "extra" not in line.partition(";")[2]}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _wish(line: str) -> Wish | None:

@@ -48,8 +48,11 @@ def refuse_several(command: str) -> None:
         raise UserError(f"{command} runs in one process, but {name} is {count}; start it without a launcher, or unset {name}")
 
 
-def connect(timeout: float = 1800) -> None:
+def connect(timeout: float = 1800, device: str = "auto") -> None:
     """Connect the launcher's processes, if there are several; timeout: seconds to wait for the others, now and later.
+
+    Args:
+        device: cpu keeps them off the GPUs.
 
     Raises:
         UserError: they cannot be connected, or not all of them.
@@ -58,8 +61,9 @@ def connect(timeout: float = 1800) -> None:
         return
     from accelerate import PartialState
 
+    cpu = device == "cpu" or not torch.cuda.is_available()
     try:
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout), **_store_of_this_round(timeout))
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout), **_store_of_this_round(timeout))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         place = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ)

@@ -198,5 +198,5 @@ def _words(kinds: Iterable[Any], rule, value: Any, several: bool = False) -> str
             options.append("a list")
         elif _parts({}, kind) is not None:
             options.append("a mapping")
-    words = " or ".join(options) or "nothing"
+    words = " or ".join(dict.fromkeys(options)) or "nothing"
     return (re.sub(r"\ba ((?:positive |whole )*)number\b", r"\1numbers", words) if several else words) + near

@@ -1,7 +1,10 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
+objectives/      what is learned: text, classes of images; one file each
 examples.py      its data: read, split, tokenized, counted
+image_rows.py    images as a model reads them
+class_scores.py  accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
@@ -15,6 +18,7 @@ resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before
 faults.py        gradients that are not finite, processes that torchrun starts again
 checkpoints.py   complete in one act; the newest whole one
+visual.py        models of images and text: what of them is trained
 methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's

@@ -19,7 +19,11 @@ from .movement import magnitude_moved
 
 class TokenProgress(ProgressCallback):
     """transformers' bar with the time left, and beside it the last logged loss, learning rate, gradient norm and |Δm|, tokens a
-    second without padding, and the peak of memory."""
+    second without padding, or images a second, and the peak of memory."""
+
+    def __init__(self, unit: str = "tokens"):
+        super().__init__()
+        self.unit = unit
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -34,14 +38,15 @@ class TokenProgress(ProgressCallback):
             if model is not None and (moved := magnitude_moved(model)) is not None:
                 self.logged["|Δm|"] = f"{100 * moved:.2g} %"
         if "eval_loss" in logs:
-            right = f", {100 * logs['eval_token_accuracy']:.1f} % of tokens" if "eval_token_accuracy" in logs else ""
+            shares = {"eval_token_accuracy": "of tokens", "eval_accuracy": "right"}
+            right = "".join(f", {100 * logs[name]:.1f} % {what}" for name, what in shares.items() if name in logs)
             self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}{right}")
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
             rate = tokens_per_second(state.num_input_tokens_seen - self.tokens_before, self.started)
-            shown = self.logged | {"tokens/s": f"{rate:.0f}", "GiB": f"{peak_bytes() / 2**30:.2f}"}
+            shown = self.logged | {f"{self.unit}/s": f"{rate:.0f}", "GiB": f"{peak_bytes() / 2**30:.2f}"}
             self.training_bar.set_postfix(shown, refresh=False)
 
     def close(self):

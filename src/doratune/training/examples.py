@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..data import encoder, load_items, recognition
-from ..data.encode import DataReport, encode_all
+from ..data.encode import AnswerCollator, DataReport, encode_all
 from ..data.formats import DataFormat
-from ..data.packing import examples_of
+from ..data.image_batches import ImageTextCollator
+from ..data.image_reader import ImageReader
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError
 from .recipe import TrainRecipe
 from .streaming import StreamedRows
@@ -85,6 +87,19 @@ def _tokens(
     return encode_all(items, encoder(kind, recipe.reading()), tokenizer, *limits)
 
 
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator | ImageTextCollator:
+    """What makes batches of rows.
+
+    Raises:
+        UserError: packing, for a model of images and text.
+    """
+    if not isinstance(tokenizer, ImageReader):
+        return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
+    if recipe.packing:
+        raise UserError("packing: rows of several examples are not for models of images and text; set packing: false")
+    return ImageTextCollator(tokenizer, model)
+
+
 def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:
     """The rows that are there before the run."""
     return rows.first if isinstance(rows, StreamedRows) else rows
@@ -92,7 +107,9 @@ def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:
 
 def count_of(rows: list[dict] | StreamedRows) -> int:
     """How many examples there are, packed or not; of those that are streamed, how many were read."""
-    return rows.report.examples if isinstance(rows, StreamedRows) else examples_of(rows)
+    if isinstance(rows, StreamedRows):
+        return rows.report.examples
+    return examples_of(rows) if isinstance(rows, list) else len(rows)
 
 
 def streamed_counts(rows: list[dict] | StreamedRows) -> dict[str, dict[str, int]]:

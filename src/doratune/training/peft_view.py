@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -102,7 +103,7 @@ class PeftView(PeftModel):
     def get_base_model(self) -> nn.Module:
         return self.attached
 
-    def forward(self, *args, adapter_names=None, **kwargs):
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         with self._mixed(adapter_names):
             if self._watched or not self.training or not watchable(self.attached):
                 return self.base_model(*args, **kwargs)
@@ -112,7 +113,7 @@ class PeftView(PeftModel):
         self._refuse_reads(seen.reads)
         return result
 
-    def generate(self, *args, adapter_names=None, **kwargs):
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         with self._mixed(adapter_names):
             return self.attached.generate(*args, **kwargs)
 
@@ -207,14 +208,14 @@ class PeftView(PeftModel):
             )
         use(self.attached, name)
 
-    def merge_adapter(self, *args, **kwargs) -> None:
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """The merged weights in place, for whoever reads them (an engine); `unmerge_adapter` is bit for bit."""
         merge(self.attached, keep="device")
 
     def unmerge_adapter(self) -> None:
         unmerge(self.attached)
 
-    def merge_and_unload(self, *args, **kwargs) -> nn.Module:
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         for name in names(self.attached)[1:]:
             delete(self.attached, name)
         merge(self.attached, keep="none")

@@ -14,8 +14,11 @@ from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
 from ..data.settings import DataSettings
 from ..errors import UserError
+from ..support.devices import Device
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, choices, number
+from .objectives import DEFAULT, names, objective_of
+from .visual import VisualSettings
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """What `report_to` may name; the package of each has its name."""
@@ -29,6 +32,7 @@ def methods() -> list[str]:
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
 @with_settings_of(DataSettings, after="expected")
+@with_settings_of(VisualSettings, after="double_quantization")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -37,6 +41,7 @@ class TrainRecipe:
         data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
             (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
+        objective: what is learned: language_modeling, or image_classification (a class of each image; docs/vision.md)
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
@@ -55,6 +60,7 @@ class TrainRecipe:
         magnitude_lr_ratio: learning rate of m as a multiple of lr
         output_factor_lr_ratio: LoRA+: learning rate of B over that of A
         magnitude_decay: pulls a relative m back to its start
+        whole_lr_ratio: learning rate of the modules that are trained whole (also_train, projector) as a multiple of lr
         weight_decay: on A and B; m has none
         schedule: linear, cosine or constant, after the warm-up
         warmup_steps: steps of linear warm-up
@@ -71,8 +77,10 @@ class TrainRecipe:
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        workers: processes that read and prepare images while the model trains; 0 for the run's own
         packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
+        device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
         checkpointing: gradient checkpointing: none, reentrant or non-reentrant
         idle_layers: at adapted layers that do not train, seen in the first steps: stop, or warn and go on
         tasks: tasks to score after training: names, or .json files as doratune evaluate takes them
@@ -100,6 +108,7 @@ class TrainRecipe:
     model: str = "smollm2-135m-instruct"
     data: str | list[str] = ""
     output: str = "runs/train"
+    objective: str = choices(DEFAULT, names())
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
@@ -120,6 +129,7 @@ class TrainRecipe:
     magnitude_lr_ratio: float = number(1.0, least=0)
     output_factor_lr_ratio: float = number(1.0, above=0)
     magnitude_decay: float = number(0.0, least=0)
+    whole_lr_ratio: float = number(1.0, least=0)
     weight_decay: float = number(0.0, least=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = number(0, least=0)
@@ -136,8 +146,10 @@ class TrainRecipe:
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    workers: int = number(0, least=0, most=256)
     packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Device = "auto"
     checkpointing: Literal["none", "reentrant", "non-reentrant"] = "none"
     idle_layers: Literal["stop", "warn"] = "stop"
     tasks: list[str] = field(default_factory=list)
@@ -169,6 +181,10 @@ class TrainRecipe:
         """The data part of the recipe."""
         return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
 
+    def visual(self) -> VisualSettings:
+        """What is trained of a model of images and text."""
+        return VisualSettings(projector=self.projector, vision_tower=self.vision_tower)
+
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
         targets = tuple(self.baseline_targets) if isinstance(self.baseline_targets, list) else self.baseline_targets
@@ -190,6 +206,7 @@ class TrainRecipe:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
+        objective_of(self).check()
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")

@@ -47,6 +47,7 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
         "final_loss": last("train_loss") if last("loss") is None else last("loss"),
         **_evaluated(trainer),
         **clock.spent,
+        "unit": trainer.unit,
         "tokens_per_second": clock.spent["tokens"] / max(clock.spent["seconds"], 1e-9),
         "peak_bytes": clock.peak_bytes,
         "moved": None if moved is None else str(moved),
@@ -60,7 +61,8 @@ def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, sa
     write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
     plot_loss(metrics["log"], output / PLOT)
     write_json(output / "metrics.json", metrics)
-    say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
+    speed = f"{metrics['tokens_per_second']:.0f} {trainer.unit}/s" + " without padding" * (trainer.unit == "tokens")
+    say(f"{method.result} written to {output / method.result} ({speed})")
     return metrics
 
 

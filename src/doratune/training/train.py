@@ -19,28 +19,24 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..data.encode import AnswerCollator
-from ..data.limits import check_tokens
-from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
+from ..support.devices import device_of
 from ..support.files import replacing
-from ..support.models import contiguous_head, load_tokenizer
+from ..support.models import contiguous_head
 from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .alarms import Alarms
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import first_rows, read_examples
 from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
-from .packing import packed_rows
+from .objectives import objective_of
 from .recipe import TrainRecipe, check_share
 from .result import finish, measured
 from .resume import already_trained, check_same
-from .samples import SampleWriter
 from .sharded import arguments as fsdp_arguments
 from .status import RunStatus
 from .watching import trackers_of, watchers, watching_arguments
@@ -76,28 +72,27 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
     trackers_of(recipe)
     recipe = restarted(recipe)
-    connect(recipe.timeout)
+    device_of(recipe.device)
+    connect(recipe.timeout, recipe.device)
     _check_share(recipe)
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
-    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
+    objective = objective_of(recipe)
+    tokenizer = tokenizer or objective.processor()
     counts: dict[str, dict[str, int]] = {}
-    rows, eval_rows, kind = read_examples(recipe, tokenizer, say, counts)
-    watch = [Alarms(say)]
-    if recipe.sample_prompts:
-        watch.append(SampleWriter(recipe, kind, tokenizer, say, checkpoint))
+    rows, eval_rows = objective.examples(tokenizer, say, counts)
+    watch = [Alarms(say), *objective.watchers(tokenizer, say, checkpoint)]
     set_seed(recipe.seed)
-    method = method_of(recipe)
+    method = method_of(recipe, objective)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
+    for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
-    if recipe.packing:
-        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
+    rows = objective.arranged(rows, model, tokenizer, say)
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint, watch)
     _say_engine(trainer, recipe, say)
@@ -134,7 +129,7 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
 
 def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
     """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
-    bar = TokenProgress()
+    bar = TokenProgress(trainer.unit)
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
         trainer.add_callback(stop)
@@ -185,7 +180,7 @@ def build_trainer(
     method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None, watch: Sequence[TrainerCallback] = ()
 ) -> tuple[Trainer, Clock]:
     """The method's Trainer with our clock, what the recipe watches the run by, and further callbacks."""
-    recipe = method.recipe
+    recipe, objective = method.recipe, method.objective
     if recipe.checkpointing != "none":
         model.enable_input_require_grads()
     arguments = TrainingArguments(
@@ -201,21 +196,17 @@ def build_trainer(
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length"
-        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
-        else "random",
-        length_column_name="length",
         seed=recipe.seed,
         logging_nan_inf_filter=False,
         **watching_arguments(recipe, bool(eval_rows)),
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        use_cpu=device_of(recipe.device).type == "cpu",
         disable_tqdm=False,
         accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
         **fsdp_arguments(recipe.fsdp),
+        **objective.arguments(),
         **method.settings(),
     )
     refuse_strangers(arguments.world_size)
@@ -223,21 +214,18 @@ def build_trainer(
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=collator(recipe, tokenizer, model),
+        data_collator=objective.collator(model, tokenizer),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         callbacks=[clock, *watchers(recipe), *watch],
+        **objective.trainer_settings(),
     )
+    trainer.unit, trainer.units_in = objective.unit, objective.units_in
     refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
-
-
-def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
-    """What makes batches of rows."""
-    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:

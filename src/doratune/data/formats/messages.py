@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...errors import UserError
 from .. import chat, conversation
 from . import DataFormat
 
@@ -26,6 +27,8 @@ class Messages(DataFormat):
         return conversation.messages_of(item.get(self.list_key), where, settings, self.list_key, self.names)
 
     def check(self, item: Mapping, where: str, settings) -> None:
+        if item.get("images") or item.get("image"):
+            raise UserError(f"{where} has images, which {self.name} data has not; set data_format: visual")
         messages, tools = self.conversation(item, where, settings), conversation.tools_of(item.get("tools"), where)
         conversation.check_answers(messages, where)
         conversation.check_calls(messages, tools, where)

@@ -3,10 +3,14 @@
     commonsense.py   one of a few allowed answers (§5.1)
     arithmetic.py    a number, the last one of the output (LLM-Adapters' five test sets)
     orca_math.py     question and worked answer, compared by their last numbers (§6.1)
+    soft_answers.py  an image's question that several people answered (VQAv2, VizWiz, TextVQA)
+    phrase.py        an image's question with one right phrase (GQA)
+    options.py       a question with lettered options (ScienceQA, MMBench)
+    yes_no.py        is it in the image? (POPE)
     own.py           a user's own task: free answers by metrics, one of an item's choices
 
-A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new file. An
-item says by its keys and its answer which kind it is, so a file may hold several.
+A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new
+file. An item says by its keys and its answer which kind it is, so a file may hold several.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from functools import cache
 from typing import Any
 
 from ...data.instruction import prompt_of
+from ..images import prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class TaskKind:
 
     def tokens(self, item: Mapping, tokenizer) -> list[int]:
         """The tokens in front of the answer."""
-        return tokenizer(self.prompt(item))["input_ids"]
+        return prompt_tokens(tokenizer, self.prompt(item), item)
 
     def gold(self, item: Mapping) -> Any:
         """The right answer, as records show it."""
@@ -78,6 +83,10 @@ class TaskKind:
     def right(self, answer: str | None, item: Mapping) -> bool:
         """Does this answer count?"""
         return answer == self.gold(item)
+
+    def score(self, answer: str | None, item: Mapping) -> float:
+        """How far this answer counts, 0 to 1; the mean is the accuracy."""
+        return float(self.right(answer, item))
 
     def measures(self, text: str, item: Mapping) -> dict[str, float]:
         """Further metrics of an output, 0 to 1, by name."""

@@ -1,0 +1,113 @@
+"""The examples of the documentation: marked blocks run, page by page, on a tiny model; every command line names what there is."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+from pages import PAGES, ROOT, commands, marks, runnable, text_of
+
+from doratune.cli.description import described
+from doratune.cli.main import COMMANDS, main
+
+WITH_EXAMPLES = [page for page in PAGES if marks(page)]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, tiny_folder):
+    """A folder as the pages assume it: a model `my-model`, instruction data `my.jsonl`."""
+    shutil.copytree(tiny_folder, tmp_path / "my-model")
+    towns = {"Norway": "Oslo", "Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo", "Cuba": "Havana", "Chad": "N'Djamena"}
+    items = [{"instruction": f"Which town is the capital of {land}?", "input": "", "output": town} for land, town in towns.items()]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_python(text: str, names: dict, where: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(text, where, "exec"), names)
+
+
+def run_bash(text: str) -> None:
+    """Line by line; doratune's own commands run in this process, which has its imports already."""
+    lines = iter(re.sub(r"\\\n\s*", "", text).splitlines())
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        if here := re.search(r"<<(\w+)$", line):
+            while (following := next(lines)) != here[1]:
+                line += "\n" + following
+            line += "\n" + here[1]
+        words = shlex.split(line.split("\n")[0], comments=True)
+        if words[0] == "doratune":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                assert main(words[1:]) == 0, f"{line}\n{output.getvalue()[-1000:]}"
+        else:
+            subprocess.run(["bash", "-ec", line], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+def test_the_marked_blocks_of_a_page_run(page, desk):
+    names: dict = {"__name__": "example"}
+    blocks = runnable(page)
+    assert len(blocks) == marks(page), "a mark stands right above a fenced block of python or bash"
+    for block in blocks:
+        if block.language == "python":
+            run_python(block.text, names, f"{page.name}:{block.line}")
+        else:
+            run_bash(block.text)
+
+
+def test_enough_pages_have_examples_that_run():
+    assert {"README.md", "first_run.md", "migrating.md", "extending.md"} <= {page.name for page in WITH_EXAMPLES}
+
+
+@cache
+def settings_of(command: str) -> set[str]:
+    line = described(command)
+    names = {field.name for field in dataclasses.fields(line.settings)} if line.settings else set()
+    return names | {"json", "help"} | ({"config"} if line.recipe else set())
+
+
+def problem(line: str) -> str | None:
+    """What is wrong with a command line; None where nothing is."""
+    words = line.split()
+    command = words[1] if len(words) > 1 else ""
+    if command.startswith("--") or not re.fullmatch(r"[a-z]+", command):
+        return None  # doratune --version, doratune COMMAND
+    if command not in COMMANDS:
+        return f"no command {command}"
+    flags = re.findall(r"(?<!\S)--([A-Za-z_-]+)", line)
+    unknown = {flag.replace("-", "_") for flag in flags} - settings_of(command)
+    return f"{command} has no {', '.join(sorted(unknown))}" if unknown else None
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda page: page.name)
+def test_every_command_line_is_one(page):
+    if page.suffix == ".yaml":
+        found = [(i, line[1:].strip()) for i, line in enumerate(text_of(page).splitlines(), 1) if line.startswith("# doratune ")]
+    else:
+        found = commands(page)
+    assert [f"{page.name}:{number}: {wrong}" for number, line in found if (wrong := problem(line))] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("doratune trane x.yaml", "no command trane"),
+        ("doratune train x.yaml --rnk 3", "train has no rnk"),
+        ("doratune merge --adapter a --outptu b", "merge has no outptu"),
+        ("doratune evaluate --adapter a --task '[boolq, piqa]'", None),
+        ("doratune --version", None),
+    ],
+)
+def test_the_check_sees_what_it_should(line, wrong):
+    assert problem(line) == wrong
