@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import number
 from .arguments import parse
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune init --model my-model --data my.jsonl --memory 24 --output recipe.yaml"
 
@@ -75,7 +75,8 @@ def main(argv: list[str]) -> int:
     if unusable:
         say(f"warning: {len(unusable)} items cannot be used and are left out (bad_items: skip); the first: {unusable[0]}")
     say(_summary(start))
-    say(f"recipe written to {settings.output}; next: doratune train {settings.output}")
+    say(f"recipe written to {settings.output}")
+    say_next(("data", *settings.data, "--model", settings.model), ("train", settings.output))
     if as_json:
         chosen = {name: choice.value for name, choice in start.choices.items()}
         print_json({"output": settings.output, "settings": chosen, "plan": start.plan.to_dict()})
@@ -179,6 +180,7 @@ def _recipe(settings: InitSettings, facts, reading: DataSettings, unusable: list
         head["bad_items"] = Chosen("skip", f"{len(unusable)} items cannot be used: doratune data shows which, and why")
     if eval_size:
         head["eval_size"] = Chosen(eval_size, "split off, to see the loss on what is not trained on")
+        head["best_by"] = Chosen("loss", "the result is the checkpoint with the lowest loss on those")
     if settings.trust_remote_code:
         head["trust_remote_code"] = True
     return head | start.choices

@@ -156,7 +156,8 @@ def _fitting(planner: Planner, wish: RunWish, memory: float) -> MemoryPlan:
     asked = planner.settings
 
     def allowed(settings: PlanSettings) -> bool:
-        return settings.max_length == asked.max_length and (wish.quantize == "auto" or settings.quantize == asked.quantize)
+        packs = wish.quantize == "auto" and settings.fsdp == "none"  # packed weights in shards are not tested
+        return settings.max_length == asked.max_length and (packs or settings.quantize == asked.quantize)
 
     try:
         fit = first_fit(planner, allowed)
@@ -177,7 +178,7 @@ def _least(planner: Planner, wish: RunWish, length: int) -> PlanSettings:
         batch_size=asked.processes,
         gradient_accumulation=asked.batch_size // asked.processes,
         checkpointing="non-reentrant",
-        quantize="nf4" if wish.quantize == "auto" else asked.quantize,
+        quantize="nf4" if wish.quantize == "auto" and asked.fsdp == "none" else asked.quantize,
         max_length=length,
     )
 
@@ -191,7 +192,8 @@ def _too_small(planner: Planner, wish: RunWish, memory: float) -> str:
 
     try:
         figure = needed(least)
-        ways = [("--quantize nf4", dataclasses.replace(least, quantize="nf4"))] if least.quantize == "none" else []
+        dense = least.quantize == "none" and least.fsdp == "none"
+        ways = [("--quantize nf4", dataclasses.replace(least, quantize="nf4"))] if dense else []
         short = max(64, least.max_length // 4)
         ways += [(f"--max_length {short}", dataclasses.replace(least, max_length=short))] if short < least.max_length else []
         way = next((f"{words}, or " for words, settings in ways if needed(settings) <= memory), "")
