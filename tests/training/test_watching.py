@@ -199,6 +199,11 @@ def test_a_short_run_shows_its_loss(steps, logged, run):
     assert (run.folder / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_run_shorter_than_its_log_shows_its_loss_once(run):
+    _, metrics = run("run", "--lr", "1e-3", "--max_steps", "3", "--log_steps", "7", "--eval_data", "null")
+    assert [row["step"] for row in metrics["log"]] == [3]
+
+
 def test_the_line_of_progress(run, capsys):
     run("run", "--lr", "1e-3", "--max_steps", "4", "--eval_steps", "2")
     said = capsys.readouterr()
