@@ -150,7 +150,9 @@ def test_answers_to_fixed_prompts_change_nothing_in_the_training(run, capsys):
     assert [(s["step"], s["prompt"]) for s in sampled["samples"]] == [
         (step, prompt) for step in (0, 4, 6) for prompt in ("Is 3 even?", "Is 5 even, or not?")
     ]
-    assert plain["samples"] == [] and "step 4: 'Is 3 even?' -> " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert plain["samples"] == [] and "step 4: 'Is 3 even?' -> " in said.out
+    assert "/6" not in said.out  # the bar's line is another one
 
 
 def test_answers_are_the_adapter_s_own_and_outlive_a_resume(run, tiny_tokenizer):

@@ -198,10 +198,10 @@ def _too_small(planner: Planner, wish: RunWish, memory: float) -> str:
         ways += [(f"--max_length {short}", dataclasses.replace(least, max_length=short))] if short < least.max_length else []
         way = next((f"{words}, or " for words, settings in ways if needed(settings) <= memory), "")
     except Untraceable:
-        return f"memory is {memory:g} GiB, which is too small for the weights of {wish.model}; take a smaller model"
+        return f"memory is {memory:.4g} GiB, which is too small for the weights of {wish.model}; take a smaller model"
     stored = "" if least.quantize == "none" else f" in {least.quantize}"
     return (
-        f"memory is {memory:g} GiB; {wish.model}{stored}, one example of {least.max_length} tokens at a time with checkpointing, "
+        f"memory is {memory:.4g} GiB; {wish.model}{stored}, one example of {least.max_length} tokens at a time with checkpointing, "
         f"needs {figure:g} GiB: give {way}--memory {figure:g}, or take a smaller model"
     )
 
@@ -234,7 +234,7 @@ def _sizes(plan: MemoryPlan, wish: RunWish, memory: float, together: Chosen, len
     packed = f"the base is {dense / 2**30:.1f} GiB in {s.dtype}, so it is packed: QDoRA (pip install 'doratune[quantized]')"
     stored = "the base fits as it is" if s.quantize == "none" else packed
     split = "" if s.gradient_accumulation == 1 else f", {s.batch_size} at a time for the memory"
-    known = f"{plan.total / 2**30:.2f} GiB planned of {memory:g}"
+    known = f"{plan.total / 2**30:.2f} GiB planned of {memory:.4g}"
     known = "this model's step cannot be planned, so one example at a time" if plan.uncounted else known
     more = "" if s.checkpointing == "none" else "; a third more time for less memory"
     all_in_all = f"{s.batch_size * s.gradient_accumulation} examples a step in all"
