@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from .arguments import parse
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 --output runs/r8"
 
@@ -23,16 +26,37 @@ def main(argv: list[str]) -> int:
     from ..evaluation.evaluate import after_training
     from ..support.processes import is_first
     from ..support.yaml_text import to_yaml
-    from ..training.train import Interrupted, dataclasses, train
+    from ..training.train import Interrupted, train
 
     if is_first():
-        say(to_yaml(dataclasses.asdict(recipe)))
+        say(to_yaml(_told(recipe)))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
         if is_first():
             print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
+    if is_first():
+        say_next(*_commands(Path(recipe.output)))
     if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0
+
+
+def _told(recipe) -> dict:
+    """The settings that are not the default, and those that a reader looks for; OUTPUT/recipe.yaml has them all."""
+    default, always = dataclasses.asdict(type(recipe)()), ("model", "data", "output", "method", "rank", "lr")
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name in always or value != default[name]}
+
+
+def _commands(run: Path) -> Iterator[tuple[str, ...]]:
+    """What a finished run can be used for, by the files that it left."""
+    adapter, model = run / "adapter", run / "model"
+    result = ("--model", str(model)) if model.is_dir() else ("--adapter", str(adapter))
+    whole = model.is_dir() or (adapter / "adapter_config.json").is_file()  # a baseline is scored, and nothing else
+    if whole and (Path(result[1]) / "tokenizer_config.json").is_file():
+        yield ("chat", *result)
+    yield ("evaluate", *result, "--task", "my_test.jsonl")
+    if whole and not model.is_dir():
+        yield ("merge", *result, "--output", f"{run}-merged")
+    yield ("report", str(run))
