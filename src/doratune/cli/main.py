@@ -83,8 +83,8 @@ def _guarded(command: str, call: Callable[[], int | None]) -> int:
     except (OSError, RuntimeError) as error:
         from ..support.durable import write_problem
 
-        reason = write_problem(error) or (error.strerror if isinstance(error, OSError) else None)
-        if reason is None:
+        reason = write_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
+        if not reason:
             raise
         where = getattr(error, "filename", None)
         _say(command, f"{where}: {reason}" if where else reason)
