@@ -31,8 +31,8 @@ import doratune
 from doratune.cli.output import keep_freed_memory
 from doratune.data.encode import AnswerCollator
 from doratune.support.models import contiguous_head, load_model, load_tokenizer
+from doratune.training.examples import datasets
 from doratune.training.recipe import TrainRecipe
-from doratune.training.train import datasets
 from doratune.training.trainer import EpochLengthSampler
 
 

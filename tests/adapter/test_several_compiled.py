@@ -66,6 +66,23 @@ def test_t_0_under_compile_is_the_base_bit_for_bit(backend, dtype, how):
     assert torch.equal(trained, out(base(dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_gives_its_own_base_bit_for_bit(dtype):
+    """`disabled` and t = 0, in evaluation and training. Kernels that are generated anew round the adapter otherwise."""
+    torch.compiler.reset()
+    plain = torch.compile(base(dtype))
+    expected, expected_in_training = out(plain), plain.train()(IDS)
+    model = attached("a", "lora", dtype=dtype)
+    adapted = torch.compile(model)
+    want = out(adapted)
+    with doratune.disabled(model):
+        assert torch.equal(out(adapted), expected)
+    assert off(out(adapted), want) < (1e-6 if dtype == torch.float32 else 8e-3) < off(want, expected)
+    doratune.combine(model, {"a": 0, "lora": 0}, "zero")
+    assert torch.equal(out(adapted), expected)
+    assert torch.equal(adapted.train()(IDS), expected_in_training)
+
+
 def in_threads(runs, rounds=20):
     """Each function over and over, all at once; what they returned."""
     start, results, errors = threading.Barrier(len(runs)), [], []

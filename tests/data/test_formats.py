@@ -299,4 +299,4 @@ def test_thinking_of_an_answer_is_learned_where_the_template_shows_it(tiny_token
 
 
 def test_every_format_has_items_here():
-    assert {one.name for one in formats()} == {*ITEMS, *RAW}
+    assert {one.name for one in formats()} == {*ITEMS, *RAW, "visual"}  # test_visual.py

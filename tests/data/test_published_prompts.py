@@ -11,8 +11,9 @@ from doratune.data.encode import IGNORED, encode_all
 from doratune.data.published_prompts import encode, evaluation_prompt, training_prompt
 from doratune.errors import UserError
 from doratune.support.models import load_tokenizer
+from doratune.training.examples import datasets
 from doratune.training.recipe import TrainRecipe
-from doratune.training.train import datasets, train
+from doratune.training.train import train
 
 ITEM = {
     "instruction": "Is it so?\n\nAnswer format: true/false",

@@ -16,6 +16,7 @@ from doratune.cli.evaluate import EvaluateSettings
 from doratune.cli.export import ExportSettings
 from doratune.cli.extract import ExtractSettings
 from doratune.cli.generate import GenerateSettings
+from doratune.cli.init import InitSettings
 from doratune.cli.inspect import InspectSettings
 from doratune.cli.main import main
 from doratune.cli.merge import MergeSettings
@@ -30,6 +31,7 @@ COMMANDS = {
     "train": TrainRecipe, "demo": DemoSettings, "evaluate": EvaluateSettings, "merge": MergeSettings, "compare": CompareRecipe,
     "analyze": AnalyzeSettings, "report": ReportSettings, "inspect": InspectSettings, "bench": BenchSettings,
     "export": ExportSettings, "extract": ExtractSettings, "generate": GenerateSettings, "chat": ChatSettings,
+    "init": InitSettings,
 }  # fmt: skip
 RECIPES = ("train", "compare")
 FREE = {"seeds"}  # whole numbers of any sign; each cell's own seed is checked

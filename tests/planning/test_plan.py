@@ -163,11 +163,12 @@ def test_nothing_fits_in_nothing(folder):
 
 def test_devices_share_the_work(folder):
     one, ddp, fsdp, offload = (
-        planned(folder, processes=n, fsdp=f) for n, f in ((1, "none"), (2, "none"), (2, "shard"), (2, "offload"))
+        planned(folder, processes=n, fsdp=f, batch_size=4 * n) for n, f in ((1, "none"), (2, "none"), (2, "shard"), (2, "offload"))
     )
     assert ddp.total - one.total == 4 * one.trained
     assert fsdp.terms[WEIGHTS] == one.terms[WEIGHTS] // 2 and fsdp.terms["gathered"]
     assert WEIGHTS not in offload.terms
+    assert planned(folder, processes=2, memory=0.02, largest="batch_size").largest % 2 == 0
 
 
 def test_time_from_a_throughput(folder):
@@ -231,6 +232,7 @@ def test_layers_without_a_stand_in_are_named(folder):
         ({"rank": 64}, "larger than its smaller side"),
         ({"memory": -1.0}, "memory is -1.0"),
         ({"method": "dara"}, "did you mean 'dora'"),
+        ({"processes": 3}, "batch_size is 4, which 3 processes cannot share equally; give a multiple of 3"),
     ],
 )
 def test_bad_settings_are_one_line(folder, settings, message):

@@ -14,6 +14,7 @@ routes.py     calls that go another way: the base in a block, an adapter for eac
 kernels.py     kernels that write over a layer's output
 foreign.py    other packages' adapters, refused
 elsewhere.py   what cannot be done where weights are in shards or offloaded
+statistics.py   a frozen base's running statistics stay as they are
 guards.py     what save_pretrained and the like do on an attached model
 groups.py     parameter groups for an optimizer: decay, rates, LoRA+
 verify.py     is every target really DoRA?

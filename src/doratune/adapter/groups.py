@@ -3,7 +3,7 @@
 output factors   lora_B and its like (the factor that starts at 0) at `output_factor_lr_ratio` times the rate: LoRA+ (Hayou,
                  2024). m is never among them: it is one-dimensional, and an lr 16 times as high destroys it
 m                no decay towards 0, which is no meaning of a norm; own rate. In m = m₀·exp(δ) decay on δ pulls m to m₀
-whole modules    decay, but for their one-dimensional parameters
+whole modules    decay, but for their one-dimensional parameters; own rate, such as LLaVA's for its projector
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def parameter_groups(
     magnitude_lr_ratio: float = 1.0,
     output_factor_lr_ratio: float = 1.0,
     magnitude_decay: float = 0.0,
+    whole_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer, each with a `name`.
 
@@ -33,6 +34,7 @@ def parameter_groups(
         magnitude_lr_ratio: m's learning rate over `lr`.
         output_factor_lr_ratio: LoRA+'s ratio, the learning rate of B over that of A; 1: LoRA.
         magnitude_decay: weight decay of δ in m = m₀·exp(δ), which pulls m back to m₀; needs `magnitude_form="relative"`.
+        whole_lr_ratio: the learning rate of modules that are trained whole over `lr`.
 
     Raises:
         UserError: nothing is attached, the adapter is merged, nothing is trainable, or decay asked for a direct magnitude.
@@ -40,7 +42,8 @@ def parameter_groups(
     record = record_of(model)
     refuse_foreign(model, "doratune.parameter_groups")
     refuse_merged(record, "training")
-    for name, value in (("magnitude_lr_ratio", magnitude_lr_ratio), ("output_factor_lr_ratio", output_factor_lr_ratio)):
+    ratios = {"magnitude_lr_ratio": magnitude_lr_ratio, "output_factor_lr_ratio": output_factor_lr_ratio}
+    for name, value in (ratios | {"whole_lr_ratio": whole_lr_ratio}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise UserError(f"{name} is {value!r}; expected a number of at least 0")
     if magnitude_decay and record.config.magnitude_form != "relative":
@@ -51,8 +54,8 @@ def parameter_groups(
     settings = {
         "factors": {"lr": lr, "weight_decay": weight_decay},
         "output_factors": {"lr": lr * output_factor_lr_ratio, "weight_decay": weight_decay},
-        "whole": {"lr": lr, "weight_decay": weight_decay},
-        "whole_vectors": {"lr": lr, "weight_decay": 0.0},
+        "whole": {"lr": lr * whole_lr_ratio, "weight_decay": weight_decay},
+        "whole_vectors": {"lr": lr * whole_lr_ratio, "weight_decay": 0.0},
         "magnitude": {"lr": lr * magnitude_lr_ratio, "weight_decay": magnitude_decay},
     }
     if output_factor_lr_ratio == 1.0:  # one group as ever: optimizer states of earlier versions still fit

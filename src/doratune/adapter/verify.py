@@ -28,6 +28,7 @@ from .fresh import unsaved
 from .layer import altered, never_trained, untouched
 from .running import Running, watchable
 from .states import refuse_merged
+from .statistics import moving_statistics
 
 
 @dataclass
@@ -100,6 +101,11 @@ def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor
     if record.config.magnitude_from == "original":
         report.notes.append(_offset(layers.values()))
     report.notes += [f"{name}: {reason}, trained whole and saved" for name, reason in record.fresh.items()]
+    if moving := moving_statistics(model):
+        report.notes.append(
+            f"running statistics are the base's and in no adapter's file ({listed(moving, 2)}): doratune's trainers hold them; in "
+            "a loop of your own put these layers into eval() after model.train()"
+        )
     if lost := unsaved(model, record.also_train):
         shown = [f"{name} ({reason})" for name, reason in lost.items()]
         report.problems.append(f"in no file, and not trained: {listed(shown, 4)}; name their modules in also_train")

@@ -16,9 +16,10 @@ from pathlib import Path
 from torch import nn
 
 from ..adapter.attach import adapters, detach
+from ..adapter.fresh import fresh_parameters
 from ..checkpoint.adapter import CONFIG, load, read_folder
+from ..checkpoint.base_model import load_base
 from ..errors import UserError, listed
-from ..support.models import load_model
 from .change import Change, layer_change, matrix_of, model_changes, named_parts
 from .gradients import gradient_shares
 from .points import Point, layer_number, module_name
@@ -158,8 +159,9 @@ def _of_layer(part) -> Spectrum:
 
 def _look_at_model(base: nn.Module, folder: Path, wanted: Wanted, last: bool) -> _Checkpoint:
     matrices = [n for n, m in base.named_modules() if getattr(m, "weight", None) is not None and m.weight.dim() > 1]
-    names = [name for name in matrices if wanted.counts(name)]
-    after = load_model(str(folder), next(base.parameters()).dtype)
+    new = fresh_parameters(base)  # drawn for this model, not what the training began with
+    names = [name for name in matrices if wanted.counts(name) and f"{name}.weight" not in new]
+    after = load_base(str(folder), dtype=next(base.parameters()).dtype)
     checkpoint = _Checkpoint(model_changes(base, after, names, wanted.magnitude_axis))
     if last and wanted.spectrum == "all":
         for name in names:

@@ -6,6 +6,7 @@ model (full fine-tuning, merged). Cost: names of files; the last checkpoint's fi
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import os
 import re
@@ -42,6 +43,14 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     if not steps:
         raise UserError(f"{run} holds no adapter, no model and no checkpoint; give the folder of a run")
     return steps
+
+
+def last_result(runs: Sequence[str | Path]) -> Path | None:
+    """The last adapter or model of the first run that has one."""
+    for run in runs:
+        with contextlib.suppress(UserError):
+            return checkpoints(Path(run))[-1][1]
+    return None
 
 
 def _same_file(checkpoint: Path, final: Path) -> bool:

@@ -8,6 +8,7 @@ foreign.py     other programs' files, as an adapter folder is read
 convert.py     an adapter into another format
 names.py       module names in a file, without what wrappers put into them
 values.py      are a file's numbers an adapter's?
+base_model.py   the base, of the class that an adapter was trained on
 base_check.py     is the base the one that an adapter was trained on?
 base_weights.py   base weights that a folder holds, and tied ones
 fitting.py     does a folder fit a model, and putting its values in

@@ -5,9 +5,11 @@ __main__.py    python -m doratune.cli
 description.py   what a command can be told, without running it
 arguments.py   options of a command from a dataclass
 output.py      lines, the last line in JSON, progress bars
+init.py        doratune init: a recipe that fits model, data and memory
 data.py        doratune data: what a model sees of a data set
 plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
+runs.py        doratune runs: the runs in a folder
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks
 mt_bench.py    doratune evaluate --task mt_bench: answers and a judge

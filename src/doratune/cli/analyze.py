@@ -53,10 +53,12 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from ..analysis.gradients import batch_of
+    from ..analysis.runs import last_result
     from ..analysis.summary import analyze
+    from ..checkpoint.base_model import load_base
     from ..errors import UserError
     from ..support.folders import refuse_existing
-    from ..support.models import load_model, load_tokenizer
+    from ..support.models import load_tokenizer
     from ..support.outputs import refuse_inputs
 
     if not settings.runs:
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
     name = settings.model or base_of(settings.runs)
     refuse_inputs(output, {"the model": name})
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    base = load_model(name, settings.dtype, **trusted)
+    base = load_base(name, last_result(settings.runs), settings.dtype, **trusted)
     batch = None
     if settings.gradient_data is not None:
         batch = batch_of(settings.gradient_data, base, load_tokenizer(name, **trusted), settings.gradient_items)

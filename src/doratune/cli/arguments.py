@@ -8,6 +8,7 @@ unknown keys and flags are named with their near misses. A boolean flag needs no
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -177,6 +178,14 @@ def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:
     return out
 
 
+def _yaml_list(words: list[str], kind: str) -> str:
+    """Words as a YAML list. Texts are quoted, so that nothing in them is YAML; names with commas between them are several."""
+    if kind != "list[str]":
+        return f"[{','.join(words)}]"
+    texts = [text for word in words for text in (word.split(",") if _NAMES.fullmatch(word) else [word])]
+    return json.dumps(texts, ensure_ascii=False)
+
+
 def _one_word_lists(argv: list[str], fields) -> list[str]:
     """Join the words after a flag that takes a list, and nothing else, into one YAML list."""
     out, rest = [], list(argv)
@@ -187,7 +196,7 @@ def _one_word_lists(argv: list[str], fields) -> list[str]:
             words = [value] if equals else []
             while rest and not rest[0].startswith("--"):
                 words.append(rest.pop(0))
-            value = words[0] if len(words) == 1 and words[0].startswith("[") else f"[{','.join(words)}]"
+            value = words[0] if len(words) == 1 and words[0].startswith("[") else _yaml_list(words, str(field.type))
             equals = "="
         elif field and "list[" in str(field.type):
             if not equals and rest and not rest[0].startswith("--"):

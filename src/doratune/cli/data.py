@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
     settings, as_json = parse(DataCheck, argv, "data", EXAMPLE, words="data")
     _check(settings)
     from ..data import load_items, recognition
+    from ..data.image_reader import load_reader
     from ..data.survey import survey
-    from ..support.models import load_tokenizer
 
     reading = DataSettings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(DataSettings)})
-    tokenizer = load_tokenizer(settings.model, settings.trust_remote_code)
+    tokenizer = load_reader(settings.model, settings.trust_remote_code)
     unusable: list[str] = []
     items, kind = load_items(settings.data, settings.mirror, unusable=unusable, settings=reading)
     say(recognition(kind, settings.data_format))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..support.devices import Device
@@ -21,7 +22,9 @@ class EvaluateSettings:
         model: hub id, local folder, or smollm2-135m-instruct; also a merged model; default: the adapter's base model
         adapter: adapter folder, ours or PEFT's, or a baseline's; none scores the model alone
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
-            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, a .json file, or a list
+            MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
+            gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
+            images, as a folder by class, a table of paths and labels, or an .npz file
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
@@ -35,13 +38,15 @@ class EvaluateSettings:
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
+        columns: of a table of labelled images: {image: NAME, label: NAME, split: NAME} (docs/vision.md)
+        bad_items: of labelled images: stop at one that cannot be used, or skip and count it
         judge: of mt_bench: base address of an OpenAI-compatible server; its key is read from DORATUNE_JUDGE_KEY or OPENAI_API_KEY
         judge_model: of mt_bench: the judge's name there
         judge_retries: how often a call that failed is tried again
         judge_parallel: calls at a time
         judge_max_tokens: longest judgment
         against: of mt_bench: folder or answer file of another run, to judge both answers together, in both orders
-        answers: of mt_bench: an answer file in the published layout, instead of a model
+        answers: of mt_bench or NAME:FOLDER: an answer file in the published layout, instead of a model
         questions: of mt_bench: folder with question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl; default the published
         model_id: of mt_bench: the model's name in the files; default the run's or the model's folder
         template: of mt_bench: chat (the tokenizer's), instruction (as instruction data is trained), auto (chat where there is one)
@@ -64,6 +69,8 @@ class EvaluateSettings:
     mirror: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    bad_items: Literal["stop", "skip"] = "stop"
     judge: str | None = None
     judge_model: str | None = None
     judge_retries: int = number(6, least=0)
@@ -87,12 +94,15 @@ def main(argv: list[str]) -> int:
     from ..errors import UserError
     from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
     from ..evaluation.protocols import protocols_of
+    from ..evaluation.scorers import scorer_for
     from ..support.folders import refuse_existing
     from ..support.outputs import refuse_inputs, run_of
     from . import mt_bench
 
     if mt_bench.asked_for(settings):
         return mt_bench.run(settings, as_json)
+    if settings.answers:
+        return _score_answers(settings, as_json)
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
@@ -102,8 +112,17 @@ def main(argv: list[str]) -> int:
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
-    inputs = {"the model": name, "the adapter": settings.adapter, "a task": names}
+    places = [task.partition(":")[2] or task for task in names]
+    inputs = {"the model": name, "the adapter": settings.adapter, "a task": places}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
+    if (scorer := scorer_for(name, settings.adapter)) is not None:
+        summary = scorer.evaluate(settings, name, say, progress)
+        say(scorer.show(summary))
+        if as_json:
+            print_json(summary | {"output": settings.output})
+        return 0
+    if settings.columns or settings.bad_items != "stop":
+        raise UserError("columns and bad_items are for labelled images, and this is no classifier of images; drop them")
     tasks = load_tasks(names, settings.mirror, settings.limit)
     check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     if settings.dtype != "float32" and settings.batch_size > 1:
@@ -127,18 +146,41 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _score_answers(settings: EvaluateSettings, as_json: bool) -> int:
+    """The figures of an answer file, which no model is loaded for."""
+    from pathlib import Path
+
+    from ..errors import UserError
+    from ..evaluation.answers import evaluate_answers
+    from ..evaluation.evaluate import show
+    from ..support.folders import refuse_existing
+    from ..support.outputs import refuse_inputs
+
+    if settings.model or settings.adapter:
+        raise UserError("answers are there already; give one of --answers FILE and --model or --adapter")
+    names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_existing(Path(settings.output), settings.overwrite)
+    refuse_inputs(settings.output, {"the answers": settings.answers, "a task": [name.partition(":")[2] or name for name in names]})
+    summary = evaluate_answers(names, Path(settings.answers), Path(settings.output), settings.limit)
+    say(show(summary))
+    if as_json:
+        print_json(summary | {"output": settings.output})
+    return 0
+
+
 def load_both(settings: EvaluateSettings, name: str):
     """(base model `name` with the settings' adapter, its tokenizer, (base model, method, rank))."""
     from .. import baselines
     from ..adapter.attach import record_of
     from ..checkpoint.adapter import load
     from ..checkpoint.quantized import recorded_quantization
-    from ..support.models import load_model, load_tokenizer
+    from ..data.image_reader import load_reader
+    from ..support.models import load_model
 
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
     trusted = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = load_tokenizer(name, **trusted)
+    tokenizer = load_reader(name, **trusted)
     model = load_model(name, settings.dtype, quantize, **trusted, device=settings.device)
     if not settings.adapter:
         return model, tokenizer, (name, None, None)

@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
     from ..adapter.attach import attach
     from ..adapter.inspect import inspect
     from ..checkpoint.adapter import base_model_of, load
+    from ..checkpoint.base_model import load_base
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
-    from ..support.models import load_model
 
     if not settings.model and not settings.adapter:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     name = settings.model or base_model_of(settings.adapter)
     recorded = recorded_quantization(settings.adapter) if settings.adapter else None
     quantize = (recorded if settings.quantize == "none" else None) or settings.quantize
-    model = load_model(name, settings.dtype, quantize, trust_remote_code=settings.trust_remote_code)
+    model = load_base(name, settings.adapter, settings.dtype, quantize, settings.trust_remote_code)
     if settings.adapter:
         load(model, settings.adapter, trainable=True, check_base=settings.check_base)
     else:

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 
 COMMANDS = {
     "demo": "fine-tune a real 135M model with DoRA, score it before and after, merge it",
+    "init": "a recipe that fits your model, data and memory, with a reason beside each number",
     "data": "what a model sees of a data set, and what is wrong with it",
     "plan": "the memory of a training run before it runs: term by term, does it fit, what would",
     "train": "train an adapter as a recipe says",
+    "runs": "the runs in a folder: running, interrupted or finished, with steps and scores",
     "evaluate": "score a model or adapter on the commonsense tasks",
     "merge": "merge an adapter into its base: an ordinary transformers folder",
     "convert": "an adapter into another program's format: PEFT, kohya, diffusers, torchtune, mlx-lm …",

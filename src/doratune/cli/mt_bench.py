@@ -10,7 +10,7 @@ from ..errors import UserError
 from .output import print_json, progress, say
 
 TASK = "mt_bench"
-SETTINGS = ("judge", "judge_model", "against", "answers", "questions", "model_id")
+SETTINGS = ("judge", "judge_model", "against", "questions", "model_id")
 """Settings of `doratune evaluate` for this task alone."""
 
 
@@ -18,7 +18,7 @@ def asked_for(settings) -> bool:
     """Is MT-Bench the task?
 
     Raises:
-        UserError: beside another task, or settings of it without it.
+        UserError: beside another task, or settings of it alone without it.
     """
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     if TASK in names and len(names) > 1:

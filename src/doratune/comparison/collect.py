@@ -34,6 +34,11 @@ PLACES = (
     "keep_checkpoints",
     "save_steps",
     "log_steps",
+    "workers",
+    "report_to",
+    "sample_prompts",
+    "sample_steps",
+    "sample_tokens",
 )
 """Settings that change nothing in a result."""
 
@@ -102,12 +107,12 @@ def _finite(value) -> bool:
 
 
 def read_verdicts(path: Path, count: int) -> tuple[np.ndarray, str]:
-    """(1 where right, digest of the questions and their answers)."""
+    """(1 where right, a share where an answer counts in part; digest of the questions and their answers)."""
     try:
         verdicts, digest = [], hashlib.sha256()
         for line in lines(read_text(path)):
             item = json.loads(line)
-            verdicts.append({True: 1.0, False: 0.0}[item["correct"]])
+            verdicts.append(float(item.get("score", {True: 1.0, False: 0.0}[item["correct"]])))
             digest.update(json.dumps([item["prompt"], item["gold"]]).encode())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(

@@ -14,12 +14,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..analysis.runs import last_result
 from ..analysis.summary import analyze
 from ..baselines.config import METHODS as BASELINES
+from ..checkpoint.base_model import load_base
 from ..errors import UserError, listed
+from ..evaluation.scorers import scorer_of
 from ..support.files import read_json, replacing, write_json
 from ..support.folders import refuse_no_folder
-from ..support.models import load_model
 from ..support.outputs import refuse_inputs
 from ..support.text import read_text
 from ..support.yaml_text import as_read_back, read_yaml, to_yaml
@@ -93,7 +95,7 @@ def look_inside(grid: CompareRecipe, shared: TrainRecipe, results: list[Result],
     try:
         if (folder / "points.json").is_file() and set(read_json(folder / "points.json", "delete it")) == set(runs):
             return []
-        base = load_model(shared.model, "float32")
+        base = load_base(shared.model, last_result(runs))
         say(analyze(base, runs, tuple(grid.analyze), shared.magnitude_axis, folder, overwrite=True, spectrum="adapters").table())
     except UserError as error:
         return [f"no analysis: {error}"]
@@ -126,7 +128,8 @@ class Stages:
     def run_base(self) -> None:
         """Score the base model once: what the answers were before."""
         folder = Path(self.grid.output) / "base"
-        if not self.shared.tasks or (folder / "results.json").is_file():
+        scorer = scorer_of(self.shared.objective)
+        if not self.shared.tasks or (folder / "results.json").is_file() or (scorer and not scorer.scores_bases):
             return
         r = self.shared
         words = ["evaluate", "--model", r.model, "--task", f"[{', '.join(r.tasks)}]", "--protocol", r.tasks_protocol]

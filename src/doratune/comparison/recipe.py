@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..errors import UserError, listed, near_misses
 from ..evaluation.protocols import protocols_of
+from ..evaluation.scorers import scorer_of
 from ..evaluation.tasks import protocols_of_task
 from ..support.recipes import here_or_shipped
 from ..support.values import Range, check_value, check_values, number
@@ -139,8 +140,9 @@ class CompareRecipe:
         if self.score != "eval_loss" and self.score not in protocols_of(shared.tasks_protocol):
             raise UserError(f"score is {self.score}, but tasks_protocol is {shared.tasks_protocol}; make them agree")
         if self.score != "eval_loss":
+            scorer = scorer_of(shared.objective)
             for task in shared.tasks:
-                if self.score not in (have := protocols_of_task(task)):
+                if self.score not in (have := scorer.protocols if scorer else protocols_of_task(task)):
                     raise UserError(f"score is {self.score}, which task {task} does not have; set score: {' or '.join(have)}")
         if self.score == "eval_loss" and not (shared.eval_size or shared.eval_data):
             raise UserError("score is eval_loss, but nothing is held out; set settings: {eval_size: N} or eval_data")

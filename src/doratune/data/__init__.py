@@ -4,6 +4,7 @@ sources.py             files, folders, hub ids, published names
 files.py               the items of a file, each with its place
 containers/            .json, .jsonl, .csv, .tsv, .parquet, .arrow, compressed or not
 formats/               instruction, chat, sharegpt, completion, questions, text, preference
+image_sets/            labelled images: folders by class, tables of paths and labels, .npz
 settings.py            how items are read and what is learned
 loading.py             items of one or several sources, checked
 conversation.py        conversations in one form: roles, tool calls, order
@@ -13,6 +14,10 @@ words.py               special tokens that an item's words spell
 published.py           the paper's data sets by name
 published_prompts.py   the published scripts' prompts, to replay them
 facts.py               the demonstration's facts
+image_sources.py       which images an item names, and where they are
+image_reader.py        a processor with the face of a tokenizer: where images go into the tokens
+image_batches.py       batches with the images of their rows
+images.py              one image: RGB, upright, or one line that says why not
 packing.py             several examples in one row, none of which sees another
 encode.py              answer and prompt, the length limit, batches
 survey.py              a whole data set: lengths, what is cut, wrong, odd, double

@@ -22,12 +22,14 @@ IGNORED = -100
 
 class Encoded(NamedTuple):
     """One example: token ids, which of them are answer, where the last answer starts, and whether it may be divided into several
-    examples (a plain text) instead of being cut."""
+    examples (a plain text) instead of being cut; its images, and which tokens are theirs."""
 
     ids: list[int]
     answer: list[bool]
     last_answer: int
     divisible: bool = False
+    images: tuple = ()
+    of_image: Sequence[bool] = ()
 
     @classmethod
     def of_mask(cls, ids: list[int], answer: list[bool]) -> Encoded:
@@ -106,12 +108,22 @@ def fit(example: Encoded, max_length: int, too_long: str, bos: int | None) -> En
     if excess <= 0:
         return example
     head = 1 if example.ids[0] == bos else 0
-    room = example.last_answer - head - 1  # at least one token of the prompt stays
+    room = example.last_answer - head - 1 - sum(example.of_image)  # at least one token of the prompt stays
     if too_long == "skip" or excess > room:
         return None
+    if example.images:
+        return _without(example, excess, head)
     ids = example.ids[:head] + example.ids[head + excess :]
     answer = example.answer[:head] + example.answer[head + excess :]
     return Encoded(ids, answer, example.last_answer - excess)
+
+
+def _without(example: Encoded, excess: int, head: int) -> Encoded:
+    """The example without the first tokens of its prompt behind `head` that are no image's."""
+    words = [i for i in range(head, example.last_answer) if not example.of_image[i]][:excess]
+    stays = sorted(set(range(len(example.ids))) - set(words))
+    ids, answer, of_image = ([part[i] for i in stays] for part in (example.ids, example.answer, example.of_image))
+    return Encoded(ids, answer, example.last_answer - excess, False, example.images, of_image)
 
 
 def encode_all(
@@ -167,7 +179,8 @@ def encode_each(
         report.cut += len(examples) == 1 and len(examples[0].ids) < len(whole.ids)
         for example in examples:
             labels = [i if a or on_prompt else IGNORED for i, a in zip(example.ids, example.answer)]
-            yield {"input_ids": example.ids, "labels": labels, "length": len(labels)}
+            row = {"input_ids": example.ids, "labels": labels, "length": len(labels)}
+            yield row | {"images": example.images} if example.images else row
 
 
 def fitting(example: Encoded, max_length: int, too_long: str, bos: int | None) -> list[Encoded]:
@@ -196,6 +209,13 @@ def encode_one(item, encode, tokenizer, number: int = 1) -> Encoded:
         problem = f"{where}: no token of it is answer, so there is nothing to learn; remove it, or set bad_items: skip"
         raise UserError(placed(problem, item))
     return example
+
+
+def prompt_ids(example: Encoded, tokenizer) -> list[int]:
+    """The tokens in front of the last answer; of a plain text, which has no answer, all but what closes it."""
+    if not example.divisible:
+        return example.ids[: example.last_answer]
+    return example.ids[:-1] if example.ids[-1] == tokenizer.eos_token_id else example.ids
 
 
 class AnswerCollator:

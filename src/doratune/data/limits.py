@@ -63,13 +63,17 @@ def _word(tokenizer, token: int) -> str:
 
 def _positions(model: nn.Module) -> tuple[int | None, bool]:
     """(the number of positions that the configuration names, whether something in the model has that many rows)."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = (getattr(config, name, None) for name in _POSITIONS)
-    positions = next((n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+    positions = positions_of(getattr(model, "config", None))
     if positions is None:
         return None, False
     return positions, any(0 <= rows - positions <= extra for rows, extra in _tables(model))
+
+
+def positions_of(config) -> int | None:
+    """The number of positions that a model's configuration names; None where it names none."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    numbers = (getattr(config, name, None) for name in _POSITIONS)
+    return next((n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def _tables(model: nn.Module) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ..errors import UserError, near_misses
 from .conversation import tools_of
 from .files import Item, placed
-from .formats import DataFormat, format_named, format_of, nearest, suggestion, unknown_item
+from .formats import DataFormat, first_format, format_named, format_of, nearest, suggestion, unknown_item
 from .settings import DataSettings
 from .sources import each_item
 
@@ -90,7 +90,7 @@ def recognized(items: Sequence[Item], settings: DataSettings) -> DataFormat:
     if settings.data_format != "auto":
         kind = format_named(settings.data_format)
     else:
-        kind = next((kind for item in items[:_LOOKED_AT] if (kind := format_of(item))), None)
+        kind = first_format(items[:_LOOKED_AT])
         if kind is None and (suggestion(items[0]) is not None or (kind := nearest(items[0])) is None):
             raise UserError(placed(unknown_item(items[0], items[0].where), items[0]))
     for name in settings.columns:

@@ -19,7 +19,8 @@ class DataSettings:
 
     data_format: str = choices("auto", ("auto", *names_of_formats()))
     """Format of the items: auto (by their keys, and said), instruction (alpaca), chat (messages), sharegpt (conversations),
-    completion (prompt, completion), questions (question, answer), text, or preference (chosen, rejected)."""
+    completion (prompt, completion), questions (question, answer), text, preference (chosen, rejected), or visual (messages or
+    conversations with images)."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """A format's names of fields, and what the file calls them: {instruction: question, output: answer}."""
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -27,6 +28,8 @@ class DataSettings:
     prompt: Literal["plain", "published", "template"] = "plain"
     """Of instruction and completion data: plain (Alpaca's prompt; the prompt as it is), template (the tokenizer's chat template),
     or published (the published scripts' training text; score with protocol paper)."""
+    images: str | None = None
+    """Folder that the names of images begin in; default: that of the data file."""
     loss: Literal["all", "last", "item"] = "all"
     """Of conversations: learn all answers, the last, or those that the items say (`train: true`, `weight: 1` of a message)."""
     turn_order: Literal["strict", "any"] = "strict"

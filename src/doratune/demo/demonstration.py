@@ -27,6 +27,7 @@ from ..support.models import WHEEL_MODEL, load_model, load_tokenizer
 from ..support.outputs import refuse_inputs
 from ..support.values import check_values, number
 from ..training.folder import WRITTEN, RunFolder
+from ..training.plots import PLOT, plot_loss
 from ..training.recipe import TrainRecipe
 from ..training.train import train, write_recipe
 
@@ -72,7 +73,7 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
     """
     check_values(settings)
     output, watch = Path(settings.output), Stopwatch()
-    run = RunFolder(output, (*WRITTEN, "data", "merged", "loss.png", "report.md"))
+    run = RunFolder(output, (*WRITTEN, "data", "merged", "report.md"))
     refuse_inputs(output, {"the model": settings.model, "the recipe": settings.recipe})
     run.check(settings.overwrite)
     tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, recipe.dtype)
@@ -109,7 +110,7 @@ def demo(settings: DemoSettings, recipe: TrainRecipe, say, progress) -> dict:
         "output": str(output),
     }
     write_json(output / "metrics.json", metrics)
-    plot_loss(training["log"], output / "loss.png")
+    plot_loss(training["log"], output / PLOT)
     write_recipe(output / "recipe.yaml", recipe)
     with replacing(output / "report.md") as temporary:
         temporary.write_text(report(metrics, before, after, compared), encoding="utf-8")
@@ -133,22 +134,6 @@ def summarize(before: dict, after: dict) -> dict:
         },
         "results": {"before": before["results"], "after": after["results"]},
     }
-
-
-def plot_loss(log: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in log if "loss" in row]
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], marker=".")
-    axes.set(xlabel="optimizer step", ylabel="loss on the answer", yscale="log")
-    axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
 
 
 def report(metrics: dict, before: dict, after: dict, compared) -> str:

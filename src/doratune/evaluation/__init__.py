@@ -2,10 +2,15 @@
 
 evaluate.py     one evaluation: model × tasks × protocols
 tasks.py        tasks by name or file, chance and majority level
-kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math
+kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math, questions about images
+scorers/        models that are no language models: classes of images
+benchmarks/     published benchmarks of questions about images: their files, their answer files
+answers.py      the score of an answer file
 numbers.py      numbers in a text
+vqa.py          soft accuracy of answers by several people
 protocols.py    the protocols' names
 generate.py     protocol generate: the model writes
+images.py       the images of items, in their prompts and as the model's inputs
 likelihood.py   protocol likelihood: the most probable allowed answer
 paper.py        protocol paper: the published evaluation replayed
 prefix.py       beams of one prompt share its keys and values

@@ -19,6 +19,7 @@ from ..support.folders import whole_folder
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
+from .images import prompt_tokens
 from .kinds import kind_of
 from .likelihood import continuation_tokens, likelihood
 from .paper import check_fixed, paper
@@ -94,7 +95,7 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
             result = summarize(name, items, records, protocol, time.perf_counter() - started)
             results.append(add_published(result, *facts))
             if output is not None:
-                _write_items(output / f"{name}.{protocol}.jsonl", records)
+                write_items(output / f"{name}.{protocol}.jsonl", records)
     model.train(was_training)
     averages = [a for p in protocols if (a := overall([r for r in results if r["protocol"] == p]))]
     return {"results": results, "averages": averages, "peak_bytes": peak_bytes()}
@@ -120,7 +121,7 @@ def check_items(
         UserError: a token that the model does not have, or an item longer than its positions.
     """
     for _, items in tasks:
-        prompts = (tokenizer(kind_of(item).prompt(item))["input_ids"] for item in items)
+        prompts = (prompt_tokens(tokenizer, kind_of(item).prompt(item), item) for item in items)
         written = max_new_tokens or longest_output(items)
         answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else written
         check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
@@ -192,12 +193,18 @@ class AfterTraining:
         self.say(show(summary))
 
 
-def after_training(recipe: TrainRecipe, say, progress) -> AfterTraining | None:
-    """What scores a run's result; None where the recipe names no tasks."""
-    return AfterTraining(recipe, say, progress) if recipe.tasks else None
+def after_training(recipe: TrainRecipe, say, progress):
+    """What scores a run's result, by its objective; None where the recipe names no tasks."""
+    from .scorers import scorer_of  # which score by what is here
+
+    if not recipe.tasks:
+        return None
+    scorer = scorer_of(recipe.objective)
+    return AfterTraining(recipe, say, progress) if scorer is None else scorer.after_training(recipe, say, progress)
 
 
-def _write_items(path: Path, records: Sequence[dict]) -> None:
+def write_items(path: Path, records: Sequence[dict]) -> None:
+    """One record a line."""
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

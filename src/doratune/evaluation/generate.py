@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..errors import UserError
 from . import prefix
+from .images import image_inputs, prompt_tokens
 from .kinds import TaskKind, kind_of
 
 
@@ -38,7 +39,7 @@ def generate(
         read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
     texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
-    prompts = [tokenizer(texts_of(item))["input_ids"] for item in items]
+    prompts = [prompt_tokens(tokenizer, texts_of(item), item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -54,6 +55,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+        images = image_inputs(tokenizer, [items[i] for i in batch], ids)
         stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if stops_early else None
         with only_these(model):
             out = model.generate(
@@ -62,15 +64,22 @@ def generate(
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 logits_processor=LogitsProcessorList([NumbersOnly()]),
-                **prefix.for_beams(model, ids, mask, beams),
+                **(images or prefix.for_beams(model, ids, mask, beams)),
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
-            gold = kind_of(items[i]).gold(items[i])
-            records[i] = {"prompt": texts_of(items[i]), "output": text, "answer": answer, "gold": gold, "correct": right}
+            records[i] = record_of(items[i], texts_of(items[i]), text, answer, right)
         done(len(batch))
     return records
+
+
+def record_of(item: Mapping, prompt: str, output: str, answer: str | None, right: bool) -> dict:
+    """What is written of one item; `score` where an answer may count in part."""
+    kind = kind_of(item)
+    image = {"image": item["image"]} if isinstance(item.get("image"), str) else {}
+    record = {"prompt": prompt, "output": output, "answer": answer, "gold": kind.gold(item), "correct": right, **image}
+    return record if (score := kind.score(answer, item)) in (0, 1) else record | {"score": score}
 
 
 def read_output(text: str, item: Mapping) -> tuple[str | None, bool]:

@@ -6,21 +6,23 @@ import math
 from collections.abc import Sequence
 
 from ..support.tables import aligned
+from .kinds import kind_of
 from .published import published
-from .tasks import chance, majority
+from .tasks import chance, kinds_of, majority
 
 
 def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protocol: str, seconds: float) -> dict:
     """The figures of one task."""
     n, right = len(records), sum(r["correct"] for r in records)
-    accuracy = right / n
+    scores = [r.get("score", float(r["correct"])) for r in records]
+    accuracy = math.fsum(scores) / n
     result = {
         "task": name,
         "protocol": protocol,
         "right": right,
         "total": n,
         "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+        "standard_error": math.sqrt(max(0.0, math.fsum(s * s for s in scores) / n - accuracy**2) / n),
         "unparsable": sum(r["answer"] is None for r in records) / n,
         "chance": chance(items),
         "majority": majority(items),
@@ -29,6 +31,9 @@ def summarize(name: str, items: Sequence[dict], records: Sequence[dict], protoco
     }
     if protocol == "likelihood":
         result["accuracy_normalized"] = sum(r["correct_normalized"] for r in records) / n
+    for kind in kinds_of(items):
+        own = [place for place, item in enumerate(items) if kind_of(item) is kind]
+        result |= kind.figures([items[place] for place in own], [records[place] for place in own])
     return result
 
 
@@ -52,6 +57,23 @@ def overall(results: Sequence[dict]) -> dict | None:
     speed = sums["total"] / max(sums["seconds"], 1e-9)
     facts = {"task": "average", "protocol": results[0]["protocol"], "items_per_second": speed}
     return facts | mean | sums | {"standard_error": error}
+
+
+SHARES = {
+    "circular_accuracy": "right in every rotation of the options",
+    "accuracy_with_image": "accuracy of the items with an image",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "yes_share": "share of yes",
+}
+"""Figures of single kinds of items, and what a table calls them."""
+
+
+def own_figures(result: dict) -> str:
+    """One line about the figures that a task's kind of items has beyond those of every kind; empty where it has none."""
+    parts = [f"{words} {100 * result[key]:.1f} %" for key, words in SHARES.items() if key in result]
+    return f"{result['task']}: {', '.join(parts)}" if parts else ""
 
 
 def table(results: Sequence[dict], peak_bytes: int | None) -> str:
@@ -80,6 +102,7 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
         for other in r.get("published", ())[1:]:
             gap = 100 * (r["accuracy"] - other["accuracy"])
             lines.append(f"{r['task']}: {100 * other['accuracy']:.1f} % in {other['source']} ({gap:+.1f})")
+    lines += [line for r in results if (line := own_figures(r))]
     if peak_bytes is not None:
         lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")
     return "\n".join(lines)

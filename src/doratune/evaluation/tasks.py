@@ -1,7 +1,8 @@
 """Tasks by name or file, chance and majority level. What an item is, and when an answer is right: `kinds/`.
 
-Named tasks are those of the published data: eight commonsense tasks, five arithmetic test sets, Orca-Math's held-out problems, and
-`demo`, the demonstration's test half. A file may hold items of several kinds.
+Named tasks are those of the published data: eight commonsense tasks, five arithmetic test sets, Orca-Math's held-out
+problems, and `demo`, the demonstration's test half. NAME:PLACE is a benchmark read from its published files (`benchmarks/`).
+A file may hold items of several kinds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from ..data import DEMO, facts, published
 from ..data.files import read_examples
 from ..errors import UserError, near_misses
+from .benchmarks import benchmark_items, benchmark_of, benchmarks
 from .kinds import TaskKind, kind_of, kinds
 from .protocols import PROTOCOLS
 
@@ -21,11 +23,15 @@ NAMES = tuple(task for kind in kinds() for task in kind.tasks)
 
 
 def load_task(task: str, mirror: str | None = None, limit: int | None = None) -> tuple[str, list[dict]]:
-    """(name, items) of a task by name, of `demo` (the demonstration's test half), or of a .json/.jsonl file in the tasks' format.
+    """(name, items) of a task by name, of `demo` (the demonstration's test half), of a benchmark's folder (`vqav2:FOLDER`), or of a
+    .json/.jsonl file in the tasks' format.
 
     Raises:
         UserError: unknown task, malformed file, or an item without a question, or whose answer no kind of task accepts.
     """
+    if (benchmark := benchmark_items(task)) is not None:
+        name, items = benchmark
+        return name, _checked(items[:limit], task)
     path = Path(task)
     if task == "mt_bench":
         raise UserError("mt_bench is judged, not scored against answers; use doratune evaluate --task mt_bench by itself")
@@ -38,12 +44,30 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None) ->
     elif path.suffix in (".json", ".jsonl") or path.exists():
         name = path.parent.name if path.stem == "test" and path.parent.name else path.stem
     else:
-        raise UserError(f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO} or a .json file")
-    items = read_examples(path)[:limit]
+        raise UserError(
+            f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO}, a .json file, or NAME:FOLDER of "
+            f"{', '.join(benchmarks())}"
+        )
+    return name, _checked([_placed(item, n, path) for n, item in enumerate(read_examples(path)[:limit], 1)], str(path))
+
+
+def _placed(item: dict, number: int, path: Path) -> dict:
+    """The item; of one with an image, also its place, and the folders in which the image may lie."""
+    if "image" not in item:
+        return item
+    return dict(item) | {"where": f"{path}: item {number}", "image_folders": [str(path.parent), str(path.parent / "images")]}
+
+
+def _checked(items: list[dict], where: str) -> list[dict]:
+    """The items, each of which can be scored.
+
+    Raises:
+        UserError: one cannot.
+    """
     for number, item in enumerate(items, 1):
         if problem := _problem(item):
-            raise UserError(f"{path}: item {number}{problem}")
-    return name, items
+            raise UserError(f"{where}: item {number}{problem}")
+    return items
 
 
 def _problem(item: Mapping) -> str | None:
@@ -70,7 +94,7 @@ def protocols_of_task(task: str) -> tuple[str, ...]:
     for kind in kinds():
         if task in kind.tasks:
             return kind.protocols
-    return protocols_for(load_task(task)[1], PROTOCOLS) if Path(task).is_file() else PROTOCOLS
+    return protocols_for(load_task(task)[1], PROTOCOLS) if Path(task).is_file() or benchmark_of(task) else PROTOCOLS
 
 
 def kinds_of(items: Sequence[Mapping]) -> tuple[TaskKind, ...]:
@@ -86,8 +110,12 @@ def chance(items: Sequence[Mapping]) -> float:
 
 def majority(items: Sequence[Mapping]) -> float:
     """Accuracy of always giving the most frequent answer of each kind of item."""
-    groups: dict[object, Counter] = {}
+    groups: dict[object, list[Mapping]] = {}
     for item in items:
-        kind = kind_of(item)
-        groups.setdefault(kind.group(item), Counter())[kind.gold(item)] += 1
-    return sum(max(counts.values()) for counts in groups.values()) / len(items)
+        groups.setdefault(kind_of(item).group(item), []).append(item)
+    total = 0.0
+    for part in groups.values():
+        kind = kind_of(part[0])
+        answer = Counter(kind.gold(item) for item in part).most_common(1)[0][0]
+        total += sum(kind.score(answer, item) for item in part)
+    return total / len(items)

@@ -1,4 +1,4 @@
-"""doratune plan: the memory of a training run before it runs, from a model's config alone.
+"""doratune plan and init: the memory of a training run before it runs, from a model's config alone, and a recipe that fits.
 
 settings.py        the settings of a run, and of the devices
 architecture.py    a model of a config without memory, as a recipe adapts it
@@ -9,6 +9,9 @@ heap.py            what an allocator loses
 plan.py            the terms, and whether they fit
 advice.py          the largest batch or rank; the cheapest change
 text.py            a plan as a table
+start.py           settings that fit a model, its data and a device, each with its reason
+lengths.py         how many examples a data set holds, and how long
+commented.py       a recipe as a person reads it
 """
 
 from .plan import MemoryPlan, Planner

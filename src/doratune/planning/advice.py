@@ -7,7 +7,7 @@ time), both, a base in 4 bits (other numbers), all of it, shorter examples (othe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..config import METHODS
 from .plan import MemoryPlan, Planner
@@ -22,12 +22,13 @@ def largest_that_fits(planner: Planner, settings: PlanSettings, plan: MemoryPlan
     if name == "rank" and settings.method not in METHODS:
         return 0
     value = getattr(settings, name)
-    limit = _largest_rank(planner, settings) if name == "rank" else MOST
+    limit = largest_rank(planner, settings) if name == "rank" else MOST
 
     def total(value: int) -> int:
         return plan.total if value == getattr(settings, name) else planner.of(dataclasses.replace(settings, **{name: value})).total
 
-    return largest(total, planner.capacity, min(value, limit), limit)
+    fitting = largest(total, planner.capacity, min(value, limit), limit)
+    return fitting - fitting % settings.processes if name == "batch_size" else fitting
 
 
 def largest(total, capacity: int, near: int, limit: int) -> int:
@@ -52,7 +53,8 @@ def largest(total, capacity: int, near: int, limit: int) -> int:
     return low
 
 
-def _largest_rank(planner: Planner, settings: PlanSettings) -> int:
+def largest_rank(planner: Planner, settings: PlanSettings) -> int:
+    """The smallest side of the layers that the settings adapt."""
     from .architecture import architecture_of
 
     built = architecture_of(dataclasses.replace(settings, rank=1, rank_overrides={}), planner.config)
@@ -61,14 +63,26 @@ def _largest_rank(planner: Planner, settings: PlanSettings) -> int:
 
 def cheapest_change(planner: Planner) -> str | None:
     """The first change after which the run fits, in words, with its total; None where none does."""
+    fit = first_fit(planner)
+    return None if fit is None else f"{fit[0]}: {fit[1].total / 2**30:.2f} GiB"
+
+
+def first_fit(planner: Planner, allowed: Callable[[PlanSettings], bool] = lambda settings: True) -> tuple[str, MemoryPlan] | None:
+    """(the change in words, its plan) of the cheapest change after which the run fits; the first is none at all.
+
+    Args:
+        allowed: which of the changed settings are tried.
+    """
     for words, settings in changes(planner.settings):
+        if not allowed(settings):
+            continue
         plan = planner.of(settings)
         if plan.fits is not False:
-            return f"{words}: {plan.total / 2**30:.2f} GiB"
-        if (fitting := _split(planner, settings)) is not None:
-            batch, accumulation, total = fitting
+            return words, plan
+        if (part := _split(planner, settings)) is not None:
             also = "" if settings is planner.settings else f"{words} "
-            return f"{also}--batch_size {batch} --gradient_accumulation {accumulation}: {total / 2**30:.2f} GiB"
+            split = f"--batch_size {part.settings.batch_size} --gradient_accumulation {part.settings.gradient_accumulation}"
+            return also + split, part
     return None
 
 
@@ -89,15 +103,15 @@ def changes(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
         yield f"--max_length {shorter} --checkpointing non-reentrant", dataclasses.replace(checkpointed, max_length=shorter)
 
 
-def _split(planner: Planner, settings: PlanSettings) -> tuple[int, int, int] | None:
-    """(batch, accumulation, total) of the largest part of the batch that fits, with as many examples a step."""
+def _split(planner: Planner, settings: PlanSettings) -> MemoryPlan | None:
+    """The plan of the largest part of the batch that fits, with as many examples a step; None where not even one example does."""
     whole = settings.batch_size * settings.gradient_accumulation
-    parts = [n for n in range(settings.batch_size // 2, 0, -1) if settings.batch_size % n == 0]
+    least = settings.processes
+    parts = [n for n in range(settings.batch_size // 2, 0, -1) if settings.batch_size % n == 0 and n % least == 0]
 
-    def at(batch: int) -> tuple[int, int, int]:
-        part = dataclasses.replace(settings, batch_size=batch, gradient_accumulation=whole // batch)
-        return batch, whole // batch, planner.of(part).total
+    def at(batch: int) -> MemoryPlan:
+        return planner.of(dataclasses.replace(settings, batch_size=batch, gradient_accumulation=whole // batch))
 
-    if not parts or at(1)[2] > planner.capacity:
+    if not parts or at(parts[-1]).total > planner.capacity:
         return None
-    return next(found for n in parts if (found := at(n))[2] <= planner.capacity)
+    return next(plan for n in parts if (plan := at(n)).total <= planner.capacity)

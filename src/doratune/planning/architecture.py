@@ -28,7 +28,7 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.kind import LayerKind
 from ..layers.layouts import named_layers
-from ..support.models import WHEEL_MODEL, _source_settings, model_path, quiet_loading, readable_errors, torch_dtype
+from ..support.models import WHEEL_MODEL, model_path, quiet_loading, readable_errors, source_settings, torch_dtype
 from ..training.recipe import TrainRecipe
 from .stand_ins import Adapter, PackedLinear, Shared
 
@@ -54,7 +54,7 @@ def config_of(name: str, trust_remote_code: bool = False):
         settings = {"trust_remote_code": trust_remote_code}
     else:
         found = model_path(name)
-        folder, settings = found, _source_settings(found, trust_remote_code)
+        folder, settings = found, source_settings(found, trust_remote_code)
     with quiet_loading(), readable_errors(name):
         return AutoConfig.from_pretrained(str(folder), **settings)
 

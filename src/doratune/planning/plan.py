@@ -107,7 +107,8 @@ class Planner:
         if key not in self._steps:
             built = built or architecture_of(settings, self.config)
             answer = None if settings.answer_length is None else min(settings.answer_length, settings.max_length)
-            step = step_bytes(built, settings.batch_size, settings.max_length, answer, foreach=settings.on_gpu)
+            each = -(-settings.batch_size // settings.processes)
+            step = step_bytes(built, each, settings.max_length, answer, foreach=settings.on_gpu)
             self._steps[key] = step, dict(built.uncounted)
         step, uncounted = self._steps[key]
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
@@ -159,9 +160,7 @@ def duration(settings: PlanSettings) -> float | None:
         return None
     tokens = math.inf
     if settings.max_steps > 0:
-        tokens = (
-            settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length * settings.processes
-        )
+        tokens = settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length
     if settings.tokens is not None:
         tokens = min(tokens, settings.epochs * settings.tokens)
     return None if tokens == math.inf else tokens / (settings.tokens_per_second * settings.processes)

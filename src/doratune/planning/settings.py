@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..support.devices import Device
 from ..support.values import number
-from ..training.recipe import TrainRecipe
+from ..training.recipe import TrainRecipe, check_share
 
 PROCESS_GIB = {"cuda": 0.5, "cpu": 0.66}
 """What a process takes before it has a tensor. cpu: Python, PyTorch and transformers as `doratune train` loads them, measured
@@ -40,6 +40,7 @@ class PlanSettings(TrainRecipe):
     def check(self) -> None:
         """`TrainRecipe.check`; a plan needs no data."""
         super(PlanSettings, dataclasses.replace(self, data=self.data or "any")).check()
+        check_share(self.batch_size, self.processes)
 
     @property
     def process_bytes(self) -> int:

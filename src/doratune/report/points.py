@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ..analysis.measure import Wanted, measure
 from ..analysis.points import layer_number, module_name
+from ..analysis.runs import last_result
 from ..checkpoint.adapter import base_model_of
+from ..checkpoint.base_model import load_base
 from ..errors import UserError
 from ..support.files import read_json
-from ..support.models import load_model
 from .read import Run, Warn, number
 
 KEYS = {"layer": int, "step": int, "magnitude": float, "direction": float}
@@ -56,7 +57,7 @@ def measured(runs: Sequence[Run], modules: tuple[str, ...], warn: Warn, say: Cal
     for name, some in by_base.items():
         say(f"measuring ΔM and ΔD of {', '.join(run.name for run in some)} against {name}")
         try:
-            base = load_model(name, "float32")
+            base = load_base(name, last_result([run.folder for run in some]))
         except UserError as error:
             warn(f"no points of {', '.join(run.name for run in some)}: {error}")
             continue

@@ -12,11 +12,15 @@ from ..config import AdapterConfig
 from .read import Run
 from .tables import Table, shown
 
-BOOKKEEPING = {"output", "source", "expected", "resume", "overwrite", "tensorboard", "log_steps", "save_steps", "keep_checkpoints"}
+BOOKKEEPING = {
+    "output", "source", "expected", "resume", "overwrite", "tensorboard", "report_to", "log_steps", "save_steps",
+    "keep_checkpoints", "sample_prompts", "sample_steps", "sample_tokens",
+}  # fmt: skip
 """Settings that change no weight."""
 
 VARIED = {f.name for f in dataclasses.fields(AdapterConfig)} | {
-    "lr", "magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "seed", "limit", "quantize", "double_quantization",
+    "lr", "magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay",
+    "whole_lr_ratio", "seed", "limit", "quantize", "double_quantization",
 }  # fmt: skip
 """Settings that a comparison is about; any other that differs is named in a warning."""
 

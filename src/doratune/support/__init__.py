@@ -6,6 +6,7 @@ durable.py       what both stand on: locked staging names, syncing, an exchange 
 outputs.py       an output that is, holds or lies in an input is refused
 processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
+image_text.py    models of images and text: processors, which part is which
 devices.py       the device that a command computes on
 hub.py           whether a hub answers, asked once
 model_folders.py   model folders of transformers and diffusers: class, modules, config

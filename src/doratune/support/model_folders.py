@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UserError, listed, near_misses
 from .files import read_json
-from .models import readable_errors
+from .models import model_path, readable_errors
 
 SETTINGS = ("id2label", "label2id", "problem_type")
 """Of a transformers config: what a head of one's own brings along."""
@@ -69,6 +69,26 @@ def wanted(raw: dict, own: dict) -> TrainedClass:
 def folder_config(folder: Path) -> dict:
     """config.json of a model folder."""
     return read_json(folder / "config.json", "a model folder needs it")
+
+
+def architecture_of(name: str) -> str | None:
+    """The class that the config of a model names first: of a folder, of the hub, or of the wheel; None where it names none.
+
+    Raises:
+        UserError: no such model, or its config cannot be read.
+    """
+    from transformers import PretrainedConfig
+
+    from .hub import hub_settings
+
+    path = model_path(name)
+    if Path(path).is_dir():
+        config = folder_config(Path(path))
+    else:
+        with readable_errors(name):
+            config, _ = PretrainedConfig.get_config_dict(path, **hub_settings(path))
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def is_diffusers(config: dict) -> bool:

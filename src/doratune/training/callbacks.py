@@ -1,4 +1,4 @@
-"""Progress with loss and real tokens a second, and a clean stop on Ctrl-C or SIGTERM."""
+"""One line of progress, the time that a run takes, and a clean stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ from ..errors import UserError
 from ..support.environment import peak_bytes
 from ..support.files import read_json
 from ..support.processes import largest
+from .movement import magnitude_moved
 
 
 class TokenProgress(ProgressCallback):
-    """transformers' bar, with the loss and the padding-free tokens a second beside it."""
+    """transformers' bar with the time left, and beside it the last logged loss, learning rate, gradient norm and |Δm|, tokens a
+    second without padding, or images a second, and the peak of memory."""
+
+    def __init__(self, unit: str = "tokens"):
+        super().__init__()
+        self.unit = unit
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.loss, self.started, self.tokens_before = None, time.perf_counter(), state.num_input_tokens_seen
+        self.logged, self.started, self.tokens_before = {}, time.perf_counter(), state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.loss = float(logs["loss"])
-        if logs and "eval_loss" in logs and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}")
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            figures = {"loss": "loss", "lr": "learning_rate", "|g|": "grad_norm"}
+            self.logged = {short: f"{float(logs[name]):.3g}" for short, name in figures.items() if name in logs}
+            if model is not None and (moved := magnitude_moved(model)) is not None:
+                self.logged["|Δm|"] = f"{100 * moved:.2g} %"
+        if "eval_loss" in logs:
+            shares = {"eval_token_accuracy": "of tokens", "eval_accuracy": "right"}
+            right = "".join(f", {100 * logs[name]:.1f} % {what}" for name, what in shares.items() if name in logs)
+            self.training_bar.write(f"step {state.global_step}: evaluation loss {float(logs['eval_loss']):.4f}{right}")
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         if self.training_bar is not None:
             rate = tokens_per_second(state.num_input_tokens_seen - self.tokens_before, self.started)
-            shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
-            self.training_bar.set_postfix(shown | {"tokens/s": f"{rate:.0f}"}, refresh=False)
+            shown = self.logged | {f"{self.unit}/s": f"{rate:.0f}", "GiB": f"{peak_bytes() / 2**30:.2f}"}
+            self.training_bar.set_postfix(shown, refresh=False)
 
     def close(self):
         """Take the bar off the screen when training ends by an error, so that the error stands on a line of its own."""

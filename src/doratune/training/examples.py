@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..data import encoder, load_items, recognition
-from ..data.encode import DataReport, encode_all
+from ..data.encode import AnswerCollator, DataReport, encode_all
 from ..data.formats import DataFormat
-from ..data.packing import examples_of
+from ..data.image_batches import ImageTextCollator
+from ..data.image_reader import ImageReader
+from ..data.packing import PackingCollator, examples_of
 from ..errors import UserError
 from .recipe import TrainRecipe
 from .streaming import StreamedRows
 
 
-def datasets(
+class RunExamples(NamedTuple):
+    """Rows to train and to evaluate on, tokenized, and the format of the training items."""
+
+    rows: list[dict] | StreamedRows
+    eval_rows: list[dict]
+    kind: DataFormat
+
+
+def datasets(recipe: TrainRecipe, tokenizer, say: Callable[[str], None]) -> tuple[list[dict] | StreamedRows, list[dict]]:
+    """(training rows, evaluation rows) of a recipe; see `read_examples`."""
+    return read_examples(recipe, tokenizer, say)[:2]
+
+
+def read_examples(
     recipe: TrainRecipe, tokenizer, say: Callable[[str], None], counts: dict[str, dict[str, int]] | None = None
-) -> tuple[list[dict] | StreamedRows, list[dict]]:
-    """(training rows, evaluation rows), tokenized; what the length limit did, and what was skipped, is said.
+) -> RunExamples:
+    """The examples of a recipe; what the length limit did, and what was skipped, is said.
 
     Args:
         counts: takes the numbers of examples, cut, too long and unusable, of both.
@@ -29,7 +45,8 @@ def datasets(
     eval_items, eval_unusable = [], [] if skip else None
     if recipe.streaming:
         rows = StreamedRows(recipe, tokenizer)
-        eval_kind, report = rows.kind, rows.report
+        kind = eval_kind = rows.kind
+        report = rows.report
         say(recognition(rows.kind, recipe.data_format))
         say(f"training data: {recipe.data}: read while it is trained on (max_length {recipe.max_length})")
     else:
@@ -51,7 +68,7 @@ def datasets(
         say(f"evaluation data: {recipe.eval_data or recipe.data}: {eval_report}")
     if counts is not None:
         counts |= {"training": report.counts(), "evaluation": eval_report.counts()}
-    return rows, eval_rows
+    return RunExamples(rows, eval_rows, kind)
 
 
 def _split(items: list, recipe: TrainRecipe) -> tuple[list, list]:
@@ -70,6 +87,19 @@ def _tokens(
     return encode_all(items, encoder(kind, recipe.reading()), tokenizer, *limits)
 
 
+def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator | ImageTextCollator:
+    """What makes batches of rows.
+
+    Raises:
+        UserError: packing, for a model of images and text.
+    """
+    if not isinstance(tokenizer, ImageReader):
+        return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
+    if recipe.packing:
+        raise UserError("packing: rows of several examples are not for models of images and text; set packing: false")
+    return ImageTextCollator(tokenizer, model)
+
+
 def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:
     """The rows that are there before the run."""
     return rows.first if isinstance(rows, StreamedRows) else rows
@@ -77,7 +107,9 @@ def first_rows(rows: list[dict] | StreamedRows) -> list[dict]:
 
 def count_of(rows: list[dict] | StreamedRows) -> int:
     """How many examples there are, packed or not; of those that are streamed, how many were read."""
-    return rows.report.examples if isinstance(rows, StreamedRows) else examples_of(rows)
+    if isinstance(rows, StreamedRows):
+        return rows.report.examples
+    return examples_of(rows) if isinstance(rows, list) else len(rows)
 
 
 def streamed_counts(rows: list[dict] | StreamedRows) -> dict[str, dict[str, int]]:

@@ -21,10 +21,12 @@ from ..checkpoint.adapter import save
 from ..config import METHODS
 from ..errors import UserError, listed
 from ..support.folders import whole_folder
-from ..support.models import load_model, torch_dtype
+from ..support.models import torch_dtype
 from .movement import Movement, measure
+from .objectives import Objective, objective_of
 from .recipe import TrainRecipe
 from .trainer import BaselineTrainer, DoRATrainer, FullTrainer
+from .visual import freeze_vision, visual_config
 
 
 class AdapterMethod:
@@ -33,20 +35,19 @@ class AdapterMethod:
     result = "adapter"
     trainer = DoRATrainer
 
-    def __init__(self, recipe: TrainRecipe):
-        self.recipe = recipe
+    def __init__(self, recipe: TrainRecipe, objective: Objective):
+        self.recipe, self.objective = recipe, objective
 
     def load(self) -> nn.Module:
         r = self.recipe
-        device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
-        return load_model(r.model, r.dtype, r.quantize, r.double_quantization, r.trust_remote_code, device)
+        return self.objective.load(r.dtype, r.quantize, r.double_quantization)
 
     def prepare(self, model: nn.Module) -> list[str]:
         """Make the model ready to train, in place; lines to say about it."""
         r = self.recipe
         unquantized = r.start == "loftq" or r.magnitude_from == "original"
-        original = load_model(r.model, r.dtype, trust_remote_code=r.trust_remote_code) if unquantized else None
-        attach(model, r.adapter(), original=original)
+        original = self.objective.load(r.dtype) if unquantized else None
+        attach(model, visual_config(r.adapter(), r.visual(), model), original=original)
         share = _share(*self.counts(model))
         report = verify(model)
         if report.bypassed and r.idle_layers == "stop":
@@ -69,7 +70,8 @@ class AdapterMethod:
 
     def tune(self, trainer) -> None:
         """Settings of the trainer itself."""
-        for name in ("magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay", "idle_layers", "check_base"):
+        ratios = ("magnitude_lr_ratio", "output_factor_lr_ratio", "whole_lr_ratio")
+        for name in (*ratios, "magnitude_decay", "idle_layers", "check_base"):
             setattr(trainer, name, getattr(self.recipe, name))
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -90,21 +92,22 @@ class FullMethod(AdapterMethod):
     result = "model"
     trainer = FullTrainer
 
-    def __init__(self, recipe: TrainRecipe):
+    def __init__(self, recipe: TrainRecipe, objective: Objective):
         if recipe.dtype == "float16" and not torch.cuda.is_available():
             raise UserError("dtype is float16: full fine-tuning under autocast in float16 needs a GPU; set dtype: bfloat16")
-        super().__init__(recipe)
+        super().__init__(recipe, objective)
 
     def load(self) -> nn.Module:
-        return load_model(self.recipe.model, "float32", trust_remote_code=self.recipe.trust_remote_code)
+        return self.objective.load("float32")
 
     def prepare(self, model: nn.Module) -> list[str]:
         model.requires_grad_(True).float()
+        freeze_vision(model, self.recipe.visual())
         return [f"full fine-tuning, {_share(*self.counts(model))}"]
 
     def counts(self, model: nn.Module) -> tuple[int, int]:
-        total = sum(p.numel() for p in model.parameters())
-        return total, total
+        parameters = list(model.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def settings(self) -> dict:
         return {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(self.recipe.dtype, {})
@@ -152,10 +155,10 @@ class BaselineMethod(AdapterMethod):
         return None
 
 
-def method_of(recipe: TrainRecipe) -> AdapterMethod:
-    """The method that a checked recipe names."""
+def method_of(recipe: TrainRecipe, objective: Objective | None = None) -> AdapterMethod:
+    """The method that a checked recipe names, under its objective."""
     kinds = dict.fromkeys(METHODS, AdapterMethod) | dict.fromkeys(BASELINES, BaselineMethod) | {"full": FullMethod}
-    return kinds[recipe.method](recipe)
+    return kinds[recipe.method](recipe, objective or objective_of(recipe))
 
 
 def _share(trainable: int, total: int) -> str:

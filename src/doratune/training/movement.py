@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..analysis.change import layer_change, named_parts
-from ..layers.shares import at_hand, holder_of
+from ..layers.shares import at_hand, holder_of, sharded
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,21 @@ def measure(model: nn.Module) -> Movement:
         if weight.rank:
             directions.append(change.directions)
     return Movement(_mean(magnitudes), _mean(directions))
+
+
+@torch.no_grad()
+def magnitude_moved(model: nn.Module) -> float | None:
+    """Mean |Δm|/m alone, from m and the norms that are at hand; None where there is no m, or a part of it elsewhere (shards).
+
+    Cost: a few vectors a layer, so that it can be asked for while a run goes on."""
+    if sharded(model):
+        return None
+    parts = []
+    for _, weight in named_parts(model):
+        if weight.magnitude:
+            w, m = weight.facts.w2.sqrt(), weight.m()
+            parts.append(((m.to(w) - w).abs() / w)[~weight.facts.directionless])
+    return _mean(parts)
 
 
 def _mean(parts: list[torch.Tensor]) -> float | None:

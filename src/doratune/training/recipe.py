@@ -16,7 +16,12 @@ from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.devices import Device
 from ..support.fields import with_settings_of
-from ..support.values import check_choice, check_values, number
+from ..support.values import check_choice, check_values, choices, number
+from .objectives import DEFAULT, names, objective_of
+from .visual import VisualSettings
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `report_to` may name; the package of each has its name."""
 
 
 def methods() -> list[str]:
@@ -27,6 +32,7 @@ def methods() -> list[str]:
 @dataclass(kw_only=True)
 @with_settings_of(AdapterConfig, after="double_quantization")
 @with_settings_of(DataSettings, after="expected")
+@with_settings_of(VisualSettings, after="double_quantization")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -35,6 +41,7 @@ class TrainRecipe:
         data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
             (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
+        objective: what is learned: language_modeling, or image_classification (a class of each image; docs/vision.md)
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
@@ -53,6 +60,7 @@ class TrainRecipe:
         magnitude_lr_ratio: learning rate of m as a multiple of lr
         output_factor_lr_ratio: LoRA+: learning rate of B over that of A
         magnitude_decay: pulls a relative m back to its start
+        whole_lr_ratio: learning rate of the modules that are trained whole (also_train, projector) as a multiple of lr
         weight_decay: on A and B; m has none
         schedule: linear, cosine or constant, after the warm-up
         warmup_steps: steps of linear warm-up
@@ -69,6 +77,7 @@ class TrainRecipe:
         too_long: cut (on the prompt's left) or skip; an answer is never cut
         train_on_prompt: put the loss on the prompt too
         group_by_length: batches of like length, so that little is padding
+        workers: processes that read and prepare images while the model trains; 0 for the run's own
         packing: several examples in a row of max_length tokens, none of which sees another; batch_size then counts rows
         dtype: dtype of the base: float32, bfloat16 or float16; A, B and m stay float32
         device: cpu, cuda, mps or xpu; auto: the accelerator where there is one
@@ -79,11 +88,17 @@ class TrainRecipe:
         tasks_limit: only the first so many items of each task
         tasks_batch_size: sequences at once; in float32 the score does not depend on it
         seed: Of a run also the seed of data order and dropout.
-        log_steps: log the loss every so many steps
+        log_steps: log the loss every so many steps; 0 for every tenth, more often in short runs
         eval_steps: evaluate every so many steps; 0 for once an epoch
         save_steps: checkpoint every so many steps; 0 for once an epoch
         keep_checkpoints: how many checkpoints stay
+        best_by: take the checkpoint that is best on the evaluation data by its loss or token_accuracy; none: the last
+        early_stopping: stop after so many evaluations in a row that are not the best by best_by; 0 for never
+        sample_prompts: texts that the model answers while it is trained, asked as the data asks; into the log and metrics.json
+        sample_steps: every so many steps; 0 for once an epoch
+        sample_tokens: longest of these answers
         tensorboard: write TensorBoard logs into the run's folder
+        report_to: further trackers: wandb, mlflow, trackio, by transformers' integrations
         trust_remote_code: run the Python code that the model's folder or repository brings
         check_base: --resume refuses a base whose row norms are not those of the base that the checkpoint was trained on
         resume: go on from the run's last checkpoint: with the settings that it had, but those that only report or save
@@ -93,6 +108,7 @@ class TrainRecipe:
     model: str = "smollm2-135m-instruct"
     data: str | list[str] = ""
     output: str = "runs/train"
+    objective: str = choices(DEFAULT, names())
     source: str = ""
     expected: str = ""
     data_weights: list[float] = number([], above=0, most=1000)
@@ -113,6 +129,7 @@ class TrainRecipe:
     magnitude_lr_ratio: float = number(1.0, least=0)
     output_factor_lr_ratio: float = number(1.0, above=0)
     magnitude_decay: float = number(0.0, least=0)
+    whole_lr_ratio: float = number(1.0, least=0)
     weight_decay: float = number(0.0, least=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = number(0, least=0)
@@ -129,6 +146,7 @@ class TrainRecipe:
     too_long: Literal["cut", "skip"] = "cut"
     train_on_prompt: bool = False
     group_by_length: bool = True
+    workers: int = number(0, least=0, most=256)
     packing: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Device = "auto"
@@ -138,11 +156,17 @@ class TrainRecipe:
     tasks_protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     tasks_limit: int | None = number(None, least=1)
     tasks_batch_size: int = number(32, least=1)
-    log_steps: int = number(10, least=1)
+    log_steps: int = number(0, least=0)
     eval_steps: int = number(0, least=0)
     save_steps: int = number(0, least=0)
     keep_checkpoints: int = number(1, least=1)
+    best_by: Literal["none", "loss", "token_accuracy"] = "none"
+    early_stopping: int = number(0, least=0)
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_steps: int = number(0, least=0)
+    sample_tokens: int = number(64, least=1)
     tensorboard: bool = True
+    report_to: list[str] = choices([], TRACKERS)
     trust_remote_code: bool = False
     check_base: bool = True
     resume: bool = False
@@ -156,6 +180,10 @@ class TrainRecipe:
     def reading(self) -> DataSettings:
         """The data part of the recipe."""
         return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
+
+    def visual(self) -> VisualSettings:
+        """What is trained of a model of images and text."""
+        return VisualSettings(projector=self.projector, vision_tower=self.vision_tower)
 
     def baseline(self) -> BaselineConfig:
         """The baseline that the recipe names."""
@@ -178,6 +206,7 @@ class TrainRecipe:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
+        objective_of(self).check()
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")
@@ -198,7 +227,33 @@ class TrainRecipe:
             raise UserError(
                 "magnitude_decay needs magnitude_form: relative; decay of a direct m would pull it to 0, not to its start"
             )
+        self._check_watching()
         if self.eval_data and self.eval_size:
             raise UserError(f"eval_data is {self.eval_data!r} and eval_size {self.eval_size}; set one of the two")
         if not self.data:
             raise UserError("data is not set; give --data FILE, a hub id, or commonsense_170k")
+
+    def _check_watching(self) -> None:
+        """Settings of a run that is watched."""
+        evaluated = self.eval_data or self.eval_size
+        if self.best_by != "none" and not evaluated:
+            raise UserError(f"best_by is {self.best_by}, but nothing is evaluated; give eval_data or eval_size")
+        if self.early_stopping and self.best_by == "none":
+            raise UserError(f"early_stopping is {self.early_stopping}, but best_by is none; set best_by: loss")
+        if self.best_by != "none" and self.save_steps not in (0, self.eval_steps):
+            raise UserError(
+                f"best_by needs a checkpoint at each evaluation, but save_steps is {self.save_steps} and eval_steps "
+                f"{self.eval_steps}; leave save_steps out"
+            )
+        if self.sample_prompts and self.fsdp != "none":
+            raise UserError("sample_prompts are answered in one process, which has no whole model under fsdp; drop them")
+        if any(not prompt.strip() for prompt in self.sample_prompts):
+            raise UserError("sample_prompts holds an empty text; give prompts")
+
+
+def check_share(batch_size: int, processes: int) -> None:
+    """Raise for a batch that so many processes cannot share equally."""
+    if batch_size % processes:
+        raise UserError(
+            f"batch_size is {batch_size}, which {processes} processes cannot share equally; give a multiple of {processes}"
+        )

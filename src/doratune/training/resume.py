@@ -21,7 +21,8 @@ from .recipe import TrainRecipe
 FREE = (
     "output", "source", "expected", "mirror", "tasks", "tasks_protocol", "tasks_limit", "tasks_batch_size", "log_steps",
     "eval_steps", "save_steps", "keep_checkpoints", "tensorboard", "trust_remote_code", "check_base", "resume", "overwrite",
-    "processes", "fsdp", "timeout", "device",
+    "processes", "fsdp", "timeout", "workers", "best_by", "early_stopping", "sample_prompts", "sample_steps", "sample_tokens",
+    "report_to", "device",
 )  # fmt: skip
 """Settings that change nothing in what is trained."""
 
@@ -68,4 +69,6 @@ def already_trained(trainer, checkpoint: Path) -> bool:
         return False
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
+    if arguments.load_best_model_at_end and Path(state.best_model_checkpoint or "").is_dir():
+        trainer._load_best_model()
     return True

@@ -1,12 +1,14 @@
-"""The evaluation loss as a mean over tokens: the same at every batch size and number of processes.
+"""Loss and accuracy of an evaluation as means over tokens: the same at every batch size and number of processes.
 
 transformers averages the batches' means, so that a short answer in a batch of its own counts as much as a page. Here each example
-gives the sum of its tokens' losses and their number; what distributed sampling repeats to fill the last batch is left out.
+gives the sum of its tokens' losses, their number, and how many of them are the model's most probable ones; what distributed
+sampling repeats to fill the last batch is left out.
 Cost: one cross entropy over the tokens with a label, an example at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +22,7 @@ class TokenLoss:
     """Sums of one evaluation, over all batches and processes."""
 
     def __init__(self):
-        self.sum, self.count = 0.0, 0.0
+        self.sum, self.count, self.right = 0.0, 0.0, 0.0
         self.shift: int | None = None
 
     @torch.no_grad()
@@ -29,7 +31,7 @@ class TokenLoss:
 
         Args:
             loss: the batch's loss. outputs: the model's, or None. labels: (N, T) of tokens; any others are not counted.
-            gather: brings (N, 2) together from all processes, without repeated examples.
+            gather: brings (N, 3) together from all processes, without repeated examples.
         """
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return
@@ -37,13 +39,13 @@ class TokenLoss:
         parts = self._of_logits(loss, logits, labels)
         if parts is None:  # another loss than the tokens' cross entropy: a batch's own mean, spread over its tokens
             counts = (labels != IGNORED).sum(1).float()
-            parts = torch.stack([loss.detach().float().mean() * counts, counts], 1)
+            parts = torch.stack([loss.detach().float().mean() * counts, counts, torch.full_like(counts, torch.nan)], 1)
         sums = gather(parts).double().sum(0) if parts.device.type != "mps" else gather(parts).cpu().double().sum(0)
-        self.sum, self.count = self.sum + sums[0].item(), self.count + sums[1].item()
+        self.sum, self.count, self.right = (total + part for total, part in zip((self.sum, self.count, self.right), sums.tolist()))
 
     def _of_logits(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor | None:
-        """(N, 2), each example's sum and count; None where the logits do not explain the loss. The first batch tells whether a
-        position predicts its own label or the next one's."""
+        """(N, 3), each example's sum, count and right tokens; None where the logits do not explain the loss. The first batch
+        tells whether a position predicts its own label or the next one's."""
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != labels.shape:
             return None
         for shift in (1, 0) if self.shift is None else (self.shift,):
@@ -58,9 +60,15 @@ class TokenLoss:
         """The mean over tokens; None where no token was counted."""
         return self.sum / self.count if self.count else None
 
+    def accuracy(self) -> float | None:
+        """The share of tokens that are the most probable ones; None where no token was counted, or logits were not at hand."""
+        return None if not self.count or math.isnan(self.right) else self.right / self.count
+
 
 def _of_example(logits_TV: Tensor, labels_T: Tensor, shift: int) -> Tensor:
-    """Sum of the losses of one example's tokens, and their number."""
+    """Sum of the losses of one example's tokens, their number, and how many have the largest logit."""
     labels, logits = labels_T[shift:], logits_TV[: len(logits_TV) - shift]
     counted = labels != IGNORED
-    return torch.stack([F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"), counted.sum().float()])
+    logits, labels = logits[counted].float(), labels[counted]
+    right = (logits.argmax(-1) == labels).sum()
+    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), counted.sum().float(), right.float()])

@@ -2,6 +2,7 @@
 
 OUTPUT/recipe.yaml     the resolved recipe          OUTPUT/adapter/        the result (full fine-tuning: model/)
 OUTPUT/metrics.json    losses, speed, movement      OUTPUT/checkpoint-N/   adapter, optimizer, state, for --resume
+OUTPUT/loss.png        the curve (matplotlib)       OUTPUT/status.json     while it runs: where it is (doratune runs)
 
 metrics.json is written last: a run without it is not finished. Of several processes, the first looks at the folder and writes.
 """
@@ -10,36 +11,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from ..data.encode import AnswerCollator
-from ..data.limits import check_tokens
-from ..data.packing import PackingCollator
 from ..errors import UserError, near_misses
 from ..layers.shares import sharded
-from ..publishing.card import write_training_card
 from ..support.devices import device_of
-from ..support.environment import environment
-from ..support.files import replacing, write_json
-from ..support.models import contiguous_head, load_tokenizer
+from ..support.files import replacing
+from ..support.models import contiguous_head
 from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, refuse_strangers
 from ..support.yaml_text import to_yaml
+from .alarms import Alarms
 from .callbacks import Clock, StopOnSignal, TokenProgress
 from .checkpoints import last_checkpoint
-from .examples import count_of, datasets, first_rows, streamed_counts
 from .faults import restarted
 from .folder import RECIPE, RunFolder
 from .methods import AdapterMethod, method_of
-from .packing import packed_rows
-from .recipe import TrainRecipe
+from .objectives import objective_of
+from .recipe import TrainRecipe, check_share
+from .result import finish, measured
 from .resume import already_trained, check_same
 from .sharded import arguments as fsdp_arguments
+from .status import RunStatus
+from .watching import trackers_of, watchers, watching_arguments
 
 
 class Interrupted(Exception):
@@ -70,6 +70,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     if recipe.optimizer not in (known := [name.value for name in OptimizerNames]):
         near = near_misses(recipe.optimizer, known)
         raise UserError(f"optimizer is {recipe.optimizer!r}; expected a name of transformers, such as adamw_torch{near}")
+    trackers_of(recipe)
     recipe = restarted(recipe)
     device_of(recipe.device)
     connect(recipe.timeout, recipe.device)
@@ -77,25 +78,28 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     say = say if is_first() else lambda line: None
     run = folder or RunFolder(recipe.output)
     checkpoint = agree(lambda: _starting_point(recipe, run, folder is None, say))
-    tokenizer = tokenizer or load_tokenizer(recipe.model, recipe.trust_remote_code)
+    objective = objective_of(recipe)
+    tokenizer = tokenizer or objective.processor()
     counts: dict[str, dict[str, int]] = {}
-    rows, eval_rows = datasets(recipe, tokenizer, say, counts)
+    rows, eval_rows = objective.examples(tokenizer, say, counts)
+    watch = [Alarms(say), *objective.watchers(tokenizer, say, checkpoint)]
     set_seed(recipe.seed)
-    method = method_of(recipe)
+    method = method_of(recipe, objective)
     model = model or method.load()
-    for note in check_tokens(model, tokenizer, (row["input_ids"] for row in [*first_rows(rows), *eval_rows])):
+    for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):
         score.check(model, tokenizer)
     for note in method.prepare(model):
         say(note)
-    if recipe.packing:
-        rows = packed_rows(rows, recipe, collator(recipe, tokenizer, model), model, say)
+    rows = objective.arranged(rows, model, tokenizer, say)
     agree(lambda: _begin(recipe, run, folder is None))
-    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint)
+    trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint, watch)
     _say_engine(trainer, recipe, say)
-    _train_to_the_end(trainer, model, checkpoint)
-    metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
+    with RunStatus(run.output) as status:
+        trainer.add_callback(status)
+        _train_to_the_end(trainer, model, checkpoint)
+        metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)
     if folder is None and is_first():
         run.finish()
     return metrics
@@ -125,7 +129,7 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
 
 def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
     """All steps, and the evaluation after the last of them; the model is left in evaluation mode."""
-    bar = TokenProgress()
+    bar = TokenProgress(trainer.unit)
     trainer.add_callback(bar)
     with StopOnSignal() as stop, contiguous_head(model), contextlib.closing(bar):
         trainer.add_callback(stop)
@@ -134,7 +138,7 @@ def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
     if stop.received is not None:
         raise Interrupted(stop.received, str(last_checkpoint(Path(trainer.args.output_dir))))
     evaluated = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
-    if trainer.eval_dataset and not evaluated:
+    if trainer.eval_dataset and not evaluated and not trainer.args.load_best_model_at_end:
         trainer.evaluate()
     model.eval()
 
@@ -142,10 +146,7 @@ def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
 def _check_share(recipe: TrainRecipe) -> None:
     """Every process takes an equal part of each batch."""
     count = launched()[1]
-    if recipe.batch_size % count:
-        raise UserError(
-            f"batch_size is {recipe.batch_size}, which {count} processes cannot share equally; give a multiple of {count}"
-        )
+    check_share(recipe.batch_size, count)
     if recipe.fsdp != "none" and count == 1:
         raise UserError(f"fsdp is {recipe.fsdp!r}, but there is one process; give processes: 2 or more, or start it with torchrun")
 
@@ -175,10 +176,11 @@ def _begin(recipe: TrainRecipe, run: RunFolder, own: bool) -> None:
     write_recipe(run.output / RECIPE, recipe)
 
 
-def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None) -> tuple[Trainer, Clock]:
-    """The method's Trainer with our progress bar and clock."""
-    recipe = method.recipe
-    every_epoch = {True: "epoch", False: "steps"}
+def build_trainer(
+    method: AdapterMethod, model, tokenizer, rows, eval_rows, checkpoint: Path | None, watch: Sequence[TrainerCallback] = ()
+) -> tuple[Trainer, Clock]:
+    """The method's Trainer with our clock, what the recipe watches the run by, and further callbacks."""
+    recipe, objective = method.recipe, method.objective
     if recipe.checkpointing != "none":
         model.enable_input_require_grads()
     arguments = TrainingArguments(
@@ -194,20 +196,9 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         optim=recipe.optimizer,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps,
-        train_sampling_strategy="group_by_length"
-        if recipe.group_by_length and not (recipe.packing or recipe.streaming)
-        else "random",
-        length_column_name="length",
         seed=recipe.seed,
-        logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
-        eval_strategy=every_epoch[recipe.eval_steps == 0] if eval_rows else "no",
-        eval_steps=recipe.eval_steps or None,
-        save_strategy=every_epoch[recipe.save_steps == 0],
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=recipe.keep_checkpoints,
-        report_to=["tensorboard"] if recipe.tensorboard else [],
-        include_num_input_tokens_seen="non_padding",
+        **watching_arguments(recipe, bool(eval_rows)),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=device_of(recipe.device).type == "cpu",
@@ -215,6 +206,7 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
         accelerator_config={"dispatch_batches": False},  # it would cut streamed batches, whose values have several lengths
         **checkpointing_arguments(recipe.checkpointing),
         **fsdp_arguments(recipe.fsdp),
+        **objective.arguments(),
         **method.settings(),
     )
     refuse_strangers(arguments.world_size)
@@ -222,21 +214,18 @@ def build_trainer(method: AdapterMethod, model, tokenizer, rows, eval_rows, chec
     trainer = method.trainer(
         model,
         arguments,
-        data_collator=collator(recipe, tokenizer, model),
+        data_collator=objective.collator(model, tokenizer),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
-        callbacks=[clock],
+        callbacks=[clock, *watchers(recipe), *watch],
+        **objective.trainer_settings(),
     )
+    trainer.unit, trainer.units_in = objective.unit, objective.units_in
     refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
-
-
-def collator(recipe: TrainRecipe, tokenizer, model) -> AnswerCollator | PackingCollator:
-    """What makes batches of rows."""
-    return (PackingCollator if recipe.packing else AnswerCollator)(tokenizer.pad_token_id, model)
 
 
 def checkpointing_arguments(kind: str) -> dict:
@@ -246,49 +235,6 @@ def checkpointing_arguments(kind: str) -> dict:
     renamed = any(f.name == "activation_checkpointing" for f in dataclasses.fields(TrainingArguments))
     prefix = "activation" if renamed else "gradient"
     return {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
-
-
-def measured(method: AdapterMethod, model) -> tuple:
-    """(how far the adapter moved, (trainable numbers, all of the base's), rows without direction); of shards by every process."""
-    return method.moved(model), method.counts(model), method.zero_rows(model)
-
-
-def finish(method: AdapterMethod, trainer, clock: Clock, model, counts: dict, say) -> dict:
-    """Write metrics.json and say how far the adapter moved."""
-    output, log = Path(method.recipe.output), trainer.state.log_history
-    moved, (trainable, total), zero_rows = measured(method, model)
-    if moved is not None:
-        say(str(moved))
-    if moved is not None and moved.warning:
-        say(f"warning: {moved.warning}")
-
-    def last(key: str) -> float | None:
-        return next((row[key] for row in reversed(log) if key in row), None)
-
-    metrics = {
-        "method": method.recipe.method,
-        "trainable": trainable,
-        "total": total,
-        "zero_rows": zero_rows,
-        "examples": count_of(trainer.train_dataset),
-        "data": counts | streamed_counts(trainer.train_dataset),
-        "steps": trainer.state.global_step,
-        "final_loss": last("loss") or last("train_loss"),
-        "eval_loss": last("eval_loss"),
-        **clock.spent,
-        "tokens_per_second": clock.spent["tokens"] / max(clock.spent["seconds"], 1e-9),
-        "peak_bytes": clock.peak_bytes,
-        "moved": None if moved is None else str(moved),
-        "magnitude_moved": None if moved is None else moved.magnitude,
-        "direction_moved": None if moved is None else moved.direction,
-        "warning": None if moved is None else moved.warning,
-        "environment": environment(),
-        "log": [row for row in log if "loss" in row or "eval_loss" in row],
-    }
-    write_training_card(output / method.result, dataclasses.asdict(method.recipe), dataclasses.asdict(TrainRecipe()), metrics)
-    write_json(output / "metrics.json", metrics)
-    say(f"{method.result} written to {output / method.result} ({metrics['tokens_per_second']:.0f} tokens/s without padding)")
-    return metrics
 
 
 def write_recipe(path: Path, recipe: TrainRecipe) -> None:

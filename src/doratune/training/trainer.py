@@ -11,6 +11,7 @@ stop at the first loss that is not finite or at layers that do not train, length
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .. import baselines
 from ..adapter.attach import record_of
 from ..adapter.groups import parameter_groups
 from ..adapter.states import refuse_merged
+from ..adapter.statistics import hold_statistics
 from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
@@ -48,6 +50,10 @@ class SteadyMixin:
     _token_loss: TokenLoss | None = None
     shards = False
     """Can it save a model in shards?"""
+    unit = "tokens"
+    """What the run's speed is counted in."""
+    units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
+    """Units in a batch, where transformers does not count them itself."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -61,11 +67,11 @@ class SteadyMixin:
         self._token_loss = TokenLoss()
         try:
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-            mean = self._token_loss.mean()
+            means = {"loss": self._token_loss.mean(), "token_accuracy": self._token_loss.accuracy()}
         finally:
             self._token_loss = None
-        if mean is not None and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if mean is not None})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -79,8 +85,10 @@ class SteadyMixin:
         self._token_loss.add(loss, outputs, labels, self.accelerator.gather_for_metrics)
         return result
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        units = self.units_in(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.state.num_input_tokens_seen += (units or 0) * self.args.world_size  # every process has an equal share
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before it could spoil the "
@@ -154,6 +162,8 @@ class TrainerMixin(SteadyMixin):
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
 
+    whole_lr_ratio: float = 1.0
+    """Learning rate of the modules that are trained whole (also_train) as a multiple of the trainer's."""
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
@@ -167,6 +177,7 @@ class TrainerMixin(SteadyMixin):
         self.add_callback(self._idle)
 
     def compute_loss(self, *args, **kwargs):
+        hold_statistics(self.model)
         with self._idle.forward() if self.model.training else contextlib.nullcontext():
             return super().compute_loss(*args, **kwargs)
 
@@ -186,6 +197,7 @@ class TrainerMixin(SteadyMixin):
                 self.magnitude_lr_ratio,
                 self.output_factor_lr_ratio,
                 self.magnitude_decay,
+                self.whole_lr_ratio,
             )
             cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}
@@ -228,6 +240,9 @@ class BaselineTrainer(SteadyMixin, transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         baselines.load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class DoRATrainer(TrainerMixin, transformers.Trainer):

@@ -5,6 +5,7 @@ file. The names are the field's: Alpaca's, ShareGPT's, OpenAI's, TRL's.
 
     instruction.py   Alpaca: instruction, input, output
     messages.py      chat: messages with role and content, tools, tool calls and results
+    visual.py        messages or conversations with images (LLaVA's JSON)
     sharegpt.py      conversations with from and value, tools
     completion.py    prompt and completion, as text or as messages
     questions.py     question and worked answer, in Orca-Math's prompt
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ class DataFormat:
     """Field → what other files call it, for the message about an unknown item."""
     rank = 50
     """Formats of lower rank are asked first: an item may have the keys of several."""
+    takes: tuple[str, ...] = ()
+    """Names of other formats whose items it takes as well: a data set may mix conversations with images and without."""
     learns = True
     """Is it what `doratune train` learns from?"""
 
@@ -80,6 +83,22 @@ class DataFormat:
         """What the item asks, without its answer, to compare items by."""
         raise NotImplementedError
 
+    def asking(self, text: str) -> dict:
+        """An item that asks this; what stands for the answer is of no meaning.
+
+        Raises:
+            UserError: items of this format ask nothing.
+        """
+        raise UserError(f"{self.name} data asks nothing")
+
+    def gold(self, item: Mapping, settings: DataSettings) -> str:
+        """The last answer of a checked item, as text.
+
+        Raises:
+            UserError: it has none.
+        """
+        raise UserError(f"{self.name} data holds no answer to compare with")
+
 
 @cache
 def formats() -> tuple[DataFormat, ...]:
@@ -106,6 +125,12 @@ def format_named(name: str) -> DataFormat:
 def format_of(item: Mapping) -> DataFormat | None:
     """The format whose keys the item has; None where no format's keys are all there."""
     return next((one for one in formats() if one.recognizes(item)), None)
+
+
+def first_format(items: Iterable[Mapping]) -> DataFormat | None:
+    """The format of the first item that has one, or the one among the items' formats that takes items of that too."""
+    kinds = [kind for item in items if (kind := format_of(item))]
+    return next((kind for kind in kinds if kinds[0].name in kind.takes), kinds[0] if kinds else None)
 
 
 def nearest(item: Mapping) -> DataFormat | None:

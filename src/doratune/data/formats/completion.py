@@ -60,5 +60,11 @@ class Completion(DataFormat):
     def question(self, item: Mapping, settings) -> str:
         return conversation.asked([m for part in self._turns(item, "it", settings) for m in part])
 
+    def asking(self, text: str) -> dict:
+        return {"prompt": text, "completion": "."}
+
+    def gold(self, item: Mapping, settings) -> str:
+        return self._turns(item, "it", settings)[1][-1]["content"]
+
 
 FORMATS = (Completion(),)

@@ -57,5 +57,11 @@ class Instruction(DataFormat):
     def question(self, item: Mapping, settings) -> str:
         return conversation.asked(self.conversation(item))
 
+    def asking(self, text: str) -> dict:
+        return {"instruction": text, "output": "."}
+
+    def gold(self, item: Mapping, settings) -> str:
+        return item["output"]
+
 
 FORMATS = (Instruction(),)

@@ -52,5 +52,11 @@ class Questions(DataFormat):
     def question(self, item: Mapping, settings) -> str:
         return item["question"]
 
+    def asking(self, text: str) -> dict:
+        return {"question": text, "answer": "."}
+
+    def gold(self, item: Mapping, settings) -> str:
+        return item["answer"]
+
 
 FORMATS = (Questions(),)

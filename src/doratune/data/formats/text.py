@@ -33,5 +33,8 @@ class Text(DataFormat):
     def question(self, item: Mapping, settings) -> str:
         return item["text"]
 
+    def asking(self, text: str) -> dict:
+        return {"text": text}
+
 
 FORMATS = (Text(),)

@@ -3,16 +3,20 @@
     commonsense.py   one of a few allowed answers (§5.1)
     arithmetic.py    a number, the last one of the output (LLM-Adapters' five test sets)
     orca_math.py     question and worked answer, compared by their last numbers (§6.1)
+    soft_answers.py  an image's question that several people answered (VQAv2, VizWiz, TextVQA)
+    phrase.py        an image's question with one right phrase (GQA)
+    options.py       a question with lettered options (ScienceQA, MMBench)
+    yes_no.py        is it in the image? (POPE)
 
-A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new file. An
-item says by its keys and its answer which kind it is, so a file may hold several.
+A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new
+file. An item says by its keys and its answer which kind it is, so a file may hold several.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,6 +77,14 @@ class TaskKind:
     def right(self, answer: str | None, item: Mapping) -> bool:
         """Does this answer count?"""
         return answer == self.gold(item)
+
+    def score(self, answer: str | None, item: Mapping) -> float:
+        """How far this answer counts, 0 to 1; the mean is the accuracy."""
+        return float(self.right(answer, item))
+
+    def figures(self, items: Sequence[Mapping], records: Sequence[Mapping]) -> dict:
+        """Figures of the kind's own, from its items and their records; they stand beside, or instead of, those of every kind."""
+        return {}
 
     def settled(self, text: str, item: Mapping) -> bool:
         """Can nothing that a text is continued with change the answer?"""

@@ -1,0 +1,93 @@
+"""What a run learns, one file an objective: its processor and model, its examples, what is held against what, how a batch is made.
+
+    language_modeling.py      the next token of text
+    image_classification.py   the class of an image
+
+A recipe's `objective` is the name of a file here, which holds `OBJECTIVE`, a subclass: a new objective is one new file. Which
+numbers are trained is the method's business (`methods.py`): each method works under each objective, unless that says otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..recipe import TrainRecipe
+
+DEFAULT = "language_modeling"
+
+
+class Objective:
+    """Of one run; subclasses declare and override. The calls come in this order."""
+
+    unit = "tokens"
+    """What a run's speed is counted in."""
+
+    def __init__(self, recipe: TrainRecipe):
+        self.recipe = recipe
+
+    def check(self) -> None:
+        """Raise UserError for settings of the recipe that mean nothing here, before anything is loaded."""
+
+    def processor(self) -> Any:
+        """What turns an item into the model's input and is saved beside the result: a tokenizer, an image processor."""
+        raise NotImplementedError
+
+    def examples(self, processor, say: Callable[[str], None], counts: dict[str, dict[str, int]]) -> tuple[Any, Any]:
+        """(training examples, evaluation examples), with a length; what was left out is said and counted.
+
+        Raises:
+            UserError: data that cannot be read, or an item that cannot be used, unless `bad_items` is skip.
+        """
+        raise NotImplementedError
+
+    def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False) -> nn.Module:
+        """The recipe's model, for these examples, in evaluation mode."""
+        raise NotImplementedError
+
+    def compare(self, model: nn.Module, processor, rows, eval_rows) -> list[str]:
+        """Hold the examples against the model; lines to say.
+
+        Raises:
+            UserError: the model cannot take them.
+        """
+        return []
+
+    def arranged(self, rows, model: nn.Module, processor, say: Callable[[str], None]) -> Any:
+        """The training examples as the prepared model reads them."""
+        return rows
+
+    def collator(self, model: nn.Module, processor) -> Callable[[list], dict]:
+        """What makes a batch of examples."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict:
+        """Settings of transformers' TrainingArguments."""
+        return {}
+
+    def trainer_settings(self) -> dict:
+        """Further arguments of transformers' Trainer."""
+        return {}
+
+    def watchers(self, processor, say: Callable[[str], None], checkpoint) -> list:
+        """Callbacks that show the run by its own means, once the examples are read. checkpoint: of a run that goes on."""
+        return []
+
+    def units_in(self, inputs: dict) -> int | None:
+        """Units in a batch, where transformers does not count them itself."""
+        return None
+
+
+def names() -> tuple[str, ...]:
+    """Every objective, the default first."""
+    return tuple(sorted((info.name for info in pkgutil.iter_modules(__path__)), key=lambda name: (name != DEFAULT, name)))
+
+
+def objective_of(recipe: TrainRecipe) -> Objective:
+    """The objective that a recipe names."""
+    return importlib.import_module(f".{recipe.objective}", __name__).OBJECTIVE(recipe)

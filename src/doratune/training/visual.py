@@ -1,0 +1,80 @@
+"""Training models of images and text: what is adapted, what stays frozen, what is trained whole.
+
+LLaVA's recipe (Liu 2023), as in the paper's section 5.3: adapters on the language model, the projector trained whole, the
+image tower frozen. Cost: names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from ..config import AdapterConfig
+from ..errors import UserError
+from ..support.image_text import ModelParts, parts_of
+from ..support.patterns import NamePattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualSettings:
+    """What a run trains of a model of images and text, beside its language model."""
+
+    projector: Literal["frozen", "whole"] = "frozen"
+    """Of a model of images and text: what lies between image tower and language model stays frozen, or is trained whole."""
+    vision_tower: Literal["frozen", "adapted"] = "frozen"
+    """Of a model of images and text: adapters on the language model alone, or wherever the targets select layers."""
+
+
+def visual_config(config: AdapterConfig, settings: VisualSettings, model: nn.Module) -> AdapterConfig:
+    """The adapter's configuration for this model; that of a model of text as it is.
+
+    Raises:
+        UserError: a setting of images for a model of text, or a projector that is not there.
+    """
+    parts = parts_of(model)
+    _refuse_text_model(settings, parts, model)
+    if parts is None:
+        return config
+    if settings.projector == "whole":
+        config = replace(config, also_train=tuple(dict.fromkeys((*config.also_train, *parts.projector))))
+    if settings.vision_tower == "frozen":
+        config = replace(config, exclude=_with_parts(config.exclude, parts))
+    return config
+
+
+def freeze_vision(model: nn.Module, settings: VisualSettings) -> None:
+    """For full fine-tuning: all but the image tower, and the projector where it stays frozen.
+
+    Raises:
+        UserError: see `visual_config`.
+    """
+    parts = parts_of(model)
+    _refuse_text_model(settings, parts, model)
+    if parts is None:
+        return
+    frozen = parts.vision * (settings.vision_tower == "frozen") + parts.projector * (settings.projector == "frozen")
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+
+
+def _refuse_text_model(settings: VisualSettings, parts: ModelParts | None, model: nn.Module) -> None:
+    name = type(model).__name__
+    if parts is None:
+        for field, value in (("projector", settings.projector), ("vision_tower", settings.vision_tower)):
+            if value != "frozen":
+                raise UserError(f"{field} is {value!r}, which is for models of images and text, not for {name}; drop it")
+    elif settings.projector == "whole" and not parts.projector:
+        raise UserError(f"projector is 'whole', but none is known in {name}; name its module in also_train")
+
+
+def _with_parts(exclude: str | tuple[str, ...], parts: ModelParts) -> str:
+    """A pattern of what was excluded and of all that lies in the parts beside the language model."""
+    if isinstance(exclude, str):
+        before = [f"(?:{NamePattern(exclude, 'exclude').pattern})"] if exclude else []
+    else:
+        before = [rf"(?:.*\.)?{re.escape(entry)}" for entry in exclude]
+    beside = "|".join(re.escape(name) for name in parts.beside)
+    return "|".join([*before, rf"(?:{beside})(?:\..*)?"])

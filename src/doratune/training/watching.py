@@ -1,0 +1,84 @@
+"""A run that is watched: when it logs, evaluates, saves and stops, which checkpoint it takes, and where its figures go.
+
+The best checkpoint and the early stop are transformers' own (`load_best_model_at_end`, EarlyStoppingCallback), as are the trackers.
+What comes here: figures at every step of a short run, and an evaluation and a checkpoint after the last step of any.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from ..errors import UserError
+from ..support.packages import install_line
+from .recipe import TRACKERS, TrainRecipe
+
+LOGS, MOST_STEPS = 20, 10
+"""Lines of the log that a short run has at least, and steps between two at most."""
+
+
+def trackers_of(recipe: TrainRecipe) -> list[str]:
+    """What TrainingArguments' `report_to` is given.
+
+    Raises:
+        UserError: a tracker whose package is not installed.
+    """
+    wanted = [name for name in TRACKERS if name in recipe.report_to or (name == "tensorboard" and recipe.tensorboard)]
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            off = " or --tensorboard false" if name == "tensorboard" else ""
+            raise UserError(f"report_to is {name}, which is not installed; run: {install_line(name)}{off}")
+    return wanted
+
+
+def watching_arguments(recipe: TrainRecipe, evaluated: bool) -> dict:
+    """TrainingArguments of a recipe: what is logged, evaluated and saved when, and where the figures go.
+
+    Args:
+        evaluated: is there data to evaluate on?
+    """
+    every = {True: "epoch", False: "steps"}
+    best = recipe.best_by != "none"
+    save_steps = recipe.eval_steps if best else recipe.save_steps
+    return {
+        "logging_steps": recipe.log_steps or MOST_STEPS,
+        "eval_strategy": every[recipe.eval_steps == 0] if evaluated else "no",
+        "eval_steps": recipe.eval_steps or None,
+        "save_strategy": every[save_steps == 0],
+        "save_steps": save_steps or 500,
+        "save_total_limit": recipe.keep_checkpoints + best,  # transformers would drop the last one for the best one
+        "load_best_model_at_end": best,
+        "metric_for_best_model": f"eval_{recipe.best_by}" if best else None,
+        "greater_is_better": recipe.best_by == "token_accuracy",
+        "report_to": trackers_of(recipe),
+        "run_name": Path(os.path.abspath(recipe.output)).name,
+    }
+
+
+def watchers(recipe: TrainRecipe) -> list[TrainerCallback]:
+    """What decides in a run when to log and when to stop."""
+    callbacks: list[TrainerCallback] = [] if recipe.log_steps else [LogOften()]
+    if recipe.best_by != "none":
+        callbacks.append(LastIsEvaluated())
+    if recipe.early_stopping:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping))
+    return callbacks
+
+
+class LogOften(TrainerCallback):
+    """A short run logs LOGS times or at every step, a long one every MOST_STEPS steps."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.logging_steps = max(1, min(MOST_STEPS, state.max_steps // LOGS))
+
+
+class LastIsEvaluated(TrainerCallback):
+    """The last step is evaluated and saved, whatever it is a multiple of."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        return control
