@@ -49,6 +49,8 @@ def words(name: str, desk: Path) -> list[str]:
     return {
         "train": ["train", str(desk / "recipe.yaml")],
         "data": ["data", items, "--model", model],
+        "init": ["init", items, "--model", model, "--device", "cpu", "--memory", "2"],
+        "runs": ["runs", str(desk / "run")],
         "evaluate": ["evaluate", "--adapter", adapter, "--task", items, "--protocol", "likelihood"],
         "merge": ["merge", "--adapter", adapter],
         "convert": ["convert", "--adapter", adapter, "--to", "mlx", "--model", model],
@@ -71,6 +73,8 @@ def words(name: str, desk: Path) -> list[str]:
 READ = {
     "train": ["recipe.yaml", "items.json", "model/config.json", "model/model.safetensors", "model/tokenizer.json", "model"],
     "data": ["items.json", "model/tokenizer.json", "model/config.json"],
+    "init": ["items.json", "model/config.json", "model/tokenizer.json"],
+    "runs": ["run"],
     "evaluate": ["items.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model/model.safetensors"],
     "merge": [
         "adapter/adapter_model.safetensors",
@@ -109,7 +113,8 @@ WRITERS = [
     "report",
     "data",
 ]
-FILES = {"generate": "out.jsonl", "report": "out.html", "data": "out.jsonl"}
+WRITERS += ["init"]
+FILES = {"generate": "out.jsonl", "report": "out.html", "data": "out.jsonl", "init": "out.yaml"}
 
 
 def output(name: str, place: Path) -> list[str]:
