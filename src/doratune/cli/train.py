@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
 
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
@@ -22,11 +24,10 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..evaluation.evaluate import after_training
     from ..support.processes import is_first
-    from ..support.yaml_text import to_yaml
-    from ..training.train import Interrupted, dataclasses, train
+    from ..training.train import Interrupted, train
 
     if is_first():
-        say(to_yaml(dataclasses.asdict(recipe)))
+        say(chosen_settings(recipe))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
@@ -36,3 +37,13 @@ def main(argv: list[str]) -> int:
     if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0
+
+
+def chosen_settings(recipe) -> str:
+    """The settings that are not the defaults, as YAML, and where all of them will stand."""
+    from ..support.yaml_text import to_yaml
+
+    usual = dataclasses.asdict(type(recipe)())
+    values = {name: value for name, value in dataclasses.asdict(recipe).items() if value != usual[name]}
+    rest = len(usual) - len(values)
+    return f"{to_yaml(values)}# the other {rest} settings have their defaults; all are in {Path(recipe.output) / 'recipe.yaml'}"
