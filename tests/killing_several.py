@@ -45,7 +45,7 @@ def ended(children, seconds):
 
 
 def several(count, place):
-    """Kills of one or both of two processes while they save after every step; every fifth run is resumed to its end."""
+    """Kills of one or both of two processes while they save after every step; every tenth run is resumed to its end."""
     from doratune.training.checkpoints import damage, last_checkpoint
 
     model, data = prepare(place)
@@ -80,11 +80,12 @@ def several(count, place):
         for path in run.glob("checkpoint-*"):
             read_folder(path)
         figures["none"] += last_checkpoint(run) is None
-        if number % 5 == 0 and statuses != [0, 0]:
+        if number % 10 == 0 and statuses != [0, 0]:
             assert ended(together([*mine, "--resume"], log), 120) == [0, 0], Path(log).read_text()[-3000:]
             figures["resumed"] += 1
             figures["different"] += not same(run / "adapter", engines[engine] / "adapter")
             figures["leftovers"] += bool(leftovers(run))
+        print(json.dumps(figures), file=sys.stderr, flush=True)
     return figures
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
+
+from ..support.allocator import keep_freed_memory as keep_freed_memory
 
 
 def say(line: str) -> None:
@@ -33,13 +34,3 @@ def progress(label: str, total: int):
         bar.close()
 
     return bar.update, close
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks instead of returning each to the system: on CPU, page faults cost a third of a step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never. Its largest value, 2 GiB, was reached by some arms of a benchmark and not by others

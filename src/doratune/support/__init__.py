@@ -8,6 +8,7 @@ processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
 image_text.py    models of images and text: processors, which part is which
 devices.py       the device that a command computes on
+allocator.py     what happens to memory that is freed
 hub.py           whether a hub answers, asked once
 model_folders.py   model folders of transformers and diffusers: class, modules, config
 headers.py       names and shapes in the files a model came from

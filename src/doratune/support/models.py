@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, listed
+from .allocator import blocks_apart
 from .devices import device_of
 from .files import refuse_unreadable
 from .folders import recover, whole_folder
@@ -98,7 +99,7 @@ def load_model(
         settings["quantization_config"].llm_int8_skip_modules = list(skipped)
     if quantized and place is not None and device != "auto":
         settings["device_map"] = {"": place}
-    with quiet_loading(), readable_errors(name):
+    with quiet_loading(), readable_errors(name), blocks_apart():
         model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
@@ -106,7 +107,8 @@ def load_model(
         model.to(place)
     model.eval()
     if quantized:
-        leave_file(model)
+        with blocks_apart():
+            leave_file(model)
     model.name_or_path = model.config._name_or_path = name  # what was asked for, not a folder of this machine's cache
     return model
 
