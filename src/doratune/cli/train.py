@@ -25,11 +25,10 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..evaluation.evaluate import after_training
     from ..support.processes import is_first
-    from ..support.yaml_text import to_yaml
     from ..training.train import Interrupted, train
 
     if is_first():
-        say(to_yaml(_told(recipe)))
+        say(chosen_settings(recipe))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
@@ -43,10 +42,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _told(recipe) -> dict:
-    """The settings that are not the default, and those that a reader looks for; OUTPUT/recipe.yaml has them all."""
-    default, always = dataclasses.asdict(type(recipe)()), ("model", "data", "output", "method", "rank", "lr")
-    return {name: value for name, value in dataclasses.asdict(recipe).items() if name in always or value != default[name]}
+def chosen_settings(recipe) -> str:
+    """The settings that are not the defaults, as YAML, and where all of them will stand."""
+    from ..support.yaml_text import to_yaml
+
+    usual = dataclasses.asdict(type(recipe)())
+    values = {name: value for name, value in dataclasses.asdict(recipe).items() if value != usual[name]}
+    rest = len(usual) - len(values)
+    return f"{to_yaml(values)}# the other {rest} settings have their defaults; all are in {Path(recipe.output) / 'recipe.yaml'}"
 
 
 def _commands(run: Path) -> Iterator[tuple[str, ...]]:
