@@ -53,6 +53,9 @@ def test_a_task_is_the_test_split_and_limits_are_held(classifier, tmp_path):
     assert evaluate(classifier, f"[{tmp_path}/photos, {tmp_path}/photos:train]", tmp_path / "e") == 0
     results = json.loads((tmp_path / "e" / "results.json").read_text())["results"]
     assert [(r["task"], r["total"]) for r in results] == [("photos", 6), ("photos-train", 9)]
+    photographs(tmp_path / "a:b" / "scans", 1)  # no split: a folder's own name
+    assert evaluate(classifier, tmp_path / "a:b" / "scans", tmp_path / "c") == 0
+    assert (tmp_path / "c" / "scans.likelihood.jsonl").is_file()
     assert evaluate(classifier, f"{tmp_path}/photos", tmp_path / "l", limit=4) == 0
     assert json.loads((tmp_path / "l" / "results.json").read_text())["results"][0]["total"] == 4
 

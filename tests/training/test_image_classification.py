@@ -11,7 +11,9 @@ from transformers import AutoModelForImageClassification
 
 import doratune
 from doratune.cli.main import main
-from doratune.support.image_models import load_classifier
+from doratune.data.image_sets import LabelledImage
+from doratune.support.image_models import load_classifier, load_processor
+from doratune.training.image_rows import pixels_of
 from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
@@ -26,6 +28,16 @@ def bases(tmp_path_factory):
     """A folder of each kind: with a head of five labels, of three, or none."""
     folder, more = tmp_path_factory.mktemp("bases"), {"vit": {"body": True}, "swin": {"body": True}, "convnext": {"num_labels": 3}}
     return {kind: image_model(kind, folder / kind, **more.get(kind, {"num_labels": 5})) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def four_bits(photos, tmp_path_factory):
+    """A run in nf4 over a ViT wide enough for blocks of 64."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("four_bits")
+    base = image_model("vit", folder / "base", hidden_size=64, intermediate_size=128, num_labels=3)
+    assert main(words(base, photos, folder / "run", quantize="nf4", targets="all-linear", max_steps=6)) == 0
+    return folder / "run"
 
 
 def metrics_of(output):
@@ -71,11 +83,41 @@ def test_train_resume_save_load_merge_evaluate(kind, bases, photos, tmp_path):
     assert far(alone, evaluated(tmp_path / "of_merged", photos, model=tmp_path / "merged")[1]) < 1e-4
 
 
+@pytest.mark.parametrize("into", ["dequantized", "original", "same"])
+def test_over_a_base_in_four_bits(into, four_bits, photos, tmp_path):
+    """The new head stays dense and is trained; the adapter merges all three ways."""
+    run = four_bits
+    assert any(name.endswith("classifier.weight") for name in load_file(run / "adapter" / "adapter_model.safetensors"))
+    output = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(run / "adapter"), "--output", str(output), "--into", into]) == 0
+    before = evaluated(tmp_path / "a", photos, adapter=run / "adapter")[0]
+    assert abs(evaluated(tmp_path / "b", photos, model=output)[0]["accuracy"] - before["accuracy"]) < 0.2
+
+
+def test_the_card_opens_what_it_is_of(bases, photos, tmp_path):
+    """The code on an adapter's card is run as it stands, and gives the run's model."""
+    assert main(words(bases["swin"], photos, tmp_path / "run", max_steps=3)) == 0
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].partition("# or with PEFT")[0]
+    code = code.replace('"THIS"', repr(str(tmp_path / "run" / "adapter"))).replace('"swin"', repr(str(bases["swin"])))
+    space = {}
+    exec(code, space)
+    model = space["model"].eval()
+    _, records = evaluated(tmp_path / "e", photos, adapter=tmp_path / "run" / "adapter")
+    item = LabelledImage("x", "blue", photos / "blue" / "0.png")
+    pixels = pixels_of(item, load_processor(str(bases["swin"])))[None]
+    with torch.no_grad():
+        probabilities = model(pixels).logits.softmax(-1)[0]
+    assert [model.config.id2label[i] for i in range(3)] == list(COLOURS)
+    assert probabilities.tolist() == pytest.approx([records[0]["probabilities"][name] for name in COLOURS], abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_and_in_full(kind, bases, photos, tmp_path):
     """The recipe's default dtype; and all weights, with batch normalization's statistics as trained."""
     assert main(words(bases[kind], photos, tmp_path / "half", max_steps=2, dtype="bfloat16")) == 0
     assert main(words(bases[kind], photos, tmp_path / "full", max_steps=8, method="full", lr=3e-3, tasks=photos)) == 0
+    assert metrics_of(tmp_path / "full")["trainable"] == metrics_of(tmp_path / "full")["total"]  # the head too
     lines = (tmp_path / "full" / "scores" / "after" / "photos.likelihood.jsonl").read_text().splitlines()
     after = [json.loads(line) for line in lines]
     assert far(after, evaluated(tmp_path / "again", photos, model=tmp_path / "full" / "model")[1]) < 1e-5

@@ -24,10 +24,14 @@ from ..data.image_reader import load_reader
 from ..errors import UserError
 from ..layers import kind_of
 from ..publishing.card import write_merged_card
+from ..support.examples import candidates
 from ..support.files import read_json
 from ..support.folders import new_folder, refuse_existing
-from ..support.models import load_model, load_tokenizer, quiet_loading
+from ..support.image_models import is_classifier, load_processor
+from ..support.model_folders import class_record
+from ..support.models import load_tokenizer, quiet_loading
 from .adapter import OWN, load
+from .base_model import load_base
 from .logits import SENTENCES, distance
 from .merge import merge_checkpoint
 
@@ -79,11 +83,12 @@ def merge_quantized(
         _merge_in_memory(base, adapter, Path(output), into, dtype, overwrite, quantization, check_base)
     if not check:
         return None
-    tokenizer = load_tokenizer(base)
-    ids = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
-    trained = logits(load(load_model(base, dtype, quantization), adapter, check_base=False), ids)
+    model = load(load_base(base, adapter, dtype, quantization), adapter, check_base=False)
+    inputs = _inputs(model, base)
+    trained = logits(model, inputs)
+    del model
     gc.collect()
-    result = logits(load_model(str(output), dtype), ids)
+    result = logits(load_base(str(output), dtype=dtype), inputs)
     same = (result.argmax(-1) == trained.argmax(-1)).double().mean().item()
     return MergeDifference(into, distance(result, trained), same)
 
@@ -91,13 +96,13 @@ def merge_quantized(
 def _merge_in_memory(
     base: str, adapter, output: Path, into: str, dtype: str, overwrite: bool, quantization: dict, check_base
 ) -> None:
-    model = load(load_model(base, dtype, quantization), adapter, check_base=check_base)
+    model = load(load_base(base, adapter, dtype, quantization), adapter, check_base=check_base)
     method = record_of(model).config.method
     merge(model, keep="none", quantized="same" if into == "same" else "dense")
     if into == "dequantized":
         dequantize(model)
     with new_folder(output, overwrite, key="config.json") as folder:
-        _write(model, load_reader(base), folder, dense=into == "dequantized")
+        _write(model, _processor(model, base), folder, dense=into == "dequantized")
         write_merged_card(folder, base, adapter, method, name=output.name)
 
 
@@ -112,8 +117,23 @@ def dequantize(model) -> None:
 
 
 @torch.no_grad()
-def logits(model, ids: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([model(input_ids=row.to(model.device)).logits[0].float().cpu() for row in ids])
+def logits(model, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """A row for each position, or for each image."""
+    on_device = ({name: t.to(model.device) for name, t in one.items()} for one in inputs)
+    return torch.cat([model(**one).logits.flatten(0, -2).float().cpu() for one in on_device])
+
+
+def _processor(model, base: str):
+    """What is saved beside a model of this class."""
+    return load_processor(base) if is_classifier(class_record(model)["class"]) else load_reader(base)
+
+
+def _inputs(model, base: str) -> list[dict[str, torch.Tensor]]:
+    """Sentences, or for a classifier of images an input made from its config."""
+    if is_classifier(class_record(model)["class"]):
+        return [next(candidates(model))]
+    tokenizer = load_tokenizer(base)
+    return [{"input_ids": tokenizer(sentence, return_tensors="pt")["input_ids"]} for sentence in SENTENCES]
 
 
 def _write(model, tokenizer, folder: Path, dense: bool) -> None:

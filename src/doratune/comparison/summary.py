@@ -152,6 +152,7 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
         "tasks": shared.tasks,
         "items": sum(len(v) for v in next(iter(results[0].right.values()), {}).values()),
         "environment": results[0].metrics.get("environment"),
+        "unit": results[0].metrics.get("unit", "tokens"),
     }
     return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
 
@@ -202,7 +203,7 @@ def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecip
 def score_table(summary: Summary) -> TextTable:
     used = [name for name in NAMES if any(name in row.scores for row in summary.rows)]
     columns = ["method", "rank", "examples", "lr", "seeds", *(NAMES[name] for name in used)]
-    columns += ["trained", "share", "peak memory", "time", "CPU time", "tokens/s"]
+    columns += ["trained", "share", "peak memory", "time", "CPU time", f"{summary.facts.get('unit', 'tokens')}/s"]
     rows = []
     for row in summary.rows:
         cells = [row.method, str(row.rank or "-"), str(row.size or "-"), f"{row.lr:g}", str(len(row.seeds))]

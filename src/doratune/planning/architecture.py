@@ -29,6 +29,7 @@ from ..layers import kind_of
 from ..layers.kind import LayerKind
 from ..layers.layouts import named_layers
 from ..support.models import WHEEL_MODEL, model_path, quiet_loading, readable_errors, source_settings, torch_dtype
+from ..training.objectives import DEFAULT
 from ..training.recipe import TrainRecipe
 from .stand_ins import Adapter, PackedLinear, Shared
 
@@ -91,6 +92,10 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if recipe.objective != DEFAULT:
+        raise UserError(
+            f"objective is {recipe.objective}, and doratune plan counts what language models keep; try a few steps instead"
+        )
     config = copy.deepcopy(config) if config is not None else config_of(recipe.model, recipe.trust_remote_code)
     if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(

@@ -101,13 +101,28 @@ def licence_of(folder: Path | None) -> str | None:
 
 def loading(folder: Path, base: str) -> str:
     """How the folder is opened, as code."""
+    name, labels = _class_of(folder)
     if not is_adapter(folder):
-        return _code("from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("THIS")')
-    own = f'model = AutoModelForCausalLM.from_pretrained("{_shown(base)}")'
-    lines = ["import doratune", "from transformers import AutoModelForCausalLM", "", own, 'doratune.load(model, "THIS")']
+        return _code(f"from transformers import {name}", "", f'model = {name}.from_pretrained("THIS")')
+    new_head = f", id2label={labels}, ignore_mismatched_sizes=True" if labels else ""
+    own = f'model = {name}.from_pretrained("{_shown(base)}"{new_head})'
+    lines = ["import doratune", f"from transformers import {name}", "", own, 'doratune.load(model, "THIS")']
     if opens_in_peft(folder):
         lines += ["", "# or with PEFT", "from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "THIS")']
     return _code(*lines)
+
+
+def _class_of(folder: Path) -> tuple[str, dict[int, str]]:
+    """(the class of transformers that opens what the folder is of, the labels that an adapter's head is for)."""
+    with contextlib.suppress(UserError, KeyError, TypeError, IndexError, ValueError, AttributeError):
+        if is_adapter(folder):
+            record = read_json(folder / "doratune.json", "an adapter folder of ours has it")["model"]
+            name, labels = record["class"], {int(i): label for i, label in record["settings"]["id2label"].items()}
+        else:
+            name, labels = read_json(folder / "config.json", "a model folder needs it")["architectures"][0], {}
+        if "ForImageClassification" in name:
+            return "AutoModelForImageClassification", labels
+    return "AutoModelForCausalLM", {}
 
 
 def _code(*lines: str) -> str:

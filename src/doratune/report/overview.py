@@ -32,7 +32,8 @@ def cost_table(runs: Sequence[Run]) -> Table:
         times = [duration(run.number("seconds")), duration(run.number("cpu_seconds"))]
         tokens, speed = run.number("tokens"), run.number("tokens_per_second")
         rows.append([run.name, trainable, share, size(run.number("peak_bytes")), *times, tokens, speed and round(speed)])
-    heads = ["run", "trained parameters", "share", "peak memory", "time", "CPU time", "tokens", "tokens/s"]
+    units = " or ".join(dict.fromkeys(str(run.metrics.get("unit", "tokens")) for run in runs))
+    heads = ["run", "trained parameters", "share", "peak memory", "time", "CPU time", units, f"{units}/s"]
     return Table("Cost", heads, rows, "Of the training alone; share: of the base model's parameters; tokens without padding.")
 
 

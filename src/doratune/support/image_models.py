@@ -103,6 +103,8 @@ def load_classifier(
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     settings = quantization(quantize, dtype, double_quantization) | {"trust_remote_code": trust_remote_code} | _hub(path)
+    if storage := settings.get("quantization_config"):
+        storage.llm_int8_skip_modules = _heads(config, trust_remote_code)
     with quiet_loading(), readable_errors(name):
         model, info = AutoModelForImageClassification.from_pretrained(
             path, config=config, dtype=dtype, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
@@ -110,6 +112,9 @@ def load_classifier(
     _refuse_lacking(model, info["missing_keys"], name, complete)
     if same_size:
         _draw_again(model)
+    if getattr(model, "is_quantized", False):  # of a folder in 4 bits, weights of convolutions keep the file's dtype, biases do not
+        for p in (p for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()):
+            p.data = p.data.to(dtype)
     model.eval()
     model.name_or_path = model.config._name_or_path = name
     return model
@@ -125,6 +130,16 @@ def _config(name: str, trust_remote_code: bool):
     if config.model_type not in KNOWN and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
         raise UserError(f"{name} is a {config.model_type}, of which there is no image classifier; give a ViT, Swin, ResNet …")
     return config
+
+
+def _heads(config, trust_remote_code: bool) -> list[str]:
+    """What stands beside the body: it stays dense in a quantized base, where a new head is trained."""
+    from transformers import AutoModelForImageClassification
+
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    beside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    return [name for name, child in beside if next(child.parameters(), None) is not None]
 
 
 def _hub(path: str) -> dict:

@@ -142,7 +142,7 @@ def load_images(
         UserError: nothing there, no layout that is known, no such split, no image.
     """
     whole, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
-    path, split = _place(whole)
+    path, split = place_of(whole)
     if not path.exists():
         raise UserError(f"{source}: no such images; give {_known()}")
     layout = next((one for one in layouts() if one.suits(path)), None)
@@ -158,7 +158,7 @@ def load_images(
     return replace(found, source=source, items=found.items[:first])
 
 
-def _place(source: str) -> tuple[Path, str]:
+def place_of(source: str) -> tuple[Path, str]:
     """(path, the split that is said), by its usual name."""
     before, _, behind = source.rpartition(":")
     if Path(source).exists() or not before or (split := split_named(behind)) is None:

@@ -25,7 +25,7 @@ from ...adapter.attach import record_of
 from ...checkpoint.adapter import load
 from ...checkpoint.merge import wanted_of
 from ...checkpoint.quantized import recorded_quantization
-from ...data.image_sets import LabelledImage, load_images, usable
+from ...data.image_sets import LabelledImage, load_images, place_of, usable
 from ...errors import UserError, listed
 from ...support.environment import peak_bytes
 from ...support.files import write_json
@@ -131,8 +131,8 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for source in sources:
-        path, _, split = re.sub(r"\[:\d+\]$", "", source).partition(":")
-        name = "-".join(filter(None, (Path(path).stem or Path(path).name or "images", split)))
+        path, split = place_of(re.sub(r"\[:\d+\]$", "", source))
+        name = "-".join(filter(None, (path.stem or "images", split)))
         if name in names:
             raise UserError(f"two tasks are called {name!r}; rename one of their files or folders")
         names[name] = source
