@@ -216,7 +216,7 @@ def test_command_line(tiny_folder, tmp_path, capsys):
     ):
         (tmp_path / "bad.json").write_text(json.dumps([problem(), problem(text=" ")]))
         (tmp_path / "blank.jsonl").write_text(json.dumps({"question": " ", "answer": "3"}))
-        (tmp_path / "wordy.jsonl").write_text(json.dumps({"question": "?", "answer": "many"}))
+        (tmp_path / "wordy.jsonl").write_text(json.dumps({"instruction": "?", "answer": "many"}))
         assert main([*command, "--overwrite", *wrong]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and len(error.splitlines()) == 1

@@ -1,6 +1,7 @@
 """What the file system refuses, for every command that reads or writes: one line with the place, exit status 2, no traceback, and
 nothing left behind. Files that may not be read; a file, a read-only or a full disk where the output belongs."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import uvicorn  # noqa: F401 (another user may not be able to read what it imports)
 from conftest import randomize, tiny_llama
 
 import doratune
@@ -36,6 +38,8 @@ def desk(tiny_folder):
     (desk / "recipe.yaml").write_text(f"model: {desk / 'model'}\ndata: {desk / 'items.json'}\nrank: 2\nmax_steps: 1\n")
     (desk / "grid.yaml").write_text(f"recipe: {desk / 'recipe.yaml'}\nmethods: [lora, dora]\nseeds: [0]\n")
     assert main(["train", str(desk / "recipe.yaml"), "--output", str(desk / "run"), "--batch_size", "4"]) == 0
+    for path in desk.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     yield desk
     shutil.rmtree(desk)
 
@@ -45,6 +49,8 @@ def words(name: str, desk: Path) -> list[str]:
     return {
         "train": ["train", str(desk / "recipe.yaml")],
         "data": ["data", items, "--model", model],
+        "init": ["init", items, "--model", model, "--device", "cpu", "--memory", "2"],
+        "runs": ["runs", str(desk / "run")],
         "evaluate": ["evaluate", "--adapter", adapter, "--task", items, "--protocol", "likelihood"],
         "merge": ["merge", "--adapter", adapter],
         "convert": ["convert", "--adapter", adapter, "--to", "mlx", "--model", model],
@@ -67,6 +73,8 @@ def words(name: str, desk: Path) -> list[str]:
 READ = {
     "train": ["recipe.yaml", "items.json", "model/config.json", "model/model.safetensors", "model/tokenizer.json", "model"],
     "data": ["items.json", "model/tokenizer.json", "model/config.json"],
+    "init": ["items.json", "model/config.json", "model/tokenizer.json"],
+    "runs": ["run"],
     "evaluate": ["items.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model/model.safetensors"],
     "merge": [
         "adapter/adapter_model.safetensors",
@@ -82,7 +90,7 @@ READ = {
     "extract": ["tuned/model.safetensors", "tuned/config.json", "model/model.safetensors"],
     "generate": ["prompts.txt", "adapter/adapter_config.json", "model/tokenizer.json"],
     "analyze": ["adapter/adapter_model.safetensors", "model/model.safetensors", "adapter"],
-    "report": ["run/recipe.yaml", "run/metrics.json", "run"],
+    "report": ["run"],
     "inspect": ["adapter/adapter_config.json", "model/model.safetensors"],
     "plan": ["recipe.yaml", "model/config.json"],
     "compare": ["grid.yaml", "recipe.yaml"],
@@ -105,7 +113,8 @@ WRITERS = [
     "report",
     "data",
 ]
-FILES = {"generate": "out.jsonl", "report": "out.html", "data": "out.jsonl"}
+WRITERS += ["init"]
+FILES = {"generate": "out.jsonl", "report": "out.html", "data": "out.jsonl", "init": "out.yaml"}
 
 
 def output(name: str, place: Path) -> list[str]:
@@ -129,6 +138,7 @@ def somebody_else():
     if not SUPERUSER:
         yield
         return
+    codecs.lookup("idna")  # which sockets load when they first ask for a host, where that user may not be able to read it
     os.seteuid(NOBODY)
     try:
         yield
@@ -161,6 +171,18 @@ def test_what_may_not_be_read(name, file, desk, tmp_path, capsys, monkeypatch):
         assert list(place.iterdir()) == [] or name == "train"
     finally:
         shutil.rmtree(place)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("file", ["recipe.yaml", "metrics.json"])
+def test_a_report_says_what_it_could_not_read(file, desk, capsys):
+    """The rest of a run is shown."""
+    place = Path(tempfile.mkdtemp(prefix="doratune-out-"))
+    place.chmod(0o777)
+    with unreadable(desk / "run" / file):
+        assert main([*words("report", desk), "--output", str(place / "out.html")]) == 0
+    assert ", 0 warnings" not in capsys.readouterr().out and file in (place / "out.html").read_text()
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -37,7 +37,7 @@ def test_the_recipe_runs_as_it_is(kind, tiny_folder, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     written(tmp_path / f"{kind}.jsonl", [DATA[kind](i) for i in range(24)])
     assert init(folder=tiny_folder, data=f"{kind}.jsonl", output="recipe.yaml") == 0
-    assert "next: doratune train recipe.yaml" in capsys.readouterr().out
+    assert "| doratune train recipe.yaml" in capsys.readouterr().out
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert recipe["output"] == f"runs/{kind}" and recipe["method"] == "dora" and recipe["alpha"] == 2 * recipe["rank"]
     assert recipe.get("prompt") == (None if kind in ("chat", "text") else "template")

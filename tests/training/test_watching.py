@@ -150,7 +150,9 @@ def test_answers_to_fixed_prompts_change_nothing_in_the_training(run, capsys):
     assert [(s["step"], s["prompt"]) for s in sampled["samples"]] == [
         (step, prompt) for step in (0, 4, 6) for prompt in ("Is 3 even?", "Is 5 even, or not?")
     ]
-    assert plain["samples"] == [] and "step 4: 'Is 3 even?' -> " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert plain["samples"] == [] and "step 4: 'Is 3 even?' -> " in said.out
+    assert "/6" not in said.out  # the bar's line is another one
 
 
 def test_answers_are_the_adapter_s_own_and_outlive_a_resume(run, tiny_tokenizer):
@@ -197,6 +199,11 @@ def test_a_short_run_shows_its_loss(steps, logged, run):
     _, metrics = run("run", "--lr", "1e-3", "--max_steps", str(steps), "--eval_data", "null")
     assert len([row for row in metrics["log"] if "loss" in row]) in (logged, logged - 1)
     assert (run.folder / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_shorter_than_its_log_shows_its_loss_once(run):
+    _, metrics = run("run", "--lr", "1e-3", "--max_steps", "3", "--log_steps", "7", "--eval_data", "null")
+    assert [row["step"] for row in metrics["log"]] == [3]
 
 
 def test_the_line_of_progress(run, capsys):

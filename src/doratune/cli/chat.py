@@ -10,7 +10,7 @@ from typing import Literal
 from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
-from .output import keep_freed_memory
+from .output import keep_freed_memory, say_next
 from .repeated import gathered
 
 EXAMPLE = "doratune chat --adapter runs/demo/adapter --compare --template instruction"
@@ -83,17 +83,24 @@ def main(argv: list[str]) -> int:
             line = input("you> ")
         except EOFError:
             _write("\n")
-            return 0
+            return _left(adapters)
         except KeyboardInterrupt:
             _write("\n(Ctrl-D or /quit ends the chat)\n")
             continue
         try:
             if not chat.take(line):
-                return 0
+                return _left(adapters)
         except UserError as error:
             _write(f"{' '.join(str(error).split())}\n")
         except KeyboardInterrupt:
             _write("\n")
+
+
+def _left(adapters) -> int:
+    """The end of a chat, with what can be done with the adapters."""
+    for folder in list(adapters.folders.values())[:1]:
+        say_next(("merge", "--adapter", folder, "--output", "merged"), ("serve", "--adapter", folder))
+    return 0
 
 
 def _write(text: str) -> None:

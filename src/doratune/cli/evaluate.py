@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.formats import names_of_formats
+from ..evaluation.metrics import NAMES
 from ..support.devices import Device
-from ..support.values import number
+from ..support.values import choices, number
 from .arguments import parse
 from .output import keep_freed_memory, print_json, progress, say
 
@@ -24,7 +26,13 @@ class EvaluateSettings:
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
             MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
             gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
-            images, as a folder by class, a table of paths and labels, or an .npz file
+            images, as a folder by class, a table of paths and labels, or an .npz file; a file may hold items of your
+            own, in a format of training data, whose last answer is the right one
+        metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right
+        pattern: of the metric regex, for items without a pattern of their own
+        function: of the metric function: FILE.py:NAME, called with (output, item), gives 0 to 1; the file's code is run
+        data_format: of your own items; default by their keys
+        prompt: of your own items: plain, template (the tokenizer's), or auto: as the adapter was trained, else template if it can
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
         max_new_tokens: longest output of generate; default 32 (commonsense), 256 (arithmetic), 1024 (orca_math), as paper has
@@ -38,7 +46,8 @@ class EvaluateSettings:
         mirror: base address of a mirror of the published data sets
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
-        columns: of a table of labelled images: {image: NAME, label: NAME, split: NAME} (docs/vision.md)
+        columns: your file's names of fields: of your own items those of their format ({prompt: query}), of a table of labelled
+            images {image: NAME, label: NAME, split: NAME} (docs/vision.md)
         bad_items: of labelled images: stop at one that cannot be used, or skip and count it
         judge: of mt_bench: base address of an OpenAI-compatible server; its key is read from DORATUNE_JUDGE_KEY or OPENAI_API_KEY
         judge_model: of mt_bench: the judge's name there
@@ -56,6 +65,11 @@ class EvaluateSettings:
     model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
+    metrics: list[str] = choices([], NAMES)
+    pattern: str | None = None
+    function: str | None = None
+    data_format: str = choices("auto", ("auto", *names_of_formats()))
+    prompt: Literal["auto", "plain", "template"] = "auto"
     protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     beams: int | None = number(None, least=1)
     max_new_tokens: int | None = number(None, least=1)
@@ -121,9 +135,9 @@ def main(argv: list[str]) -> int:
         if as_json:
             print_json(summary | {"output": settings.output})
         return 0
-    if settings.columns or settings.bad_items != "stop":
-        raise UserError("columns and bad_items are for labelled images, and this is no classifier of images; drop them")
-    tasks = load_tasks(names, settings.mirror, settings.limit)
+    if settings.bad_items != "stop":
+        raise UserError("bad_items is for labelled images, and this is no classifier of images; drop it")
+    tasks = load_tasks(names, settings.mirror, settings.limit, _own_task(settings))
     check_protocols(tasks, protocols, beams=settings.beams, max_new_tokens=settings.max_new_tokens)
     if settings.dtype != "float32" and settings.batch_size > 1:
         say(f"note: in {settings.dtype} rounding makes single verdicts depend on the batch size; in float32 they do not")
@@ -144,6 +158,21 @@ def main(argv: list[str]) -> int:
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0
+
+
+def _own_task(settings: EvaluateSettings):
+    """How items of a user's own task are read: as the settings say, or as the adapter's run read its training data."""
+    from ..data import DataSettings
+    from ..evaluation.own_items import OwnTask
+    from ..support.outputs import run_of
+    from ..support.yaml_text import read_yaml
+
+    prompt = settings.prompt
+    for run in run_of(settings.adapter) if prompt == "auto" else ():
+        recorded = read_yaml(run / "recipe.yaml")
+        prompt = "template" if isinstance(recorded, dict) and recorded.get("prompt") == "template" else "plain"
+    reading = DataSettings(data_format=settings.data_format, columns=settings.columns)
+    return OwnTask(tuple(settings.metrics), settings.pattern, settings.function, reading, prompt)
 
 
 def _score_answers(settings: EvaluateSettings, as_json: bool) -> int:

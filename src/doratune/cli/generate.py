@@ -9,7 +9,7 @@ from typing import Literal
 from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 from .repeated import gathered
 
 EXAMPLE = "doratune generate --prompts questions.jsonl --adapter runs/demo/adapter --output answers.jsonl"
@@ -119,6 +119,8 @@ def main(argv: list[str]) -> int:
         with replacing(output) as temporary:
             temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
         say(f"{len(rows)} answers written to {output}")
+        for folder in list(adapters.folders.values())[:1]:
+            say_next(("evaluate", "--adapter", folder, "--task", "my_test.jsonl"), ("chat", "--adapter", folder))
     if as_json:
         print_json({"output": settings.output, "prompts": len(items), "adapters": speakers, "answers": len(rows)})
     return 0

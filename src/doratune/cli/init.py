@@ -12,10 +12,11 @@ from typing import Literal
 
 from ..data.settings import DataSettings
 from ..errors import UserError
+from ..support.devices import Device
 from ..support.fields import with_settings_of
 from ..support.values import number
 from .arguments import parse
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune init --model my-model --data my.jsonl --memory 24 --output recipe.yaml"
 
@@ -33,7 +34,7 @@ class InitSettings:
         output: the recipe
         run: folder of the run that the recipe describes; default: runs/ and the name of the data
         memory: of each device in GiB; 0: of this machine's
-        device: cuda, cpu, or auto: cuda where memory is given or this machine has a GPU
+        device: cpu, cuda, mps or xpu; auto: cuda where memory is given or this machine has a GPU
         quantize: auto (nf4 where the base does not fit otherwise), none, nf4, fp4 or int8
         max_length: longest example in tokens; default: 99 % of the examples fit
         processes: devices, each of which holds a part of the base
@@ -49,7 +50,7 @@ class InitSettings:
     output: str = "recipe.yaml"
     run: str | None = None
     memory: float | None = number(None, least=0)
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     quantize: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     max_length: int | None = number(None, least=1)
     processes: int = number(1, least=1)
@@ -75,7 +76,8 @@ def main(argv: list[str]) -> int:
     if unusable:
         say(f"warning: {len(unusable)} items cannot be used and are left out (bad_items: skip); the first: {unusable[0]}")
     say(_summary(start))
-    say(f"recipe written to {settings.output}; next: doratune train {settings.output}")
+    say(f"recipe written to {settings.output}")
+    say_next(("data", *settings.data, "--model", settings.model), ("train", settings.output))
     if as_json:
         chosen = {name: choice.value for name, choice in start.choices.items()}
         print_json({"output": settings.output, "settings": chosen, "plan": start.plan.to_dict()})
@@ -163,7 +165,7 @@ def _recipe(settings: InitSettings, facts, reading: DataSettings, unusable: list
     if eval_size is None:
         eval_size = min(200, facts.examples // 20) if facts.examples >= 100 else 0
     head = {
-        "source": f"doratune init: {settings.model}, {facts.examples} examples, {start.memory:g} GiB",
+        "source": f"doratune init: {settings.model}, {facts.examples} examples, {start.memory:.4g} GiB",
         "model": settings.model,
         "data": settings.data[0] if len(settings.data) == 1 else settings.data,
         "output": settings.run or _free_run(settings.data[0]),
@@ -179,6 +181,9 @@ def _recipe(settings: InitSettings, facts, reading: DataSettings, unusable: list
         head["bad_items"] = Chosen("skip", f"{len(unusable)} items cannot be used: doratune data shows which, and why")
     if eval_size:
         head["eval_size"] = Chosen(eval_size, "split off, to see the loss on what is not trained on")
+        head["best_by"] = Chosen("loss", "the result is the checkpoint with the lowest loss on those")
+    if settings.device != "auto":
+        head["device"] = settings.device
     if settings.trust_remote_code:
         head["trust_remote_code"] = True
     return head | start.choices
@@ -209,5 +214,5 @@ def _summary(start) -> str:
     return (
         f"{s.method} rank {s.rank}, base in {s.quantize if s.quantize != 'none' else s.dtype}, "
         f"{s.batch_size} x {s.gradient_accumulation} examples of up to {s.max_length} tokens a step: {known} of "
-        f"{devices}{start.memory:g} on {s.device}"
+        f"{devices}{start.memory:.4g} on {s.device}"
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 COMMANDS = {
@@ -85,8 +87,8 @@ def _guarded(command: str, call: Callable[[], int | None]) -> int:
     except (OSError, RuntimeError) as error:
         from ..support.durable import write_problem
 
-        reason = write_problem(error) or (error.strerror if isinstance(error, OSError) else None)
-        if reason is None:
+        reason = write_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
+        if not reason:
             raise
         where = getattr(error, "filename", None)
         _say(command, f"{where}: {reason}" if where else reason)
@@ -178,8 +180,22 @@ def show_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of packages that, while they load, tell of parts of their own that are not here; training loads them all."""
+
+
+def quiet_others() -> None:
+    """Leave out what other packages say to their own developers, unless Python was asked for warnings (-W, PYTHONWARNINGS)."""
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore", FutureWarning)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def entry() -> None:
     """The process of `doratune`."""
     share_cores()
     show_every_character()
+    quiet_others()
     sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .arguments import parse
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune merge --model smollm2-135m-instruct --adapter runs/demo/adapter --output my-model --dtype bfloat16"
 
@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
         print(f"doratune merge: {error}", file=sys.stderr)
         return 1
     say(f"merged model written to {output}")
+    _say_next(Path(output))
     if as_json:
         print_json(result)
     return 0
@@ -102,6 +103,13 @@ def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:
     say(f"merged model written to {settings.output}")
     if difference is not None:
         say(str(difference))
+    _say_next(Path(settings.output))
     if as_json:
         print_json({"output": settings.output, "into": into, **(difference.__dict__ if difference else {})})
     return 0
+
+
+def _say_next(output: Path) -> None:
+    speaks = (output / "tokenizer_config.json").is_file()
+    for_text = [("chat", "--model", output), ("export", "--to", "gguf", "--model", output, "--output", f"{output}-gguf")]
+    say_next(*for_text * speaks, ("push", "--folder", output, "--to", "OWNER/NAME"))

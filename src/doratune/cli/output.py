@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 
 from ..support.allocator import keep_freed_memory as keep_freed_memory
 
@@ -16,6 +18,11 @@ def say(line: str) -> None:
 def say_help(parser) -> None:
     """Let --help of an argparse parser fail as any output does: argparse itself is silent about a full disk or a closed pipe."""
     parser.print_help = lambda file=None: print(parser.format_help(), end="", file=file)
+
+
+def say_next(*commands: Sequence[str]) -> None:
+    """The last line of a report: what can be run next, as one would type it."""
+    say("next: " + " | ".join(shlex.join(["doratune", *map(str, words)]) for words in commands))
 
 
 def print_json(value) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from .arguments import parse
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 --output runs/r8"
 
@@ -22,17 +25,41 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from ..evaluation.evaluate import after_training
     from ..support.processes import is_first
-    from ..support.yaml_text import to_yaml
-    from ..training.train import Interrupted, dataclasses, train
+    from ..training.train import Interrupted, train
 
     if is_first():
-        say(to_yaml(dataclasses.asdict(recipe)))
+        say(chosen_settings(recipe))
     try:
         metrics = train(recipe, say, score=after_training(recipe, say, progress))
     except Interrupted as stop:
         if is_first():
             print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
+    if is_first():
+        say_next(*_commands(Path(recipe.output)))
     if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0
+
+
+def chosen_settings(recipe) -> str:
+    """The settings that are not the defaults, as YAML, and where all of them will stand."""
+    from ..support.yaml_text import to_yaml
+
+    usual = dataclasses.asdict(type(recipe)())
+    values = {name: value for name, value in dataclasses.asdict(recipe).items() if value != usual[name]}
+    rest = len(usual) - len(values)
+    return f"{to_yaml(values)}# the other {rest} settings have their defaults; all are in {Path(recipe.output) / 'recipe.yaml'}"
+
+
+def _commands(run: Path) -> Iterator[tuple[str, ...]]:
+    """What a finished run can be used for, by the files that it left."""
+    adapter, model = run / "adapter", run / "model"
+    result = ("--model", str(model)) if model.is_dir() else ("--adapter", str(adapter))
+    whole = model.is_dir() or (adapter / "adapter_config.json").is_file()  # a baseline is scored, and nothing else
+    if whole and (Path(result[1]) / "tokenizer_config.json").is_file():
+        yield ("chat", *result)
+    yield ("evaluate", *result, "--task", "my_test.jsonl")
+    if whole and not model.is_dir():
+        yield ("merge", *result, "--output", f"{run}-merged")
+    yield ("report", str(run))

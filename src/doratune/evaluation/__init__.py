@@ -1,6 +1,8 @@
 """Scoring a model on tasks whose answers can be checked (§5.1, §6.1): one file a protocol, one a kind of items.
 
 evaluate.py     one evaluation: model × tasks × protocols
+own_items.py    items of a user's own task, in the formats of training data
+metrics.py      exact match, F1, ROUGE, JSON, a pattern, a function of one's own
 tasks.py        tasks by name or file, chance and majority level
 kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math, questions about images
 scorers/        models that are no language models: classes of images

@@ -5,6 +5,7 @@ OUTPUT/results.json                    the figures           OUTPUT/TASK.PROTOCO
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from ..support.folders import whole_folder
 from ..support.models import contiguous_head
 from ..training.recipe import TrainRecipe
 from .generate import generate
-from .images import prompt_tokens
 from .kinds import kind_of
 from .likelihood import continuation_tokens, likelihood
+from .own_items import OwnTask
 from .paper import check_fixed, paper
 from .protocols import BOTH, PROTOCOLS, protocols_of
 from .summary import add_published, overall, summarize, table
@@ -121,9 +122,9 @@ def check_items(
         UserError: a token that the model does not have, or an item longer than its positions.
     """
     for _, items in tasks:
-        prompts = (prompt_tokens(tokenizer, kind_of(item).prompt(item), item) for item in items)
+        prompts = (kind_of(item).tokens(item, tokenizer) for item in items)
         written = max_new_tokens or longest_output(items)
-        answers = continuation_tokens(tokenizer) if tuple(protocols) == ("likelihood",) else written
+        answers = continuation_tokens(items, tokenizer) if tuple(protocols) == ("likelihood",) else written
         check_tokens(model, tokenizer, prompts, answers, "leave out items of more than {} tokens, or lower max_new_tokens")
 
 
@@ -144,7 +145,7 @@ def check_protocols(tasks: Sequence[tuple[str, list[dict]]], protocols: Sequence
             asked = " or ".join(protocols)
             raise UserError(f"{name} has no protocol {asked}: its answers are not chosen from a few; use {have}")
         if "paper" in protocols:
-            for kind in kinds_of(items):
+            for kind in (kind for kind in kinds_of(items) if "paper" in kind.protocols):
                 check_fixed(kind.published.settings, **settings)
 
 
@@ -152,9 +153,11 @@ def show(summary: dict) -> str:
     return table(summary["results"] + summary["averages"], summary["peak_bytes"])
 
 
-def load_tasks(names: Sequence[str], mirror: str | None = None, limit: int | None = None) -> list[tuple[str, list[dict]]]:
+def load_tasks(
+    names: Sequence[str], mirror: str | None = None, limit: int | None = None, own: OwnTask | None = None
+) -> list[tuple[str, list[dict]]]:
     """`tasks.load_task` for each name; two tasks of one name are an error."""
-    tasks = [load_task(name, mirror, limit) for name in names]
+    tasks = [load_task(name, mirror, limit, own) for name in names]
     seen: set[str] = set()
     for name, _ in tasks:
         if name in seen:
@@ -171,7 +174,9 @@ class AfterTraining:
 
     def __init__(self, recipe: TrainRecipe, say, progress):
         self.recipe, self.say, self.progress = recipe, say, progress
-        self.tasks = load_tasks(recipe.tasks, recipe.mirror, recipe.tasks_limit)
+        prompt = "template" if recipe.prompt == "template" else "plain"
+        own = OwnTask(reading=dataclasses.replace(recipe.reading(), data_format="auto", columns={}), prompt=prompt)
+        self.tasks = load_tasks(recipe.tasks, recipe.mirror, recipe.tasks_limit, own)
         self.protocols = protocols_of(recipe.tasks_protocol)
 
     def check(self, model, tokenizer) -> None:

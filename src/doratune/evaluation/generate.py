@@ -39,7 +39,7 @@ def generate(
         read: (output, item) → (its answer, whether that is right); default: as the item's kind reads, stopping early.
     """
     texts_of = prompt_of or (lambda item: kind_of(item).prompt(item))
-    prompts = [prompt_tokens(tokenizer, texts_of(item), item) for item in items]
+    prompts = [prompt_tokens(tokenizer, prompt_of(i), i) if prompt_of else kind_of(i).tokens(i, tokenizer) for i in items]
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -69,7 +69,8 @@ def generate(
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
-            records[i] = record_of(items[i], texts_of(items[i]), text, answer, right)
+            record = record_of(items[i], texts_of(items[i]), text, answer, right)
+            records[i] = record | ({"measures": m} if (m := kind_of(items[i]).measures(text, items[i])) else {})
         done(len(batch))
     return records
 

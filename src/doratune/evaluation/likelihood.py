@@ -1,7 +1,8 @@
 """Protocol `likelihood`: which allowed answer does the model give the highest probability? No parsing, no format to learn.
 
-Each choice is the continuation "the correct answer is X"; its score is the sum of its tokens' log-probabilities, and, with length
-normalization, that sum divided by the number of tokens. Choices that share their tokens but the last share one forward pass.
+Each choice is a continuation of the prompt ("the correct answer is X", or the choice itself in a task of one's own); its score is
+the sum of its tokens' log-probabilities, and, with length normalization, that sum divided by the number of tokens. Choices that
+share their tokens but the last share one forward pass.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..data.instruction import prompt_of
 from ..errors import UserError
 from .generate import left_pad
-from .kinds.commonsense import ANSWERS, choices
+from .kinds import kind_of
+from .kinds.commonsense import CONTINUATION
 
-CONTINUATION = "the correct answer is {}"
+__all__ = ["CONTINUATION", "continuation_tokens", "likelihood"]
 
 
 @torch.no_grad()
@@ -24,8 +25,7 @@ def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: C
     """One record an item, in the items' order: scores of all choices, best answer with and without normalization."""
     work, plans = [], []
     for index, item in enumerate(items):
-        prompt = tokenizer(prompt_of(item))["input_ids"]
-        answers = [tokenizer(CONTINUATION.format(c), add_special_tokens=False)["input_ids"] for c in choices(item)]
+        prompt, answers = kind_of(item).tokens(item, tokenizer), _continuations(item, tokenizer)
         stems = _maximal({tuple(a[:-1]) for a in answers})
         plans.append((answers, stems))
         work += [(index, stem, prompt + list(stem)) for stem in stems]
@@ -44,10 +44,14 @@ def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: C
     return [_record(item, plans[i][0], [scored[i, tuple(a)].item() for a in plans[i][0]]) for i, item in enumerate(items)]
 
 
-def continuation_tokens(tokenizer) -> int:
-    """Tokens of the longest continuation that any task asks for."""
-    texts = {CONTINUATION.format(answer) for answers in ANSWERS.values() for answer in answers}
-    return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+def continuation_tokens(items: Sequence[dict], tokenizer) -> int:
+    """Tokens of the longest continuation of these items."""
+    return max(len(answer) for item in items for answer in _continuations(item, tokenizer))
+
+
+def _continuations(item: dict, tokenizer) -> list[list[int]]:
+    kind = kind_of(item)
+    return [tokenizer(kind.continuation(c), add_special_tokens=False)["input_ids"] for c in kind.choices(item)]
 
 
 def _last_logits(model, tokenizer, batch) -> torch.Tensor:
@@ -67,17 +71,18 @@ def _maximal(stems: set[tuple]) -> list[tuple]:
 
 
 def _record(item: dict, answers: list[list[int]], sums: list[float]) -> dict:
-    offered = choices(item)
+    kind, gold = kind_of(item), kind_of(item).gold(item)
+    offered = kind.choices(item)
     means = [total / len(a) for total, a in zip(sums, answers)]
     best = offered[max(range(len(sums)), key=sums.__getitem__)]
     best_normalized = offered[max(range(len(means)), key=means.__getitem__)]
     return {
-        "prompt": prompt_of(item),
-        "output": CONTINUATION.format(best),
+        "prompt": kind.prompt(item),
+        "output": kind.continuation(best),
         "answer": best,
         "answer_normalized": best_normalized,
-        "gold": item["answer"],
-        "correct": best == item["answer"],
-        "correct_normalized": best_normalized == item["answer"],
+        "gold": gold,
+        "correct": best == gold,
+        "correct_normalized": best_normalized == gold,
         "scores": dict(zip(offered, sums)),
     }

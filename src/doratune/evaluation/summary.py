@@ -102,6 +102,9 @@ def table(results: Sequence[dict], peak_bytes: int | None) -> str:
         for other in r.get("published", ())[1:]:
             gap = 100 * (r["accuracy"] - other["accuracy"])
             lines.append(f"{r['task']}: {100 * other['accuracy']:.1f} % in {other['source']} ({gap:+.1f})")
+    for r in results:
+        shown = [f"{name} {100 * m['mean']:.1f} ± {100 * m['standard_error']:.1f} %" for name, m in r.get("metrics", {}).items()]
+        lines += [f"{r['task']} {r['protocol']}: {', '.join(shown)}"] if shown else []
     lines += [line for r in results if (line := own_figures(r))]
     if peak_bytes is not None:
         lines.append(f"peak memory {peak_bytes / 2**30:.2f} GiB")

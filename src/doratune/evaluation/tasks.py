@@ -2,7 +2,8 @@
 
 Named tasks are those of the published data: eight commonsense tasks, five arithmetic test sets, Orca-Math's held-out
 problems, and `demo`, the demonstration's test half. NAME:PLACE is a benchmark read from its published files (`benchmarks/`).
-A file may hold items of several kinds.
+A file may hold items of several kinds; those that are of no published kind are a user's own, in a format of training data
+(`own_items.py`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from ..data.files import read_examples
 from ..errors import UserError, near_misses
 from .benchmarks import benchmark_items, benchmark_of, benchmarks
 from .kinds import TaskKind, kind_of, kinds
+from .own_items import OwnTask, is_own, own_items
 from .protocols import PROTOCOLS
 
 NAMES = tuple(task for kind in kinds() for task in kind.tasks)
 """The published tasks."""
 
 
-def load_task(task: str, mirror: str | None = None, limit: int | None = None) -> tuple[str, list[dict]]:
+def load_task(task: str, mirror: str | None = None, limit: int | None = None, own: OwnTask | None = None) -> tuple[str, list[dict]]:
     """(name, items) of a task by name, of `demo` (the demonstration's test half), of a benchmark's folder (`vqav2:FOLDER`), or of a
-    .json/.jsonl file in the tasks' format.
+    file.
+
+    Args:
+        own: how items of a user's own task are read; default: OwnTask().
 
     Raises:
         UserError: unknown task, malformed file, or an item without a question, or whose answer no kind of task accepts.
@@ -48,7 +53,10 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None) ->
             f"unknown task {task!r}{near_misses(task, NAMES)}; give {', '.join(NAMES)}, {DEMO}, a .json file, or NAME:FOLDER of "
             f"{', '.join(benchmarks())}"
         )
-    return name, _checked([_placed(item, n, path) for n, item in enumerate(read_examples(path)[:limit], 1)], str(path))
+    items, own = read_examples(path)[:limit], own or OwnTask()
+    if task not in NAMES and is_own(items, own, lambda item: _problem(item) is None):
+        return name, own_items(items, own, str(path))
+    return name, _checked([_placed(item, n, path) for n, item in enumerate(items, 1)], str(path))
 
 
 def _placed(item: dict, number: int, path: Path) -> dict:
@@ -80,7 +88,7 @@ def _problem(item: Mapping) -> str | None:
             if not isinstance(item.get(key), str) or not item[key].strip():
                 return f" has no text under {key!r}"
             break
-    return f": answer is {item.get('answer')!r}, which no task's pattern accepts"
+    return f": answer is {item.get('answer')!r}, which no task's pattern accepts; for free answers give --metrics exact_match f1"
 
 
 def protocols_for(items: Sequence[Mapping], protocols: Sequence[str]) -> tuple[str, ...]:

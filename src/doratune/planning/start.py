@@ -156,7 +156,8 @@ def _fitting(planner: Planner, wish: RunWish, memory: float) -> MemoryPlan:
     asked = planner.settings
 
     def allowed(settings: PlanSettings) -> bool:
-        return settings.max_length == asked.max_length and (wish.quantize == "auto" or settings.quantize == asked.quantize)
+        packs = wish.quantize == "auto" and settings.fsdp == "none"  # packed weights in shards are not tested
+        return settings.max_length == asked.max_length and (packs or settings.quantize == asked.quantize)
 
     try:
         fit = first_fit(planner, allowed)
@@ -177,7 +178,7 @@ def _least(planner: Planner, wish: RunWish, length: int) -> PlanSettings:
         batch_size=asked.processes,
         gradient_accumulation=asked.batch_size // asked.processes,
         checkpointing="non-reentrant",
-        quantize="nf4" if wish.quantize == "auto" else asked.quantize,
+        quantize="nf4" if wish.quantize == "auto" and asked.fsdp == "none" else asked.quantize,
         max_length=length,
     )
 
@@ -191,15 +192,16 @@ def _too_small(planner: Planner, wish: RunWish, memory: float) -> str:
 
     try:
         figure = needed(least)
-        ways = [("--quantize nf4", dataclasses.replace(least, quantize="nf4"))] if least.quantize == "none" else []
+        dense = least.quantize == "none" and least.fsdp == "none"
+        ways = [("--quantize nf4", dataclasses.replace(least, quantize="nf4"))] if dense else []
         short = max(64, least.max_length // 4)
         ways += [(f"--max_length {short}", dataclasses.replace(least, max_length=short))] if short < least.max_length else []
         way = next((f"{words}, or " for words, settings in ways if needed(settings) <= memory), "")
     except Untraceable:
-        return f"memory is {memory:g} GiB, which is too small for the weights of {wish.model}; take a smaller model"
+        return f"memory is {memory:.4g} GiB, which is too small for the weights of {wish.model}; take a smaller model"
     stored = "" if least.quantize == "none" else f" in {least.quantize}"
     return (
-        f"memory is {memory:g} GiB; {wish.model}{stored}, one example of {least.max_length} tokens at a time with checkpointing, "
+        f"memory is {memory:.4g} GiB; {wish.model}{stored}, one example of {least.max_length} tokens at a time with checkpointing, "
         f"needs {figure:g} GiB: give {way}--memory {figure:g}, or take a smaller model"
     )
 
@@ -232,7 +234,7 @@ def _sizes(plan: MemoryPlan, wish: RunWish, memory: float, together: Chosen, len
     packed = f"the base is {dense / 2**30:.1f} GiB in {s.dtype}, so it is packed: QDoRA (pip install 'doratune[quantized]')"
     stored = "the base fits as it is" if s.quantize == "none" else packed
     split = "" if s.gradient_accumulation == 1 else f", {s.batch_size} at a time for the memory"
-    known = f"{plan.total / 2**30:.2f} GiB planned of {memory:g}"
+    known = f"{plan.total / 2**30:.2f} GiB planned of {memory:.4g}"
     known = "this model's step cannot be planned, so one example at a time" if plan.uncounted else known
     more = "" if s.checkpointing == "none" else "; a third more time for less memory"
     all_in_all = f"{s.batch_size * s.gradient_accumulation} examples a step in all"

@@ -131,11 +131,21 @@ def shard_files(index: Path) -> dict[str, str]:
     return shards
 
 
+def refuse_unreadable(path: Path) -> None:
+    """Raise UserError where a file may not be read: safetensors itself would say that it is not there."""
+    try:
+        with open(path, "rb"):
+            return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that you may read") from None
+
+
 @contextlib.contextmanager
 def open_tensors(path: Path):
     """`safe_open` with readable errors; tensors are read one at a time."""
     if not path.is_file():
         raise UserError(f"{path} is missing; expected a safetensors file there")
+    refuse_unreadable(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

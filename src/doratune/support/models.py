@@ -19,6 +19,7 @@ import torch
 from ..errors import UserError, listed
 from .allocator import blocks_apart
 from .devices import device_of
+from .files import refuse_unreadable
 from .folders import recover, whole_folder
 from .hub import hub_settings
 from .values import check_choice
@@ -60,8 +61,11 @@ def model_path(name: str) -> str:
             raise UserError(f"{name} is a pipeline of models; give the folder of one of them: {parts}")
         if not (path / "config.json").is_file():
             raise UserError(f"{name} has no config.json; give the folder of a transformers model")
-        if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        weights = [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+        if not weights:
             raise UserError(f"{name} has a config.json but no weights (*.safetensors); copy them there")
+        for file in weights:
+            refuse_unreadable(file)
     elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(f"{name}: no such model folder; give a folder, a hub id or {WHEEL_MODEL}")
     return name

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
@@ -119,6 +121,16 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def beside_the_bar(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say` while a bar is on the screen: the bar is taken away for the line, so that the line stands by itself."""
+
+    def said(line: str) -> None:
+        with tqdm.external_write_mode():
+            say(line)
+
+    return said
 
 
 def tokens_per_second(tokens: int, started: float) -> float:

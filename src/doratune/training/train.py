@@ -28,7 +28,7 @@ from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .alarms import Alarms
-from .callbacks import Clock, StopOnSignal, TokenProgress
+from .callbacks import Clock, StopOnSignal, TokenProgress, beside_the_bar
 from .checkpoints import last_checkpoint
 from .faults import restarted
 from .folder import RECIPE, RunFolder
@@ -82,7 +82,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     tokenizer = tokenizer or objective.processor()
     counts: dict[str, dict[str, int]] = {}
     rows, eval_rows = objective.examples(tokenizer, say, counts)
-    watch = [Alarms(say), *objective.watchers(tokenizer, say, checkpoint)]
+    aside = beside_the_bar(say)
+    watch = [Alarms(aside), *objective.watchers(tokenizer, aside, checkpoint)]
     set_seed(recipe.seed)
     method = method_of(recipe, objective)
     model = model or method.load()

@@ -60,7 +60,7 @@ def watching_arguments(recipe: TrainRecipe, evaluated: bool) -> dict:
 
 def watchers(recipe: TrainRecipe) -> list[TrainerCallback]:
     """What decides in a run when to log and when to stop."""
-    callbacks: list[TrainerCallback] = [] if recipe.log_steps else [LogOften()]
+    callbacks: list[TrainerCallback] = [LogOften(recipe.log_steps)]
     if recipe.best_by != "none":
         callbacks.append(LastIsEvaluated())
     if recipe.early_stopping:
@@ -69,10 +69,14 @@ def watchers(recipe: TrainRecipe) -> list[TrainerCallback]:
 
 
 class LogOften(TrainerCallback):
-    """A short run logs LOGS times or at every step, a long one every MOST_STEPS steps."""
+    """Every so many steps, and at the last one of a run that is shorter; by 0, LOGS times, at least every MOST_STEPS steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.logging_steps = max(1, min(MOST_STEPS, state.max_steps // LOGS))
+        wanted = self.steps or min(MOST_STEPS, state.max_steps // LOGS)
+        state.logging_steps = max(1, min(wanted, state.max_steps))
 
 
 class LastIsEvaluated(TrainerCallback):

@@ -7,6 +7,7 @@
     phrase.py        an image's question with one right phrase (GQA)
     options.py       a question with lettered options (ScienceQA, MMBench)
     yes_no.py        is it in the image? (POPE)
+    own.py           a user's own task: free answers by metrics, one of an item's choices
 
 A kind is an instance without state. Files in this folder that hold `KINDS` are found by themselves: a new kind is one new
 file. An item says by its keys and its answer which kind it is, so a file may hold several.
@@ -22,6 +23,7 @@ from functools import cache
 from typing import Any
 
 from ...data.instruction import prompt_of
+from ..images import prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class TaskKind:
         """The text in front of the answer."""
         return prompt_of(item)
 
+    def tokens(self, item: Mapping, tokenizer) -> list[int]:
+        """The tokens in front of the answer."""
+        return prompt_tokens(tokenizer, self.prompt(item), item)
+
     def gold(self, item: Mapping) -> Any:
         """The right answer, as records show it."""
         return item["answer"]
@@ -81,6 +87,18 @@ class TaskKind:
     def score(self, answer: str | None, item: Mapping) -> float:
         """How far this answer counts, 0 to 1; the mean is the accuracy."""
         return float(self.right(answer, item))
+
+    def measures(self, text: str, item: Mapping) -> dict[str, float]:
+        """Further metrics of an output, 0 to 1, by name."""
+        return {}
+
+    def choices(self, item: Mapping) -> tuple[str, ...]:
+        """The answers that protocol likelihood compares."""
+        raise NotImplementedError
+
+    def continuation(self, choice: str) -> str:
+        """The text of a choice behind the prompt."""
+        return choice
 
     def figures(self, items: Sequence[Mapping], records: Sequence[Mapping]) -> dict:
         """Figures of the kind's own, from its items and their records; they stand beside, or instead of, those of every kind."""

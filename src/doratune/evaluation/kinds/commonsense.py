@@ -27,6 +27,9 @@ ANSWERS = {
 SETTINGS = {"beams": 4, "max_new_tokens": 32}
 """The published script's decoding."""
 
+CONTINUATION = "the correct answer is {}"
+"""What stands behind a prompt, in training and in protocol likelihood."""
+
 _FAMILIES = tuple(dict.fromkeys(ANSWERS.values()))
 _FORMAT = re.compile(r"Answer format:\s*(\S+)\s*$")
 
@@ -67,6 +70,12 @@ class Commonsense(TaskKind):
 
     def answer(self, text: str, item: Mapping) -> str | None:
         return first_answer(text, item)
+
+    def choices(self, item: Mapping) -> tuple[str, ...]:
+        return choices(item)
+
+    def continuation(self, choice: str) -> str:
+        return CONTINUATION.format(choice)
 
     def settled(self, text: str, item: Mapping) -> bool:
         return first_answer(text, item) is not None
