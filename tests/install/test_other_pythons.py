@@ -47,3 +47,26 @@ def test_the_source_compiles_and_help_runs(version):
 
 def test_this_python_is_one_of_them():
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in SUPPORTED
+
+
+def test_pins_are_for_the_pythons_that_their_versions_are_for():
+    """make setup works on the oldest Python: a version that is not for it is not asked for there."""
+    import importlib.metadata
+    import re
+
+    specifiers = pytest.importorskip("packaging.specifiers")
+    wrong = []
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, version, marker = re.fullmatch(r"([\w.-]+)==([^;\s]+)\s*(?:;\s*(.*))?", line).groups() if "==" in line else ("",) * 3
+        try:
+            metadata = importlib.metadata.metadata(name) if name else {}
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        wanted = metadata.get("Requires-Python") if metadata.get("Version") == version else None
+        if (
+            wanted
+            and not specifiers.SpecifierSet(wanted).contains(f"{SUPPORTED[0]}.13")
+            and not (marker or "").startswith("python_version")
+        ):
+            wrong.append(line)
+    assert wrong == []
