@@ -148,7 +148,7 @@ def test_refused_in_one_line(name, words, tmp_path, monkeypatch, capsys):
     more, size, message = REFUSED[name]
     if size:
         monkeypatch.setenv("WORLD_SIZE", size)
-        monkeypatch.setattr("doratune.training.train.connect", lambda timeout: None)
+        monkeypatch.setattr("doratune.training.train.connect", lambda *_: None)
     assert main([*words, "--output", str(tmp_path / "run"), *more]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -28,6 +28,8 @@ class EvaluateSettings:
             gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
             images, as a folder by class, a table of paths and labels, or an .npz file; a file may hold items of your
             own, in a format of training data, whose last answer is the right one
+            lm_eval:NAME is a task of lm-eval (pip install lm-eval)
+        lm_eval_path: a folder with task files of lm-eval of your own
         metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right
         pattern: of the metric regex, for items without a pattern of their own
         function: of the metric function: FILE.py:NAME, called with (output, item), gives 0 to 1; the file's code is run
@@ -65,6 +67,7 @@ class EvaluateSettings:
     model: str | None = None
     adapter: str | None = None
     task: str | list[str] = ""
+    lm_eval_path: str | None = None
     metrics: list[str] = choices([], NAMES)
     pattern: str | None = None
     function: str | None = None
@@ -106,8 +109,7 @@ def main(argv: list[str]) -> int:
     from .. import baselines
     from ..checkpoint.adapter import base_model_of
     from ..errors import UserError
-    from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
-    from ..evaluation.protocols import protocols_of
+    from ..evaluation.harness import harness_tasks
     from ..evaluation.scorers import scorer_for
     from ..support.folders import refuse_existing
     from ..support.outputs import refuse_inputs, run_of
@@ -121,11 +123,12 @@ def main(argv: list[str]) -> int:
         raise UserError("neither model nor adapter is set; give --model M, --adapter FOLDER, or both")
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
-    protocols = protocols_of(settings.protocol)
     names = [settings.task] if isinstance(settings.task, str) else settings.task
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
+    if harness := harness_tasks(names):
+        return _score_harness(settings, name, harness, as_json)
     places = [task.partition(":")[2] or task for task in names]
     inputs = {"the model": name, "the adapter": settings.adapter, "a task": places}
     refuse_inputs(settings.output, inputs, run_of(settings.adapter))
@@ -135,6 +138,18 @@ def main(argv: list[str]) -> int:
         if as_json:
             print_json(summary | {"output": settings.output})
         return 0
+    return _score_text(settings, name, names, as_json)
+
+
+def _score_text(settings: EvaluateSettings, name: str, names: list[str], as_json: bool) -> int:
+    """Tasks that are answered in text."""
+    from pathlib import Path
+
+    from ..errors import UserError
+    from ..evaluation.evaluate import check_protocols, evaluate, load_tasks, show
+    from ..evaluation.protocols import protocols_of
+
+    protocols = protocols_of(settings.protocol)
     if settings.bad_items != "stop":
         raise UserError("bad_items is for labelled images, and this is no classifier of images; drop it")
     tasks = load_tasks(names, settings.mirror, settings.limit, _own_task(settings))
@@ -155,6 +170,24 @@ def main(argv: list[str]) -> int:
         progress=progress,
     )
     say(show(summary))
+    if as_json:
+        print_json(summary | {"output": settings.output})
+    return 0
+
+
+def _score_harness(settings: EvaluateSettings, name: str, tasks: list[str], as_json: bool) -> int:
+    """Tasks of lm-eval."""
+    from pathlib import Path
+
+    from ..evaluation.harness import evaluate_harness, manager_of, show_harness
+    from ..support.outputs import refuse_inputs, run_of
+
+    refuse_inputs(settings.output, {"the model": name, "the adapter": settings.adapter}, run_of(settings.adapter))
+    manager = manager_of(tasks, settings.lm_eval_path)
+    model, tokenizer, _ = load_both(settings, name)
+    sizes = {"batch_size": settings.batch_size, "limit": settings.limit}
+    summary = evaluate_harness(model, tokenizer, tasks, manager, output=Path(settings.output), **sizes)
+    say(show_harness(summary))
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0

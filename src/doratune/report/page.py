@@ -19,7 +19,7 @@ from . import points as movement
 from .overview import cost_table, runs_table, unmoved, without_direction
 from .points import PagePoints
 from .read import Run, Warn, expand, number, read_run
-from .samples import sample_sets
+from .samples import answers_on_the_way, sample_sets
 from .scores import score_tables, unparsable
 from .settings import blocks, differences, groups
 from .tables import Table, shown
@@ -107,6 +107,7 @@ def _parts(runs: Sequence[Run], drawn: PagePoints, grids: list[dict], warn: Warn
         "runs": runs_table(runs),
         "groups": [(name, score_tables(some), cost_table(some)) for name, some in groups(runs).items()],
         "samples": sample_sets(runs, warn),
+        "answers": [(run.name, prompts) for run in runs if (prompts := answers_on_the_way(run))],
         "shared": shared,
         "varying": varying,
         "measured": bool(drawn.points),

@@ -64,6 +64,20 @@ def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
     return all_sets
 
 
+def answers_on_the_way(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
+    """(prompt, [(step, answer), …]) of `sample_prompts`, as metrics.json has them; what is none of them is left out."""
+    prompts: dict[str, list[tuple[int, str]]] = {}
+    rows = run.metrics.get("samples")
+    for row in rows if isinstance(rows, list) else []:
+        if (
+            isinstance(row, dict)
+            and isinstance(row.get("step"), int)
+            and all(isinstance(row.get(k), str) for k in ("prompt", "output"))
+        ):
+            prompts.setdefault(row["prompt"], []).append((row["step"], row["output"]))
+    return list(prompts.items())
+
+
 def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:
     after = read_items(run.after.folder, task, protocol, warn)
     before = {(item["prompt"], item.get("image")): item for item in read_items(run.before.folder, task, protocol, warn)}
