@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -185,20 +184,6 @@ def test_the_best_checkpoint_is_taken(base, adapter, tmp_path, tiny_tokenizer):
     assert torch.equal(model.eval()(ids).logits, first.eval()(ids).logits)
     trainer.create_model_card()
     assert "dpo" in (tmp_path / "run" / "README.md").read_text().lower()
-
-
-@pytest.mark.parametrize("trained", [True, False], ids=["next stage", "fresh"])
-@pytest.mark.parametrize("method", ["dpo", "kto", "grpo", "rloo"])
-def test_a_bare_model_is_told_what_its_reference_lacks(method, trained, base, adapter, tmp_path, tiny_tokenizer):
-    """A fresh adapter is the base, so that the second model is right; a trained one is no part of it."""
-    model = doratune.load(base(method), adapter(method, trained), trainable=True)
-    for stage in ("first", "second"):
-        trainer = trainer_of(method, model, tmp_path / stage, tiny_tokenizer, max_steps=2)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            trainer.train()
-        told = sum("doratune.as_peft(model)" in str(one.message) for one in said)
-        assert told == (trained or stage == "second")
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

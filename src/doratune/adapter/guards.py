@@ -21,7 +21,7 @@ from ..layers.shares import sharded
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
 from .foreign import take_from_between
-from .layer import keep_wide, untouched
+from .layer import keep_wide
 from .states import base_name
 
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
@@ -29,8 +29,6 @@ SAVING = ("save_pretrained", "save")
 WEIGHTS = "model.safetensors"
 TRAINABLE = "_hf_peft_config_loaded"
 """By this attribute transformers knows a quantized model that has an adapter, and lets a Trainer train it."""
-CALLERS = 8
-"""Frames between a model's `train` and the trainer's step, wrappers of the model included, at most."""
 
 
 class Refused:
@@ -102,44 +100,13 @@ class AdapterSaved(OfModel):
 
 
 class Train(OfModel):
-    """`train`, which trainers call before each step. TRL puts what is trained over a quantized base into bf16, in which m does not
-    move. And to a model that is no PeftModel it gives a reference of its own, which a trained adapter is not part of."""
-
-    checked = 0
-    """id of the reference that was looked at last."""
+    """`train` of a model with a quantized base: TRL puts what is trained over such a base into bf16, in which m does not move."""
 
     def __call__(self, mode: bool = True):
-        model = self.model()
-        if getattr(model, "is_quantized", False):
-            keep_wide(model)
-        if mode and (reference := _reference()) is not None and id(reference) != self.checked:
-            self.checked = id(reference)
-            _say_what_the_reference_lacks(model, reference)
+        if (model := self.model()) is None:
+            raise UserError("the model that this train belongs to is gone; keep what attach returns, then call train")
+        keep_wide(model)
         return type(model).train(model, mode)
-
-
-def _reference() -> nn.Module | None:
-    """The reference model of the trainer that calls."""
-    frame = sys._getframe(2)
-    for _ in range(CALLERS):
-        if frame is None:
-            break
-        reference = getattr(frame.f_locals.get("self"), "ref_model", None)
-        if isinstance(reference, nn.Module):
-            return reference
-        frame = frame.f_back
-    return None
-
-
-def _say_what_the_reference_lacks(model: nn.Module, reference: nn.Module) -> None:
-    layers = [module for module in model.modules() if isinstance(module, Adapted)]
-    if any(isinstance(module, Adapted) for module in reference.modules()) or all([untouched(layer) for layer in layers]):
-        return
-    warnings.warn(
-        "the trainer's reference is a second model without this adapter, which is trained already; give the trainer "
-        "doratune.as_peft(model) for the adapter as it is now as the reference, and no second model",
-        stacklevel=3,
-    )
 
 
 class Around(OfModel):
@@ -198,9 +165,8 @@ def put_on(model: nn.Module) -> None:
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
     vars(model)["_cast_adapter_dtype"] = Around(model)
-    vars(model)["train"] = Train(model)
     if getattr(model, "is_quantized", False):
-        vars(model)[TRAINABLE] = True
+        vars(model).update({TRAINABLE: True, "train": Train(model)})
 
 
 def take_off(model: nn.Module) -> None:
