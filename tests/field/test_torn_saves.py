@@ -39,8 +39,8 @@ def figures_of(mode, count, place):
 
 def test_saves_of_several_processes_that_are_killed(tmp_path):
     figures = figures_of("several", COMMAND_KILLS or 4, tmp_path / "k")
-    assert [figures[key] for key in ("torn", "none", "leftovers", "different")] == [0, 0, 0, 0]
-    assert figures["kills"] and figures["resumed"]
+    assert [figures[key] for key in ("torn", "none", "leftovers")] == [0, 0, 0]
+    assert figures["kills"] and figures["resumed"] and figures["difference"] < 2e-5
 
 
 @pytest.mark.parametrize("mode", ["swap", "renames", "files"])
