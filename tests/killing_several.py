@@ -67,7 +67,9 @@ def several(count, place):
         assert ended(together([*words, "--fsdp", engine, "--output", str(whole)], log), 120) == [0, 0], Path(log).read_text()[
             -3000:
         ]
-    figures = dict.fromkeys(("kills", "ended_before", "saving", "torn", "none", "leftovers", "resumed", "difference"), 0)
+    figures = dict.fromkeys(
+        ("kills", "not_begun", "ended_before", "saving", "torn", "none", "leftovers", "resumed", "difference"), 0
+    )
     run = place / "run"
     for number in range(count):
         os.system(f"rm -rf {run}")
@@ -77,6 +79,10 @@ def several(count, place):
         deadline = time.monotonic() + 60
         while not (run / "checkpoint-1").exists() and time.monotonic() < deadline:
             time.sleep(0.001)
+        if not (run / "checkpoint-1").exists():
+            ended(children, 0)
+            figures["not_begun"] += 1
+            continue
         time.sleep(random.uniform(0.0, 1.5))
         victims = random.choice((children[:1], children[1:], children))
         for child in victims:

@@ -4,6 +4,7 @@ last whole checkpoint is always there, and going on from it trains what a run tr
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,25 @@ def test_a_run_whose_processes_are_killed_is_resumed(who, words, undisturbed, tm
     psutil.wait_procs(victims, timeout=60)
     resumed(words, run)
     same(run, undisturbed)
+
+
+@pytest.mark.parametrize("by_length", ["true", "false"])
+def test_a_later_epoch_is_resumed_in_its_own_order(by_length, words, tmp_path):
+    """Six steps are an epoch: step 8 lies within the second, step 12 between two."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    words = [*words, "--group_by_length", by_length, "--keep_checkpoints", "12"]
+    done = torchrun(*words, "--output", whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in (8, 12):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        for path in run.glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+        (run / "metrics.json").unlink()
+        shutil.rmtree(run / "adapter")
+        resumed(words, run)
+        same(run, whole)
 
 
 @pytest.mark.parametrize("whom", ["the launcher", "one process"])

@@ -135,3 +135,15 @@ def beside_the_bar(say: Callable[[str], None]) -> Callable[[str], None]:
 
 def tokens_per_second(tokens: int, started: float) -> float:
     return tokens / max(time.perf_counter() - started, 1e-9)
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch. accelerate looks for it below two wrappers, and the epoch in which several processes are resumed
+    has three: its order would be the first epoch's."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)

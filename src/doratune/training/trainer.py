@@ -27,6 +27,7 @@ from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
+from .callbacks import EpochOrder
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .faults import refuse_spoiled_steps
 from .half import scale_loss
@@ -58,6 +59,7 @@ class SteadyMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         scale_loss(self.accelerator, self.model)
+        self.add_callback(EpochOrder())
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
