@@ -6,7 +6,7 @@ import io
 import pytest
 from pictures import FAMILIES
 from PIL import Image
-from test_benchmarks import MAKERS
+from test_published_benchmarks import MAKERS
 
 from doratune.data.image_reader import ImageReader
 from doratune.errors import UserError

@@ -223,8 +223,8 @@ def _compare(model: nn.Module, layers: dict, example, report: Report) -> None:
     with_adapter = _call(model, example)  # unwatched: PyTorch's fast paths are others while it is watched
     if report.never_ran:
         report.problems.append(f"never ran on the example: {listed(report.never_ran)}")
-    untouched = all([untouched(layer) for layer in layers.values()])  # of shards each process asks for all
-    if untouched and record_of(model).config.magnitude_from == "base":
+    at_start = all([untouched(layer) for layer in layers.values()])  # of shards each process asks for all
+    if at_start and record_of(model).config.magnitude_from == "base":
         classes = {name: type(layer) for name, layer in layers.items()}
         try:
             for layer in layers.values():
