@@ -133,7 +133,7 @@ def test_a_run_replaces_its_own_names_and_leaves_others(home, capsys):
     assert main([*run, "--rank", "3", "--overwrite"]) == 0
     assert Path("new/thesis.txt").read_text() == "mine"
     assert json.loads(Path("new/adapter/adapter_config.json").read_text())["r"] == 3
-    written = [".doratune", "adapter", "checkpoint-1", "loss.png", "metrics.json", "recipe.yaml", "status.json"]
+    written = [".doratune", "adapter", "checkpoint-1", "loss.png", "metrics.json", "recipe.yaml"]
     assert sorted(os.listdir("new")) == [*written, "thesis.txt"]
     Path("own/adapter").mkdir(parents=True)
     Path("own/adapter/thesis.txt").write_text("mine")
