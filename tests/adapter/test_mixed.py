@@ -1,6 +1,10 @@
 """An adapter for each example of a batch: every kind of layer and adapter, other batches in one block, threads, edits meanwhile."""
 
+import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,25 +88,95 @@ def test_the_bases_product_is_made_once():
     assert seen.count == 3  # gate, up, down
 
 
-def test_threads_with_batches_of_their_own():
-    model = attached("a", "b", "lora")
-    doratune.use(model, "a")
-    batches = [["a", None, "lora", "b", "a", "b"], ["b"] * 6, ["lora", "lora", None, "a", "b", None]]
-    want, wrong, start = [singles(model, chosen) for chosen in batches], [], threading.Barrier(3)
-    doratune.use(model, "a")
+@pytest.fixture
+def interrupted():
+    """New threads give way to others again and again, in the middle of this package's functions."""
+    package, chance = str(Path(doratune.__file__).parent), random.Random(0)
 
-    def run(i):
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if chance.random() < 0.02:
+            time.sleep(1e-5)
+        return trace
+
+    before = threading.gettrace()
+    threading.settrace(trace)
+    yield
+    threading.settrace(before)
+
+
+def side_by_side(*jobs, times=8):
+    """The results of each job, done so many times in a thread of its own."""
+    start = threading.Barrier(len(jobs))
+
+    def run(job):
         start.wait()
-        for _ in range(20):
-            with doratune.mixed(model, batches[i]):
-                wrong.append(off(out(model), want[i]) > 1e-6)
+        return [job() for _ in range(times)]
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wrong) == 60 and not any(wrong)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(run, jobs))
+
+
+@pytest.mark.parametrize("attempt", range(12))
+def test_threads_with_batches_of_their_own(interrupted, attempt):
+    model = attached("a", "b", "lora")
+    batches = [["a", None, "lora", "b", "a", "b"], ["b"] * 6, ["lora", "lora", None, "a", "b", None]]
+    want = [singles(model, chosen) for chosen in batches]
+    doratune.use(model, "a")
+
+    def job(i):
+        with doratune.mixed(model, batches[i]):
+            return off(out(model), want[i])
+
+    assert max(map(max, side_by_side(*(lambda i=i: job(i) for i in range(3))))) < 1e-6
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_threads_of_every_sort(interrupted, attempt):
+    """Blocks of two sorts, plain calls and a call that trains, at once."""
+    model = attached("a", "b", "lora")
+    want = singles(model, ["a", None, "lora", "b", "a", "b"])
+    doratune.use(model, "a")
+    plain = out(model)
+    with doratune.disabled(model):
+        base = out(model)
+    parameters = [p.requires_grad_() for name, p in model.named_parameters() if ".lora_" in name or "magnitude" in name]
+
+    def mixed():
+        with doratune.mixed(model, ["a", None, "lora", "b", "a", "b"]):
+            return off(out(model), want)
+
+    def mixed_with_gradients():
+        with doratune.mixed(model, ["b"] * 6):
+            return model(IDS).isnan().any().item()
+
+    def disabled():
+        with doratune.disabled(model):
+            return off(out(model), base)
+
+    def training():
+        y = model(IDS)
+        torch.autograd.grad(y.sum(), parameters, allow_unused=True)
+        return off(y.detach(), plain)
+
+    jobs = mixed, mixed_with_gradients, disabled, training, lambda: off(out(model), plain)
+    assert max(map(max, side_by_side(*jobs))) < 1e-6
+
+
+def test_threads_that_all_meet_an_edit(interrupted):
+    """Whoever comes first prepares the factors anew, and nobody computes with old ones."""
+    model = attached("a", "b")
+    layers = [layer for _, layer in doratune.adapters(model)]
+    for attempt in range(12):
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B.data = layer.lora_B.data + 0.1 * (attempt + 1)
+        answers = side_by_side(*[lambda: out(model)] * 4, times=1)
+        for layer in layers:
+            doratune.refresh(layer)
+        want = out(model)
+        assert all(off(answer, want) < 1e-6 for (answer,) in answers), attempt
 
 
 @pytest.mark.parametrize("edit", ["optimizer", "in place", "data"])

@@ -24,7 +24,7 @@ from ..layers.registry import Registry
 from ..layers.watch import few_tokens
 from ..layers.wrappers import unwrapped
 from .attach import adapters
-from .several import check_known, layers_of, record_named
+from .several import check_known, layers_of, placing, record_named
 from .states import RECORD, refuse_merged
 
 
@@ -149,8 +149,6 @@ class Destination:
 class Route:
     """Stands in a layer's `forward` while some thread goes another way; other threads find the layer's own behind it."""
 
-    lock = threading.Lock()
-
     def __init__(self, module: nn.Module):
         self.module = module
         self.slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
@@ -159,7 +157,7 @@ class Route:
 
     @classmethod
     def of(cls, module: nn.Module) -> Route:
-        with cls.lock:
+        with placing:
             held = next((vars(module)[s] for s in ("_old_forward", "forward") if isinstance(vars(module).get(s), Route)), None)
             if held is None:
                 held = cls(module)
@@ -174,7 +172,7 @@ class Route:
         mine.append((way, shadows))
 
     def leave(self) -> None:
-        with self.lock:
+        with placing:
             mine = self.ways.get(threading.get_ident(), [])
             if mine:
                 mine.pop()

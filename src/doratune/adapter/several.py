@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -140,8 +141,12 @@ def layers_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
     if record is not None and record.name == name:
         return dict(adapters(model))
     aside: SetAside = vars(model)[ASIDE][name]
-    return {layer: _shadow(layer_at(model, layer), weight, own) for layer, (weight, own) in aside.layers.items()}
+    with placing:
+        return {layer: _shadow(layer_at(model, layer), weight, own) for layer, (weight, own) in aside.layers.items()}
 
+
+placing = threading.RLock()
+"""Held by a thread that reads or changes what stands in the place of layers, when it enters or leaves a block."""
 
 _OWN_PLACE = ("adapted", "forward", "_old_forward", "_hf_hook")
 """Attributes of a layer that belong to its place in the model, or to the adapter in use."""
@@ -149,8 +154,9 @@ _OWN_PLACE = ("adapted", "forward", "_old_forward", "_hf_hook")
 
 def _shadow(module: nn.Module, weight: AdaptedWeight, own: dict) -> nn.Module:
     """The layer as it is with another adapter: an object of its own over the same tensors, one for all threads at a time."""
-    if weight.attached:
-        return weight.layer
+    layer = weight.layer
+    if layer is not None and vars(layer).get("adapted") is weight:
+        return layer
     follow(module, weight, own)
     plain, in_use = module._parameters, ()
     if isinstance(module, Adapted):

@@ -68,6 +68,7 @@ class Registry:
         self.search = shares.Search()
         self.sizes = weakref.WeakSet()
         self.here = _Here()
+        self.lock = threading.RLock()  # a look, and what is prepared after it, is one thread's at a time
 
     def __deepcopy__(self, memo):
         return Registry()
@@ -76,14 +77,21 @@ class Registry:
         return Registry, ()
 
     def add(self, weight) -> None:
-        self.members.pop(id(weight), None)
-        self.members[id(weight)] = weight
-        self.watched.clear()
-        self.search.begin()
+        with self.lock:
+            self.members.pop(id(weight), None)
+            self.members[id(weight)] = weight
+            self.watched.clear()
+            self.search.begin()
 
     def weights(self) -> list:
         """Those whose layers are there."""
-        return [weight for weight in self.members.values() if weight.attached]
+        return [weight for weight, _ in self.present()]
+
+    def present(self) -> list[tuple]:
+        """(weight, its layer) of those whose layers are there. A layer of a `mixed` block goes when its thread leaves the block,
+        but not while somebody has this list."""
+        pairs = [(weight, weight.layer) for weight in self.members.values()]
+        return [(weight, layer) for weight, layer in pairs if layer is not None and vars(layer).get("adapted") is weight]
 
     def find_shares(self, model, running: bool = False) -> None:
         """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward."""
@@ -100,13 +108,18 @@ class Registry:
         if here.depth > 1:
             return
         if model is not None:
-            self.find_shares(model, running=True)
+            with self.lock:
+                self.find_shares(model, running=True)
         here.looked = NOT_YET
-        self._look_to(None, light)
+        with self.lock:
+            self._look_to(None, light)
+            self._prepare_old()
+
+    def _prepare_old(self) -> None:
         if self.prepared == self.generation:
             return
-        self.prepared = self.generation
-        old = [one for one in self.weights() if one.asked and one.factors is not None and one.factors.generation != self.generation]
+        self.prepared, present = self.generation, self.present()
+        old = [one for one, _ in present if one.asked and one.factors is not None and one.factors.generation != self.generation]
         old = [one for one in old if not one.shares or one.at_hand()]
         for low in {one.factors.low for one in old}:
             self._prepare([one for one in old if one.factors.low == low], low)
@@ -120,14 +133,15 @@ class Registry:
         here = self.here
         if here.depth and self.steps == _steps and here.looked >= (LIGHT if light else FULL):
             return self.generation
-        if here.depth:
-            self._look_to(None, light)
-        elif (task := torch._C._current_graph_task_id()) < 0 or not self._known(None, light):
-            self._look_to(weight, light)
-        elif here.task != task:
-            here.task = task
-            self._look_to(None, light)
-        return self.generation
+        with self.lock:
+            if here.depth:
+                self._look_to(None, light)
+            elif (task := torch._C._current_graph_task_id()) < 0 or not self._known(None, light):
+                self._look_to(weight, light)
+            elif here.task != task:
+                here.task = task
+                self._look_to(None, light)
+            return self.generation
 
     def _look_to(self, weight, light: bool) -> None:
         if self.steps != _steps:
@@ -148,7 +162,8 @@ class Registry:
             elif weight is not None and (self._known(None, light) or self._known(None, False)):
                 self.look(None, light)
         if about not in self.watched:
-            self.watched[about] = Watched(self.weights() if weight is None else [weight])
+            present = self.present() if weight is None else [(weight, weight.layer)]
+            self.watched[about] = Watched([one for one, _ in present])
         with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(_CPU), no_autocast(_CUDA):
             watched = self.watched[about]
             if not watched.look():
@@ -187,15 +202,16 @@ class Registry:
     def prepare(self, weight, low: torch.dtype) -> Factors:
         """The factors of this weight in the compute dtype `low`; within a forward of the model, or its recomputation, also of the
         others that were asked since their last preparation and are old."""
-        batch = [weight]
-        if self.here.depth or torch._C._current_graph_task_id() >= 0:
-            for other in self.weights():
-                f = other.factors
-                if other is not weight and other.asked and f is not None and f.generation != self.generation and f.low == low:
-                    batch += [other] if not other.shares or other.at_hand() else []
-        self._prepare(batch, low)
-        weight.asked = True
-        return weight.factors
+        with self.lock:
+            batch, present = [weight], self.present()
+            if self.here.depth or torch._C._current_graph_task_id() >= 0:
+                for other, _ in present:
+                    f = other.factors
+                    if other is not weight and other.asked and f is not None and f.generation != self.generation and f.low == low:
+                        batch += [other] if not other.shares or other.at_hand() else []
+            self._prepare(batch, low)
+            weight.asked = True
+            return weight.factors
 
     def _prepare(self, weights: list, low: torch.dtype) -> None:
         with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(weights[0].device):
