@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from ..config import AdapterConfig
+from ..directions import direction_for
 from ..errors import UserError, listed
 from ..layers import kind_of
-from ..layers.fsdp import shares_of
+from ..layers.fsdp import TWICE, shares_of
 from ..layers.offload import offloaded, on_disk
 from ..layers.shares import is_share
+from ..layers.tensor_parallel import obstacle
 from ..layers.wrappers import module_at, synchronizing
 
 
@@ -24,15 +26,23 @@ def refuse_elsewhere(model: nn.Module, modules: dict, bases: dict, config: Adapt
             f"{listed(empty)}: accelerate offloads it, and between its calls there is nothing that an optimizer could train; load "
             "the model without offloading, or attach with trainable=False and without also_train"
         )
+    known = shares_of(model)
+    places = {name: (id(home), kind_of(modules[name]).leaf(modules[name])) for name, home in homes.items()}
+    if twice := [name for name, place in places.items() if place in known and known[place].twice]:
+        raise UserError(f"{listed(twice)}: {TWICE}")
     split = [name for name, home in homes.items() if any(is_share(p) for p in home._parameters.values())]
+    parallel = [name for name in split if places[name] not in known]
     if split and (config.start != "zero" or selection.also_train):
         what = f"start {config.start!r} reads" if config.start != "zero" else f"also_train copies {listed(selection.also_train)}:"
-        raise UserError(f"{what} whole weights, which {listed(split)} has in shards; attach first, then call fully_shard")
-    known = shares_of(model)
-    if strange := [name for name in split if (id(homes[name]), kind_of(modules[name]).leaf(modules[name])) not in known]:
+        way = "load the model without its tensor-parallel plan" if parallel else "attach first, then call fully_shard"
+        raise UserError(f"{what} whole weights, which {listed(split)} has in shards; {way}")
+    directions = {name: direction_for(config, selection.ranks[name]) for name in parallel}
+    obstacles = {name: obstacle(kind_of(modules[name]), modules[name], directions[name]) for name in parallel}
+    for reason in filter(None, obstacles.values()):
+        strange = [name for name in parallel if obstacles[name] == reason]
         raise UserError(
-            f"{listed(strange)}: its weight is in shards of another engine than fully_shard (tensor parallel); load the model "
-            "without them, attach, and shard with fully_shard"
+            f"{listed(strange)}: its weight is in shards of another engine than fully_shard (tensor parallel), and {reason}; load "
+            "the model without them, attach, and shard with fully_shard; or adapt other layers"
         )
 
 

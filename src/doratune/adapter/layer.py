@@ -15,7 +15,7 @@ from ..bases import accumulation_dtype
 from ..config import AdapterConfig
 from ..directions import Direction, direction_for
 from ..errors import UserError, listed
-from ..layers import fsdp, kind_of
+from ..layers import fsdp, kind_of, tensor_parallel
 from ..layers.adapted import MAGNITUDE, Adapted, adapted_class, become, own_parameters, start_again
 from ..layers.magnitude import MAGNITUDES
 from ..layers.offload import offloaded, take_along
@@ -106,6 +106,8 @@ def adapt(
     home = kind.home(module)
     if share := common.shares.get((id(home), kind.leaf(module))):
         fsdp.join(module, list(own_parameters(module)), share)
+    elif is_share(W := weight.stored()):
+        tensor_parallel.Split(W).place(weight, list(own_parameters(module)))
     elif offloaded(module):
         take_along(module, list(own_parameters(module)))
 

@@ -23,6 +23,7 @@
     shares.py      weights that are whole only while they run: w², whole tensors of one layer
     fsdp.py        of those, FSDP2's shards
     offload.py     and what accelerate offloads
+    tensor_parallel.py   layers of which each process computes a part
     passes.py      which kernels compute the passes over an output
     fastpath.py    PyTorch's fast paths around layers, closed while adapted
 """

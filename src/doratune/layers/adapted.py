@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import accumulation_dtype
+from .kind import class_forwards
 from .magnitude import MAGNITUDES
+from .shares import gathered, is_share, put_value
 from .weight import AdaptedWeight
 
 MAGNITUDE = MAGNITUDES[False][0]
@@ -32,7 +34,8 @@ class Adapted:
         if not args:
             name = next((key for key in ("input", "x") if key in kwargs), None)
             args = (kwargs.pop(name),) if name else ()
-        return self.adapted.kind.forward(self, *args, **kwargs)
+        run, split = self.adapted.kind.forward, self.adapted.split
+        return run(self, *args, **kwargs) if split is None else split.call(self, run, *args, **kwargs)
 
     def base_forward(self, *args, **kwargs):
         """The plain layer's own forward."""
@@ -87,10 +90,9 @@ class RelativeMagnitude:
 
 
 def become(module: nn.Module, cls: type) -> None:
-    """Give a module another class. accelerate's hooks keep the old class's forward on the module: they get the new one."""
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
-            setattr(module, name, cls.forward.__get__(module))
+    """Give a module another class. What keeps the old class's forward on the module (`class_forwards`) gets the new one."""
+    for put in list(class_forwards(module)):
+        put(cls.forward.__get__(module))
     module.__class__ = cls
 
 
@@ -136,8 +138,8 @@ def keep_precision(module: nn.Module, apply):
     if w_before is not None and base.dtype(module) != dtype and base.device(module).type != "meta":
         m = getattr(module, start)
         w = a.facts.w2.sqrt().to(m.dtype)
-        m_before = before[start][0].to(m.device)
-        m.data = torch.where(m_before == w_before.to(m_before), w, m.data)
+        m_before = gathered(before[start][0]).to(m.device)
+        _replace(m, torch.where(m_before == w_before.to(m_before), w, gathered(m.data)))
     return result
 
 
@@ -145,10 +147,18 @@ def keep_precision(module: nn.Module, apply):
 def start_again(module: nn.Module, low: torch.dtype) -> bool:
     """Give magnitudes that are the norms of their rows, rounded to `low` by somebody, the norms themselves. Were all of them?"""
     m = module._parameters[MAGNITUDE]
-    w = module.adapted.facts.w2.sqrt().to(m.dtype)
-    starting = m == w.to(low).to(m.dtype)
-    m.data = torch.where(starting, w, m)
+    w, now = module.adapted.facts.w2.sqrt().to(m.dtype), gathered(m.data)
+    starting = now == w.to(low).to(m.dtype)
+    _replace(m, torch.where(starting, w, now))
     return bool(starting.all())
+
+
+def _replace(m: nn.Parameter, values: Tensor) -> None:
+    """Give m other values; where this process has a part of it, those of that."""
+    if is_share(m):
+        put_value(m, values)
+    else:
+        m.data = values
 
 
 def restore_precision(module: nn.Module) -> None:

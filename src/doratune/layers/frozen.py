@@ -36,6 +36,8 @@ class FrozenWeight:
     _facts: tuple | None
     _product: tuple | None
     shares: dict
+    split: object = None
+    """How it is split over processes of which each computes a part (`tensor_parallel.Split`)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +75,10 @@ class FrozenWeight:
     def row_tiles(self, rows: Tensor | None = None):
         return self.base.row_tiles(self.layer, rows)
 
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sums over what other processes have of the same rows (columns), along which the norm runs; of a whole weight, `parts`."""
+        return parts if self.split is None else self.split.total(self, parts)
+
     def output_columns(self, x: Tensor, rows: Tensor) -> Tensor:
         """Columns `rows` of the layer's product without bias (T, K) in the wide dtype."""
         return self.kind.output_columns(self, x, rows)
@@ -95,7 +101,7 @@ class FrozenWeight:
                 w2 = shares.squared_norms(self, W)
             else:
                 wide = accumulation_dtype(self.dtype)
-                w2 = decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device)
+                (w2,) = self.total(decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device))
             directionless = decomposition.directionless(w2.sqrt())
             some = not directionless.is_meta and bool(directionless.any())
             # W is held, so that its address stays its own: another weight there would pass for it
@@ -105,14 +111,22 @@ class FrozenWeight:
         """What stands in the layer for W: a tensor, or this process's share of it."""
         return self.kind.home(self.layer)._parameters.get(self.kind.leaf(self.layer))
 
+    def own(self, name: str) -> object | None:
+        """Where a tensor's own numbers are, if copies of it come and go."""
+        if self.split is not None:
+            return self.split.own(self.layer, name)
+        return self.shares.get(name) if self.shares else None
+
     def share(self) -> object | None:
         """Where W's own numbers are, if whole copies of it come and go."""
-        return self.shares.get(self.kind.leaf(self.layer)) if self.shares else None
+        return self.own(self.kind.leaf(self.layer)) if self.shares or self.split is not None else None
 
     def version(self) -> tuple:
-        """Changes when W does, and not with a copy of it."""
+        """Changes when W does, and not with a copy of it, but between a part and the whole."""
         share = self.share()
-        return self.base.version(self.layer) if share is None else identity(share.local)
+        if share is None:
+            return self.base.version(self.layer)
+        return identity(share.local) if self.split is None else (*identity(share.local), self.shape)
 
     def held(self) -> object:
         """What keeps the memory of W, or of this process's share of it, its own."""

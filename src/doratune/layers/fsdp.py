@@ -10,6 +10,8 @@ import sys
 
 from torch import Tensor, nn
 
+TWICE = "split by a tensor-parallel plan and in shards of fully_shard, too, which an adapter does not follow; use one of them"
+
 
 class Share:
     """One tensor that FSDP2 keeps in shards: `param` is its record of it, one of those of `group`."""
@@ -23,6 +25,11 @@ class Share:
     def local(self) -> Tensor:
         """This process's own numbers."""
         return self.param.sharded_param._local_tensor
+
+    @property
+    def twice(self) -> bool:
+        """Is it a share of a share: was it split by another engine before?"""
+        return self.param.is_dtensor
 
     @property
     def cast(self) -> bool:

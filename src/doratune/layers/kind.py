@@ -6,6 +6,7 @@ A new kind is one new file with a subclass, and its name in `layers/__init__.py`
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class LayerKind:
     """Is its weight a batch of matrices (E, O, I)?"""
     transposed = False
     """Is its weight stored (I, O)?"""
+    splits = False
+    """Can a process compute some of its output rows, or a part of the sum over its input columns?"""
     linear_in_x = True
     """Is its output linear in its input, but for a bias? Not where that holds ids."""
     batch_first = True
@@ -159,9 +162,32 @@ def outside_compile(function):
 
 
 def calls_its_class(module: nn.Module) -> bool:
-    """Does a forward that was put on the instance (by accelerate's hooks) end in the class's own?"""
-    held = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    return any(getattr(f, "__func__", None) is type(module).forward for f in held)
+    """Does a forward that was put on the instance end in the class's own?"""
+    return any(True for _ in class_forwards(module))
+
+
+def class_forwards(module: nn.Module) -> Iterator[Callable]:
+    """Of each place on the instance that holds the class's own forward, what puts another there.
+
+    accelerate's hooks keep it as an attribute; the function of transformers' tensor-parallel plans has it in its closure."""
+    for name in ("forward", "_old_forward"):
+        held = vars(module).get(name)
+        if _is_class_forward(held, module):
+            yield functools.partial(setattr, module, name)
+        for cell in getattr(held, "__closure__", None) or ():
+            if _is_class_forward(_content(cell), module) and cell.cell_contents.__self__ is module:
+                yield functools.partial(setattr, cell, "cell_contents")
+
+
+def _is_class_forward(held, module: nn.Module) -> bool:
+    return getattr(held, "__func__", None) is type(module).forward
+
+
+def _content(cell):
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from .weight import compute_dtype
 class LinearKind(LayerKind):
     name = "Linear"
     may_be_quantized = True
+    splits = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or is_opaque(module)
@@ -57,7 +58,7 @@ class LinearKind(LayerKind):
         return out if not weight.rank and weight.axis == "input" else weight.compose(x, out, getattr(layer, "bias", None))
 
     def finishes(self, weight) -> bool:
-        return not (weight.magnitude and weight.axis == "input")
+        return weight.split is None and not (weight.magnitude and weight.axis == "input")
 
     def finish(self, layer, x: Tensor, out: Tensor) -> Tensor:
         layer.adapted.calls += 1

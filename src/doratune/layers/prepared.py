@@ -60,10 +60,11 @@ def prepare(weights: list, low: torch.dtype, suspicion: list[Tensor] = ()) -> bo
 
 def likeness(weight) -> tuple:
     """Weights of which this is equal are prepared in the same operations."""
-    if weight._likeness is None:
+    if weight._likeness is None or weight.split is not None:  # which has whole tensors at times
         first = next(iter(weight.tensors()), None)
         choices = weight.rank, weight.scaling, weight.magnitude, weight.axis, weight.exact_forward, weight.direction.name
         facts = weight.shape, weight.dtype, weight.device, weight.bias is None
+        facts = *facts, weight.split is not None and weight.split.adds_up(weight)
         weight._likeness = *choices, *facts, None if first is None else (first.dtype, first.device)
     return weight._likeness
 
@@ -117,6 +118,8 @@ def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | N
     first = weights[0]
     if A_LRI is None:
         return w2_LO.sqrt_(), None
+    if first.split is not None and first.split.adds_up(first):
+        return torch.stack([w.terms(A, B).n for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
     if B_LOR[0].numel() > LARGE:
         return torch.stack([_one_norm(w, A, B) for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
     U_LOR = _products(weights, A_LRI).to(w2_LO.dtype)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..bases import accumulation_dtype
 from ..errors import UserError
 from ..math import decomposition
-from .fsdp import fsdp_modules, keep_wide, shares_of
+from .fsdp import TWICE, fsdp_modules, keep_wide, shares_of
 from .offload import Offloaded, loaded, offloaded
 
 
@@ -111,6 +111,8 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
         if any(offloaded(module) for module, _ in places.values()):
             weight.shares = {name: Offloaded() for name in places}
         else:
+            if weight.split is not None and under_fsdp:
+                raise UserError(f"{weight.kind.name} layers are {TWICE}")
             known = {name: under_fsdp.get((id(module), key)) for name, (module, key) in places.items()}
             weight.shares = {name: share for name, share in known.items() if share is not None}
     if not running:

@@ -177,8 +177,7 @@ class AdaptedWeight(FrozenWeight):
 
     def own_slot(self, holder, name: str) -> tuple:
         """Of a tensor of which copies come and go, where its own numbers are."""
-        share = self.shares.get(name) if self.shares else None
-        return (holder, name) if share is None else (share, "local")
+        return (holder, name) if (share := self.own(name)) is None else (share, "local")
 
     def frozen_slot(self) -> tuple | None:
         """Where W is, if it is one plain tensor that factors are made of."""
@@ -193,8 +192,10 @@ class AdaptedWeight(FrozenWeight):
         return [(*slot, *identity(tensor_in(slot))) for slot in slots]
 
     def storage(self) -> tuple | None:
-        """What else tells that W is as it was, where it is no plain tensor."""
-        return self.version() if self.magnitude and not self.base.writable else None
+        """What else tells that W is as it was, where it is no plain tensor, or a part of one."""
+        if self.split is None and self.magnitude and not self.base.writable:
+            return self.version()
+        return None if self.split is None else self.shape  # of a part, or of whole tensors
 
     def is_as(self, f: Factors) -> bool:
         """Is everything where it was when these factors were prepared, in the same version?"""

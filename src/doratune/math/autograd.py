@@ -124,7 +124,7 @@ def general_backward(ctx, dY: Tensor, x, W, z, out, tensors) -> tuple:
             dx = torch.mm(dout, W) if dx is None else dx.addmm_(dout, W)
         dx = None if dx is None else dx.to(x_dtype).view(x_shape)
         dbias = bias_gradient(call, dY) if need_bias else None
-        c = f.g * dm * f.per_n if weight.full_gradient and dm is not None and (needs.A or needs.B) else None
+        c = f.g * weight.total(dm)[0] * f.per_n if weight.full_gradient and dm is not None and (needs.A or needs.B) else None
         if which is not None:
             dB, dm, c = (None if t is None else embedded(t, weight.shape[0], which) for t in (dB, dm, c))
         if c is not None:

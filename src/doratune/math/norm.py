@@ -49,6 +49,9 @@ class Weight(Protocol):
     def row_tiles(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor | slice, Tensor]]:
         """(which rows, those rows of W in fp32 or fp64), tile by tile; all rows, or those in the index `rows`."""
 
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sums over processes that have other columns (input axis: rows) of W; `parts` where this one has all."""
+
 
 class Terms(NamedTuple):
     """n² = w² + 2·cross + ba2 with cross = W·ΔV, ba2 = |ΔV|² per row (or column); `n` has redone rows and the clamp."""
@@ -91,7 +94,7 @@ def terms(W: Weight, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str
         P_NR, F_NR, gram = product, B_OR, gram_matrix(A_RI, w2.dtype)
     else:
         P_NR, F_NR, gram = W.backward_rows(B_OR.T).T, A_RI.T, gram_matrix(B_OR.T.to(A_RI.dtype), w2.dtype)
-    cross, ba2, product_norm, bound = row_sums(P_NR, F_NR, gram, A_RI.dtype)
+    cross, ba2, product_norm, bound = W.total(*row_sums(P_NR, F_NR, gram, A_RI.dtype))
     cross, ba2 = cross.mul_(s), ba2.mul_(s * s)
     n2 = (w2 + ba2).add_(cross, alpha=2)
     noise = product_norm.mul_(rounding(W) * abs(s))
@@ -100,10 +103,11 @@ def terms(W: Weight, A_RI: Tensor, B_OR: Tensor, s: float, w2: Tensor, axis: str
     redone = (noise + own * (w2 + s * s * bound) > tolerance * n2).nonzero().squeeze(1)
     if len(redone):
         F2 = F_NR[redone].to(A_RI.dtype).to(w2.dtype).square()
-        sums = own * (w2[redone] + s * s * ((F2 @ gram.square()) * F2).sum(1).sqrt())
+        (exact,) = W.total(((F2 @ gram.square()) * F2).sum(1).sqrt())
+        sums = own * (w2[redone] + s * s * exact)
         redone = redone[noise[redone] + sums > tolerance * n2[redone]]
     if len(redone):
-        n2[redone] = squared_direct(W, A_RI.to(w2.dtype), B_OR.to(A_RI.dtype), s, axis, redone)
+        (n2[redone],) = W.total(squared_direct(W, A_RI.to(w2.dtype), B_OR.to(A_RI.dtype), s, axis, redone))
     n, floor = n2.clamp_min(0).sqrt(), TINY * w2.sqrt()
     return Terms(torch.maximum(n, floor), cross, ba2, redone, n < floor)
 
