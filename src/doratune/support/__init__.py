@@ -8,6 +8,7 @@ processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
 image_models.py   classifiers of images: their labels, their processors
 image_text.py    models of images and text: processors, which part is which
+pipelines.py     text-to-image pipelines of diffusers: their parts, what they are trained on
 devices.py       the device that a command computes on
 allocator.py     what happens to memory that is freed
 hub.py           whether a hub answers, asked once

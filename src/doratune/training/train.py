@@ -118,11 +118,13 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
     folder = Path(method.recipe.output) / method.result
     if not is_first() and not sharded(model):
         return {}
-    method.save(model, folder)
+    notes = method.save(model, folder)
     if not is_first():
         measured(method, model)
         return {}
-    tokenizer.save_pretrained(folder)
+    for note in notes:
+        say(note)
+    method.objective.leave(tokenizer, folder)
     if score is not None:
         score(method.scored(model), tokenizer)
     return finish(method, trainer, clock, model, counts, say)
@@ -221,7 +223,7 @@ def build_trainer(
         callbacks=[clock, *watchers(recipe), *watch],
         **objective.trainer_settings(),
     )
-    trainer.unit, trainer.units_in = objective.unit, objective.units_in
+    trainer.unit, trainer.units_in, trainer.figures = objective.unit, objective.units_in, objective.figures
     refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)
