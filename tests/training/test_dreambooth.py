@@ -68,6 +68,23 @@ def test_a_run_leaves_losses_class_images_and_samples(kind, runs):
     assert all(open_image(run / sample["image"]).size == (SIDE, SIDE) for sample in metrics["samples"])
 
 
+def test_samples_and_both_losses_stand_on_the_page(runs, tmp_path, capsys):
+    metrics = metrics_of(runs / "sd")
+    strange = [
+        {"step": 9, "prompt": "x", "image": "../../../../etc/passwd"},
+        {"step": 9, "prompt": "y", "image": "samples/lost.png"},
+    ]
+    shutil.copytree(runs / "sd", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"samples": metrics["samples"] + strange}))
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    section = page.partition('<section id="answers">')[2].partition("</section>")[0]
+    assert section.count('<img src="data:image/jpeg;base64,') == 6 and section.count("step 4</figcaption>") == 2
+    assert '"prior_loss": ' in page and '"instance_loss": ' in page
+    assert "samples/lost.png is not shown" in capsys.readouterr().out and "passwd" not in page
+    assert main(["runs", str(tmp_path)]) == 0 and "finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_diffusers_opens_what_a_run_leaves(kind, bases, runs):
     """load_lora_weights, doratune.load on each part, and merging give the same outputs."""

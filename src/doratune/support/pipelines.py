@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError, listed
+from ..errors import UserError
 from .files import read_json
 from .hub import hub_settings
 from .models import quiet_loading, readable_errors, torch_dtype
@@ -132,7 +132,7 @@ def _refuse_unfit(pipeline, name: str) -> None:
     if prediction not in PREDICTIONS or "beta_schedule" not in noise or getattr(vae, "latents_mean", None) is not None:
         raise UserError(
             f"{name}: its scheduler ({type(pipeline.scheduler).__name__}, prediction_type {prediction}) has another loss than "
-            f"{listed(PREDICTIONS)} over a table of noise; give a pipeline with one of them"
+            f"{' or '.join(PREDICTIONS)} over a table of noise; give a pipeline with one of them"
         )
 
 

@@ -11,7 +11,7 @@ sees. Source: diffusers' schedulers and pipelines. Cost: one pass of the UNet; p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
             return {"encoder_hidden_states": text}
         return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled[0], "time_ids": sizes.to(text.dtype)}}
 
-    def encode(self, prompts: Sequence[str]) -> None:
+    def encode(self, prompts: Iterable[str]) -> None:
         """Hold what frozen text encoders make of these prompts."""
         with torch.no_grad():
             self.encoded |= {prompt: self._encoded(prompt) for prompt in prompts}

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..data.files import placed, read_examples
 from ..data.image_sets import LabelledImage, usable
 from ..data.images import is_image_name
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..support.values import number
 
+TABLES = ("metadata.jsonl", "metadata.csv")
+"""Captions of the images beside them, as `datasets` reads a folder of images."""
 LEAST = 2
 """Images of the thing: one alone is learned with its background."""
 
@@ -30,6 +33,8 @@ class DreamBoothSettings:
 
     instance_prompt: str = ""
     """Of DreamBooth: what all images of `data` are called, with the rare word: a photo of sks dog."""
+    caption_column: str = ""
+    """Of DreamBooth: a column of `metadata.jsonl` (or .csv) in `data`, with a prompt for each file_name; empty: one for all."""
     instance_token: str = "sks"
     """Of DreamBooth: the rare word; a prompt without it is warned of."""
     class_prompt: str = ""
@@ -61,7 +66,7 @@ def check_prompts(settings) -> None:
     Raises:
         UserError: the setting, and what to give.
     """
-    if not settings.instance_prompt.strip():
+    if not settings.instance_prompt.strip() and not settings.caption_column:
         raise UserError("instance_prompt is not set; give what the images show, such as 'a photo of sks dog'")
     if settings.class_images and not settings.class_prompt.strip():
         raise UserError(
@@ -75,8 +80,12 @@ def check_prompts(settings) -> None:
         )
 
 
-def doubtful_prompts(settings, samples: list[str]) -> list[str]:
-    """Lines of warning about a rare word that is where it should not be, or is not where it should."""
+def doubtful_prompts(settings, prompts: list[str], samples: list[str]) -> list[str]:
+    """Lines of warning about a rare word that is where it should not be, or is not where it should.
+
+    Args:
+        prompts: of the images of the thing.
+    """
     token, lines = settings.instance_token, []
 
     def holds(prompt: str) -> bool:
@@ -84,10 +93,11 @@ def doubtful_prompts(settings, samples: list[str]) -> list[str]:
 
     if not token.strip():
         return []
-    if not holds(settings.instance_prompt):
+    if without := [prompt for prompt in dict.fromkeys(prompts) if not holds(prompt)]:
+        what = f"caption_column: {len(without)} prompts, such as" if settings.caption_column else "instance_prompt is"
         lines.append(
-            f"instance_prompt is {settings.instance_prompt!r}, without the instance_token {token!r}: the images change what its "
-            "other words mean; put it in, or set instance_token to your own"
+            f"{what} {without[0]!r}, without the instance_token {token!r}: the images change what its other words mean; put it in, "
+            "or set instance_token to your own"
         )
     if settings.class_prompt and holds(settings.class_prompt):
         lines.append(
@@ -115,13 +125,37 @@ def images_in(folder: str, what: str, say, unusable: list[str] | None = None) ->
     for current, folders, files in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         pictures = [name for name in sorted(files) if is_image_name(name)]
-        other += sum(not name.startswith(".") for name in files) - len(pictures)
+        other += sum(not name.startswith(".") and name not in TABLES for name in files) - len(pictures)
         names += [Path(current) / name for name in pictures]
     if other:
         say(f"{folder}: {other} files are no images by their names, and left out")
     if not names:
         raise UserError(f"{what} is {folder!r}, a folder without images; expected .png, .jpg, .webp …")
     return usable([LabelledImage(str(name), what, name) for name in names], unusable)
+
+
+def prompts_of(items: list[LabelledImage], settings) -> list[str]:
+    """The prompt of each image of the thing: `instance_prompt`, or its own of `caption_column`.
+
+    Raises:
+        UserError: no table, no such column in it, or an image that it does not name.
+    """
+    column, folder = settings.caption_column, Path(settings.data)
+    if not column:
+        return [settings.instance_prompt] * len(items)
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if table is None:
+        raise UserError(f"caption_column is {column!r}, but {folder} has no {' or '.join(TABLES)}; write one, or drop it")
+    captions: dict[str, str] = {}
+    for row in read_examples(table):
+        if not isinstance(row.get("file_name"), str) or not isinstance(row.get(column), str) or not row[column].strip():
+            problem = f"{row.where}: expected texts under file_name and {column!r} (caption_column); it has {listed(row)}"
+            raise UserError(placed(problem, row))
+        captions[os.path.normpath(row["file_name"])] = row[column]
+    names = [os.path.relpath(item.source, folder) for item in items]
+    if missing := [name for name in names if name not in captions]:
+        raise UserError(f"{table} has no caption of {listed(missing, 3)}; add {'it' if len(missing) == 1 else 'them'}")
+    return [captions[name] for name in names]
 
 
 def instance_images(folder: str, say, unusable: list[str] | None = None) -> list[LabelledImage]:

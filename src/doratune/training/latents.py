@@ -17,14 +17,14 @@ from ..data.image_sets import LabelledImage
 
 
 @torch.no_grad()
-def latent_rows(items: Sequence[LabelledImage], prompt: str, vae, resolution: int) -> list[dict]:
+def latent_rows(items: Sequence[LabelledImage], prompts: Sequence[str], vae, resolution: int) -> list[dict]:
     """{mean, deviation (C, h, w), sizes (6,), prompt} of each image, on the CPU.
 
     Raises:
         UserError: an image that cannot be read.
     """
     rows = []
-    for item in items:
+    for item, prompt in zip(items, prompts, strict=True):
         pixels, sizes = prepared(item.open(), resolution)
         latent = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
         parts = {"mean": latent.mean[0].float().cpu(), "deviation": latent.std[0].float().cpu()}

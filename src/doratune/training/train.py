@@ -157,7 +157,8 @@ def _check_share(recipe: TrainRecipe) -> None:
 def _starting_point(recipe: TrainRecipe, run: RunFolder, own: bool, say) -> Path | None:
     """The checkpoint to resume from, None for a new run; what is in the way is found here."""
     if own:
-        refuse_inputs(run.output, {"the model": recipe.model, "the data": recipe.data, "the evaluation data": recipe.eval_data})
+        data = {"the data": recipe.data, "the evaluation data": recipe.eval_data, "the class's images": recipe.class_images}
+        refuse_inputs(run.output, {"the model": recipe.model} | data)
     if not recipe.resume:
         if own:
             run.check(recipe.overwrite)

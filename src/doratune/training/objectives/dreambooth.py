@@ -7,6 +7,7 @@ beside it in the log. Cost: decoding and encoding each image once; with class im
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ...support.devices import device_of
 from ...support.patterns import excluding
 from ...support.pipelines import TEXT_ENCODERS, latent_scale, load_pipeline, takes_sizes
 from ...support.processes import agree
-from ..dreambooth import check_prompts, doubtful_prompts, images_in, instance_images
+from ..dreambooth import check_prompts, doubtful_prompts, images_in, instance_images, prompts_of
 from . import Objective
 
 NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror", "limit", "eval_data", "eval_size", "tasks", "data_weights")
@@ -47,6 +48,8 @@ class DreamBooth(Objective):
         if recipe.data and not isinstance(recipe.data, str):
             raise UserError(f"data is {recipe.data}; objective dreambooth takes one folder of images")
         check_prompts(recipe)
+        if recipe.class_images and os.path.realpath(recipe.class_images) == os.path.realpath(recipe.data or "."):
+            raise UserError(f"class_images is {recipe.class_images!r}, the folder of data; give the class a folder of its own")
 
     def processor(self):
         """The pipeline; its images and prompts are looked at first, which takes less time."""
@@ -54,8 +57,9 @@ class DreamBooth(Objective):
         self.unusable: list[str] | None = [] if recipe.bad_items == "skip" else None
         self.notes: list[str] = []
         self.instance = instance_images(recipe.data, self.notes.append, self.unusable)
-        if recipe.class_images and Path(recipe.class_images).is_dir() and any(Path(recipe.class_images).iterdir()):
-            images_in(recipe.class_images, "class_images", self.notes.append, self.unusable)
+        self.prompts = prompts_of(self.instance, recipe)
+        if recipe.class_images:
+            self._class_images(self.notes.append, self.unusable)
         self.pipeline = load_pipeline(recipe.model, recipe.dtype)
         scale = latent_scale(self.pipeline)
         if recipe.resolution % scale:
@@ -73,22 +77,24 @@ class DreamBooth(Objective):
         recipe = self.recipe
         for note in self.notes:
             say(note)
-        for line in doubtful_prompts(recipe, recipe.sample_prompts):
+        for line in doubtful_prompts(recipe, self.prompts, recipe.sample_prompts):
             say(f"warning: {line}")
         processor.to(device_of(recipe.device))
         prior = []
         if recipe.class_images:
-            folder = Path(recipe.class_images)
-            agree(lambda: fill_class(folder, self._present(folder), processor, recipe, say))
-            prior = images_in(recipe.class_images, "class_images", lambda line: None, self._apart())
+            count = len(self._class_images(lambda line: None, self._apart()))
+            agree(lambda: fill_class(Path(recipe.class_images), count, processor, recipe, say))
+            prior = self._class_images(lambda line: None, self._apart())
         counts["training"] = {"instance": len(self.instance), "class": len(prior), "unusable": len(self.unusable or ())}
         beside = f", {len(prior)} images of {recipe.class_prompt!r}" if prior else ", no images of its class"
         skipped = f"; {len(self.unusable)} unusable images skipped (the first: {self.unusable[0]})" if self.unusable else ""
-        say(f"{recipe.data}: {len(self.instance)} images of {recipe.instance_prompt!r}{beside}{skipped}")
+        own = f"{len(set(self.prompts))} prompts" if recipe.caption_column else repr(recipe.instance_prompt)
+        say(f"{recipe.data}: {len(self.instance)} images of {own}{beside}{skipped}")
         small = sum(min(item.open().size) < recipe.resolution for item in self.instance)
         if small:
             say(f"{small} of {len(self.instance)} images are smaller than {recipe.resolution} pixels, and enlarged")
-        self.pairs = LatentPairs(self._rows(self.instance, recipe.instance_prompt), self._rows(prior, recipe.class_prompt))
+        classes = [recipe.class_prompt] * len(prior)
+        self.pairs = LatentPairs(self._rows(self.instance, self.prompts), self._rows(prior, classes))
         return self.pairs, []
 
     def _apart(self) -> list[str] | None:
@@ -98,15 +104,17 @@ class DreamBooth(Objective):
     def leave(self, processor, folder: Path) -> None:
         """Nothing: the base's tokenizers read its prompts."""
 
-    def _present(self, folder: Path) -> int:
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return 0
-        return len(images_in(str(folder), "class_images", lambda line: None, self._apart()))
+    def _class_images(self, say, unusable: list[str] | None) -> list:
+        """Those that are there; none where the folder is empty or not there yet."""
+        folder = Path(self.recipe.class_images)
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return []
+        return images_in(str(folder), "class_images", say, unusable)
 
-    def _rows(self, items, prompt: str) -> list[dict]:
+    def _rows(self, items, prompts: list[str]) -> list[dict]:
         from ..latents import latent_rows
 
-        return latent_rows(items, prompt, self.pipeline.vae, self.recipe.resolution)
+        return latent_rows(items, prompts, self.pipeline.vae, self.recipe.resolution)
 
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
         from ..denoising import Denoiser
@@ -114,7 +122,7 @@ class DreamBooth(Objective):
         recipe, text = self.recipe, self.recipe.text_encoders == "adapted"
         self.denoiser = Denoiser(self.pipeline, text, self.noise, recipe.prior_weight, recipe.snr_gamma)
         if not text:
-            self.denoiser.encode([prompt for prompt in (recipe.instance_prompt, recipe.class_prompt) if prompt])
+            self.denoiser.encode(dict.fromkeys([*self.prompts, *([recipe.class_prompt] if recipe.class_prompt else [])]))
         return self.denoiser
 
     def adapter(self, model) -> AdapterConfig:
