@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 import doratune
 from doratune.cli.main import main
 from doratune.data.images import open_image
+from doratune.errors import UserError
+from doratune.publishing.push import parcel
 from doratune.support.pipelines import load_pipeline, networks
 
 pytest.importorskip("diffusers")
@@ -148,3 +150,19 @@ def test_an_adapter_that_diffusers_cannot_say_is_merged(bases, photos, tmp_path,
     doratune.load(ours.unet, run / "adapter" / "unet")
     merged = load_pipeline(str(tmp_path / "merged"))
     torch.testing.assert_close(said_by(merged, "unet"), said_by(ours, "unet"), rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_and_pipeline_are_pushed_whole(runs, bases, tmp_path):
+    """A pipeline goes with its scheduler; an adapter whose base only this machine has does not go."""
+    assert main(["merge", "--adapter", str(runs / "sd" / "adapter"), "--output", str(tmp_path / "merged"), "--check", "false"]) == 0
+    sent = parcel(tmp_path / "merged").sent
+    assert {"model_index.json", "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"} <= sent.keys()
+    with pytest.raises(UserError, match="a path of this machine"):
+        parcel(runs / "sd" / "adapter")
+    card = (runs / "sd" / "adapter" / "README.md").read_text()
+    assert 'pipe.load_lora_weights("THIS")' in card and "library_name: diffusers" in card and str(runs) not in card
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(bases, photos, tmp_path, capsys):
+    assert main(words(bases["sd"], photos, tmp_path / "run", lr=1e30, max_grad_norm=0, method="lora")) == 2
+    assert "--resume from the last checkpoint" in capsys.readouterr().err.strip().splitlines()[-1]
