@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import UserError
-from ..documents import entries, published_file
+from ..documents import published_file
+from ..files import read_examples
 from . import Sight, VisualItem, VisualTask, first_there, text_of
 
 PARTS = {"train": "train", "val": "dev", "test": "test1"}
@@ -29,8 +30,8 @@ class NLVR(VisualTask):
         part = PARTS[split]
         path = published_file(place, f"{part}.json", "the sentences of NLVR2")
         items = []
-        for n, one in enumerate(entries(path), 1):
-            where = f"{path}: item {n}"
+        for one in read_examples(path):
+            where = one.where
             label = LABELS.get(str(one.get("label")).lower())
             if label is None:
                 raise UserError(f"{where}: label is {one.get('label')!r}, expected True or False; hidden parts cannot be used here")

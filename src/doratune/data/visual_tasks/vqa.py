@@ -43,13 +43,14 @@ def vqa_questions(questions: Path, answers: Path) -> list[dict]:
     Raises:
         UserError: malformed files, or of different parts.
     """
+    asked = entries(questions, "questions")
     part = _part(questions)
     annotated = {
         str(value_of(one, "question_id", (int, str), f"{answers}: annotation {n}")): one
         for n, one in enumerate(entries(answers, "annotations"), 1)
     }
     items = []
-    for n, one in enumerate(entries(questions, "questions"), 1):
+    for n, one in enumerate(asked, 1):
         where = f"{questions}: question {n}"
         name = str(value_of(one, "question_id", (int, str), where))
         if name not in annotated:
