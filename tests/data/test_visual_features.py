@@ -1,6 +1,7 @@
 """Features of images and video: what a tower makes of them, and a file of them that is whole or not there."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -94,11 +95,24 @@ def test_a_file_of_features(tower, tmp_path):
     written = made.file.path.stat().st_mtime_ns
     again = features_of(items, "vqa train", tower, settings)
     assert again.file.path.stat().st_mtime_ns == written and list((tmp_path / "features").iterdir()) == [made.file.path]
-    (tmp_path / "a").rename(tmp_path / "b")
-    moved = [item(tmp_path / "b" / f"{n}.png", n) for n in range(5)]
-    assert features_of(moved, "vqa train", tower, settings).file.path == made.file.path
-    other = features_of(moved, "vqa train", tower, FeatureSettings(features=settings.features, cells=4))
-    assert other.file.path != made.file.path and other[moved[0].sights[0]].shape == (4, 32)
+    other = features_of(items, "vqa train", tower, FeatureSettings(features=settings.features, cells=4))
+    assert other.file.path != made.file.path and other[items[0].sights[0]].shape == (4, 32)
+
+
+def test_images_of_the_same_names_are_not_the_same(tower, tmp_path):
+    """Neither in another folder, nor at the same place later."""
+    items, settings = items_of(tmp_path / "a"), FeatureSettings(features=str(tmp_path / "features"))
+    others = [item(tmp_path / "b" / f"{n}.png", n) for n in range(5)]
+    (tmp_path / "b").mkdir()
+    for n in range(5):
+        picture(n + 50).save(tmp_path / "b" / f"{n}.png")
+    made, other = features_of(items, "x", tower, settings), features_of(others, "x", tower, settings)
+    assert made.file.path != other.file.path
+    assert not torch.allclose(made[items[0].sights[0]], other[others[0].sights[0]])
+    later = made.file.path.stat().st_mtime + 5
+    os.utime(tmp_path / "a" / "3.png", (later, later))
+    with pytest.raises(UserError, match=r"3\.png was changed after .* was made; remove that file, it is made again"):
+        features_of(items, "x", tower, settings)
 
 
 def test_extraction_goes_on_where_it_was_stopped(tower, tmp_path):
@@ -117,6 +131,9 @@ def test_extraction_goes_on_where_it_was_stopped(tower, tmp_path):
     bad.write_bytes(whole)
     row = 2 * 4 * 32
     begun = partial.read_bytes()
+    later = partial.stat().st_mtime + 5
+    picture(77).save(tmp_path / "a" / "20.png")  # changed meanwhile: what was made of it and behind it does not count
+    os.utime(tmp_path / "a" / "20.png", (later, later))
     assert (len(begun) - len(begun) % 8) // row >= 32
     with open(partial, "r+b") as file:  # killed within a row
         file.truncate(len(begun) - row // 2)
@@ -136,7 +153,7 @@ def test_what_cannot_be_read_is_skipped_where_that_is_wanted(tower, tmp_path):
     assert [one.name for one in made.usable([*items, pair], unusable)] == ["0", "2", "4"]
     assert len(unusable) == 3 and "no such image file" in unusable[1] and unusable[2].startswith("data: pair: ")
     again, unusable = features_of([*items, pair], "x", tower, settings, skip=True), []
-    assert len(again.usable([*items, pair], unusable)) == 3 and "mend it and remove that file" in unusable[0]
+    assert len(again.usable([*items, pair], unusable)) == 3 and "not readable when" in unusable[0]
     with pytest.raises(UserError, match="nothing could be read of it"):
         again[items[1].sights[0]]
 

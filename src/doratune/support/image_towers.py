@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError, listed
-from .image_models import load_processor
+from .image_models import PROCESSOR
 from .models import model_path, quiet_loading, readable_errors, source_settings
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class ImageTower:
         from transformers import AutoModel
 
         self.name, path = name, model_path(name)
-        self.processor = load_processor_of_tower(name, trust_remote_code)
+        self.processor = _processor(name, path, trust_remote_code)
         with quiet_loading(), readable_errors(name):
             settings = source_settings(path, trust_remote_code)
             whole, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **settings)
@@ -112,15 +111,21 @@ class ImageTower:
         return side, side
 
 
-def load_processor_of_tower(name: str, trust_remote_code: bool = False):
-    """The image processor, as that of a classifier is loaded; a tower may be of a model that no classifier is made of."""
+def _processor(name: str, path: str, trust_remote_code: bool):
+    """The model's image processor.
+
+    Raises:
+        UserError: it has none, or it cannot be read.
+    """
     from transformers import AutoImageProcessor
 
-    path = model_path(name)
-    if not (Path(path) / "preprocessor_config.json").is_file() and Path(path).is_dir():
-        return load_processor(name, trust_remote_code)  # says what is missing
     with quiet_loading(), readable_errors(name):
-        return AutoImageProcessor.from_pretrained(path, backend="pil", **source_settings(path, trust_remote_code))
+        try:
+            return AutoImageProcessor.from_pretrained(path, backend="pil", **source_settings(path, trust_remote_code))
+        except OSError as error:
+            if PROCESSOR not in str(error):
+                raise
+            raise UserError(f"{name} has no {PROCESSOR}, which says how its images are prepared; give a model of images") from None
 
 
 def _fingerprint(model: nn.Module, processor, pools: bool) -> str:

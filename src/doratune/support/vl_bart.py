@@ -35,7 +35,7 @@ class VisualInput:
     Attributes:
         size: S, numbers of a feature. places: P, the most cells of an image or frames of a video. images: J, the most images.
         tower, fingerprint: the image tower that made the features, and what tells it from others.
-        cells, frames: how many features an image and a video were turned into.
+        cells, frames, frame_rate: how an image and a video were turned into features (`data/visual_features/settings.py`).
     """
 
     size: int
@@ -45,6 +45,7 @@ class VisualInput:
     fingerprint: str = ""
     cells: int = 36
     frames: int = 64
+    frame_rate: float = 3.0
 
     @classmethod
     def of(cls, config) -> VisualInput | None:

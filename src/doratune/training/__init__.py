@@ -4,6 +4,8 @@ recipe.py        TrainRecipe: every setting
 objectives/      what is learned: text, classes of images; one file each
 examples.py      its data: read, split, tokenized, counted
 image_rows.py    images as a model reads them
+visual_rows.py   questions about what is seen, as VL-BART reads them
+task_order.py    batches of one task each, by the tasks' sizes
 class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart

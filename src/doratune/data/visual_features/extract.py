@@ -1,12 +1,14 @@
 """Features of all that a source's items look at: read from the file where it is whole, else made by the image tower.
 
-The file's name says the source and a digest of tower, sizes and names: other settings are another file. A sight that several items
-share is one row; names are paths below the items' common folder, so that a moved data set keeps its file. Cost: one pass of the
-tower over every image, and over every frame that is taken.
+The file's name says the source and a digest of tower, sizes, places and names: other settings and other data are another file. One
+that is older than something it was made of is refused; of a part that was stopped, the rows before that go on. A sight that several
+items share is one row. Cost: one pass of the tower over every image, and over every frame that is taken; afterwards the times of
+the files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ from ...support.processes import agree
 from ..visual_tasks import Sight, VisualItem
 from .pictures import pictures_of
 from .settings import FeatureSettings
-from .store import FeatureFile, FeatureWriter
+from .store import FeatureFile, FeatureWriter, partial_of
 
 AT_ONCE = 16
 """Pictures in one forward of the tower."""
@@ -60,7 +62,7 @@ class Features:
             if lacking is None:
                 there.append(item)
                 continue
-            usual = f"{lacking.path}: not readable when {self.file.path} was made; mend it and remove that file"
+            usual = f"{lacking.path}: not readable when {self.file.path} was made"
             unusable.append(f"{item.where}: {self.problems.get(lacking, usual)}")
         return there
 
@@ -80,15 +82,33 @@ def features_of(
     names = _names(items)
     path = Path(settings.features) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{_digest(names, tower, settings)}.safetensors"
     places = {sight: item.where for item in reversed(items) for sight in item.sights}
-    problems = agree(lambda: {} if path.is_file() else _Extraction(path, names, places, tower, settings, skip).run())
+
+    def make() -> dict[Sight, str]:
+        if not path.is_file():
+            return _Extraction(path, names, places, tower, settings, skip).run()
+        if (newer := _changed(list(names), path)) < len(names):
+            sight = list(names)[newer]
+            raise UserError(f"{sight.path} was changed after {path} was made; remove that file, it is made again")
+        return {}
+
+    problems = agree(make)
     return Features(FeatureFile(path, tower.fingerprint), names, problems)
 
 
 def _names(items: Sequence[VisualItem]) -> dict[Sight, str]:
-    """Each sight once, with its name below the common folder."""
-    sights = list(dict.fromkeys(sight for item in items for sight in item.sights))
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(sight.path)) for sight in sights])
-    return {sight: os.path.relpath(os.path.abspath(sight.path), folder) + sight.key[len(sight.path) :] for sight in sights}
+    """Each sight once, with its name: where it is."""
+    sights = dict.fromkeys(sight for item in items for sight in item.sights)
+    return {sight: os.path.realpath(sight.path) + sight.key[len(sight.path) :] for sight in sights}
+
+
+def _changed(sights: Sequence[Sight], made: Path) -> int:
+    """The number of the first that was changed after a file was written; how many there are where none was."""
+    written = made.stat().st_mtime_ns
+    for number, sight in enumerate(sights):
+        with contextlib.suppress(OSError):  # not there (any more)
+            if os.stat(sight.path).st_mtime_ns > written:
+                return number
+    return len(sights)
 
 
 def _digest(names: Mapping[Sight, str], tower: ImageTower, settings: FeatureSettings) -> str:
@@ -116,7 +136,9 @@ class _Extraction:
 
         size = self.tower.grid([Image.new("RGB", (64, 64))], 1).shape[-1]
         most = max(self.settings.frames if sight.video else self.settings.cells for sight in self.names)
-        with FeatureWriter(self.path, list(self.names.values()), most, size, self.tower.fingerprint) as writer:
+        names, partial = list(self.names.values()), partial_of(self.path)
+        going_on = _changed(list(self.names), partial) if partial.is_file() else 0
+        with FeatureWriter(self.path, names, most, size, self.tower.fingerprint, going_on) as writer:
             label = f"features of {self.path.name.rpartition('-')[0]}"
             with tqdm(total=len(self.names), initial=writer.done, desc=label, unit="item", file=sys.stderr) as bar:
                 left = list(self.names)[writer.done :]

@@ -65,7 +65,7 @@ class FeatureFile:
         row = torch.from_numpy(np.array(self._map()[self.rows[name]])).float()
         row = row[~row[:, 0].isnan()]
         if not len(row):
-            raise UserError(f"nothing could be read of it when {self.path} was made; mend it and remove that file")
+            raise UserError(f"nothing could be read of it when {self.path} was made")
         return row
 
     def holds(self, name: str) -> bool:
@@ -79,15 +79,23 @@ class FeatureFile:
         return self._mapped
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file of features is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
 class FeatureWriter:
     """Writes a file row by row, in the order of its names; as a context, it closes the file and leaves what is there.
+
+    Args:
+        going_on: the most rows of an earlier attempt that still count.
 
     Raises:
         UserError: another process is writing it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], places: int, size: int, fingerprint: str):
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+    def __init__(self, path: Path, names: Sequence[str], places: int, size: int, fingerprint: str, going_on: int = 0):
+        self.path, self.partial = path, partial_of(path)
         self.count, self.places, self.size = len(names), places, size
         head = _head(names, places, size, fingerprint)
         with preparing(path):
@@ -95,7 +103,7 @@ class FeatureWriter:
             self._file = open(self.partial, "a+b")  # noqa: SIM115 (closed by __exit__)
         try:
             self._lock()
-            self.done = self._begin(head)
+            self.done = self._begin(head, going_on)
         except BaseException:
             self._file.close()
             raise
@@ -107,17 +115,18 @@ class FeatureWriter:
             except OSError:
                 raise UserError(f"{self.partial} is being written by another process; wait for it") from None
 
-    def _begin(self, head: bytes) -> int:
-        """Rows that are there already; what is of another file, or half a row, goes."""
+    def _begin(self, head: bytes, going_on: int) -> int:
+        """Rows that are there already and count; what is of another file, or half a row, goes."""
         self._file.seek(0)
         same = self._file.read(len(head)) == head
         rows = (os.fstat(self._file.fileno()).st_size - len(head)) // self._row_bytes if same else 0
+        rows = min(rows, going_on, self.count)
         with one_line_errors(self.path):
             self._file.truncate(len(head) + rows * self._row_bytes if same else 0)
             self._file.seek(0, os.SEEK_END)
             if not same:
                 self._file.write(head)
-        return min(rows, self.count)
+        return rows
 
     @property
     def _row_bytes(self) -> int:
