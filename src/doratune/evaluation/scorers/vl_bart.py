@@ -10,9 +10,7 @@ does not depend on the batch size. Cost: writing, at most TOKENS tokens an item;
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from ...checkpoint.base_model import load_base
 from ...checkpoint.quantized import recorded_quantization
 from ...data.visual_features.extract import features_of
 from ...data.visual_features.settings import FeatureSettings
-from ...data.visual_tasks import load_visual_items, parsed, tasks
+from ...data.visual_tasks import load_visual_items, parsed
 from ...errors import UserError
 from ...support.devices import device_of
 from ...support.environment import peak_bytes
@@ -36,11 +34,10 @@ from ...support.models import load_tokenizer
 from ...support.own_models import is_own
 from ...support.vl_bart import VisualInput, is_vl_bart
 from ...training.visual_rows import SeenItem, VisualCollator, prompt_ids
-from ..captions import cider
 from ..evaluate import refuse_spoiled, write_items
 from ..generate import only_these
+from ..seen import figures_of
 from ..summary import overall, table
-from ..vqa import most_frequent, normalized, soft_score
 from . import Scorer
 
 PROTOCOL = "generate"
@@ -184,60 +181,10 @@ def _score_task(model, tokenizer, name: str, seen: list[SeenItem], sizes, progre
     started = time.perf_counter()
     texts = written(model, tokenizer, seen, *sizes, advance)
     close()
-    scores = _scores(seen, texts)
-    records = []
-    for one, text, score in zip(seen, texts, scores):
-        gold = _gold(one)
-        right = _exact(text, one) if tasks()[one.item.task].scored != "soft" else score > 1 - 1e-9
-        record = {"prompt": one.item.prompt, "gold": gold, "output": text, "answer": text or None, "correct": right, "score": score}
-        sight = one.item.sights[0]
-        records.append(record if sight.video else record | {"image": sight.path})
-    n, mean = len(seen), math.fsum(scores) / len(seen)
+    figures, records = figures_of([one.item for one in seen], texts)
     seconds = time.perf_counter() - started
-    result = {
-        "task": name, "protocol": PROTOCOL, "right": sum(r["correct"] for r in records), "total": n, "accuracy": mean,
-        "standard_error": math.sqrt(max(0.0, math.fsum(s * s for s in scores) / n - mean**2) / n),
-        "unparsable": sum(r["answer"] is None for r in records) / n,
-        "chance": sum(tasks()[one.item.task].chance for one in seen) / n, "majority": _majority(seen),
-        "seconds": seconds, "items_per_second": n / max(seconds, 1e-9),
-    }  # fmt: skip
-    described = [score for one, score in zip(seen, scores) if tasks()[one.item.task].scored == "caption"]
-    return result | ({"cider": math.fsum(described) / len(described)} if described else {}), records
-
-
-def _scores(seen: Sequence[SeenItem], texts: Sequence[str]) -> list[float]:
-    """Of each item; captions of all items together, because their words' weights come from all."""
-    scores = [_score(text, one) for one, text in zip(seen, texts)]
-    described = [i for i, one in enumerate(seen) if tasks()[one.item.task].scored == "caption"]
-    if described:
-        for i, score in zip(described, cider([texts[i] for i in described], [seen[i].item.answers for i in described])):
-            scores[i] = score
-    return scores
-
-
-def _score(text: str, one: SeenItem) -> float:
-    """Of an answer; a caption counts as an answer here, where people gave it word for word."""
-    if tasks()[one.item.task].scored == "soft" and len(one.item.answers) > 1:
-        return soft_score(text, one.item.answers)
-    return float(_exact(text, one))
-
-
-def _exact(text: str, one: SeenItem) -> bool:
-    return normalized(text) in {normalized(answer) for answer in one.item.answers}
-
-
-def _gold(one: SeenItem) -> str:
-    return most_frequent(one.item.answers) if tasks()[one.item.task].scored == "soft" else one.item.answers[0]
-
-
-def _majority(seen: Sequence[SeenItem]) -> float:
-    """The score of each task's most frequent answer; 0 for captions."""
-    groups: dict[str, list[SeenItem]] = {}
-    for one in seen:
-        if tasks()[one.item.task].scored != "caption":
-            groups.setdefault(one.item.task, []).append(one)
-    answers = {task: Counter(map(_gold, group)).most_common(1)[0][0] for task, group in groups.items()}
-    return math.fsum(_score(answers[task], one) for task, group in groups.items() for one in group) / len(seen)
+    speed = {"seconds": seconds, "items_per_second": len(seen) / max(seconds, 1e-9)}
+    return {"task": name, "protocol": PROTOCOL} | figures | speed, records
 
 
 @torch.no_grad()
