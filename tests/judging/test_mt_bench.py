@@ -185,6 +185,8 @@ def test_calls_side_by_side_stop_together(judged):
     """After a failure no further call begins; what was under way is kept."""
 
     def script(body, number):
+        if number > 3:
+            time.sleep(2)  # the one that failed is heard of meanwhile
         return completion("[[3]]") if number != 3 else (401, {}, {"error": {"message": "no"}})
 
     with serving(script) as (url, requests):

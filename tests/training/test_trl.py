@@ -55,13 +55,13 @@ OWN = {
 CLASSES = {name: getattr(trl, f"{name.upper() if name != 'reward' else 'Reward'}Trainer", None) for name in OWN}
 
 
-def trainer_of(method, model, folder, tokenizer, **settings):
+def trainer_of(method, model, folder, tokenizer, ref_model=None, **settings):
     cls = CLASSES[method]
     config = getattr(trl, cls.__name__.replace("Trainer", "Config"))
     common = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
     quiet = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 3}
     arguments = config(str(folder), **common | quiet | {"gradient_checkpointing": False} | OWN[method] | settings)
-    more = {"reward_funcs": vowels} if method in ("grpo", "rloo") else {}
+    more = {"reward_funcs": vowels} if method in ("grpo", "rloo") else {} if ref_model is None else {"ref_model": ref_model}
     return cls(model=model, args=arguments, train_dataset=Dataset.from_list(DATA[method]), processing_class=tokenizer, **more)
 
 
@@ -186,10 +186,9 @@ def test_the_best_checkpoint_is_taken(base, adapter, tmp_path, tiny_tokenizer):
     assert "dpo" in (tmp_path / "run" / "README.md").read_text().lower()
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.parametrize("view", [True, False], ids=["as_peft", "bare"])
-def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, tmp_path, tiny_tokenizer):
-    """TRL puts what is trained over such a base into bf16."""
+@pytest.fixture
+def quantized(tmp_path):
+    """Loads an nf4 base."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -198,8 +197,14 @@ def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, tmp_path, tiny
         tmp_path / "base"
     )
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4)
-    doratune.attach(model, AdapterConfig(rank=2, also_train=["norm"]))
+    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("view", [True, False], ids=["as_peft", "bare"])
+def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, quantized, tmp_path, tiny_tokenizer):
+    """TRL puts what is trained over such a base into bf16."""
+    model = doratune.attach(quantized(), AdapterConfig(rank=2, also_train=["norm"]))
     start = model.model.layers[0].self_attn.q_proj.magnitude.detach().clone()
     settings = {"learning_rate": 1e-5, "precompute_ref_log_probs": True} if method == "dpo" else {"learning_rate": 1e-5}
     trainer = trainer_of(method, doratune.as_peft(model) if view else model, tmp_path / "run", tiny_tokenizer, **settings)
@@ -207,8 +212,27 @@ def test_a_quantized_base_keeps_its_adapter_in_fp32(method, view, tmp_path, tiny
     m = model.model.layers[0].self_attn.q_proj.magnitude
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert 0 < (m - start).abs().max() < 1e-4  # three steps of 1e-5 from the exact start, all below bf16's spacing
-    if method == "dpo":  # the bare model's references are computed while its m is in bf16
-        assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5 if view else 1e-3)
+    if method == "dpo":
+        assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_what_attach_returns_need_not_be_named(quantized):
+    assert doratune.attach(quantized(), AdapterConfig(rank=2)).train().training
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_trained_magnitude_is_not_rounded(method, quantized, tmp_path, tiny_tokenizer):
+    """The next stage over a quantized base: TRL rounds what it does not know for PEFT's m."""
+    model = doratune.attach(quantized(), AdapterConfig(rank=2))
+    doratune.save(randomize(model, scale=0.1), tmp_path / "adapter")
+    m = model.model.layers[0].self_attn.q_proj.magnitude.detach().clone()
+    settings = {"precompute_ref_log_probs": True} if method == "dpo" else {}
+    bare = doratune.load(quantized(), tmp_path / "adapter", trainable=True)
+    with pytest.raises(doratune.UserError, match=r"m of model.layers.0.* was rounded to bfloat16, .* doratune.as_peft\(model\)"):
+        trainer_of(method, bare, tmp_path / "bare", tiny_tokenizer, **settings)
+    model = doratune.load(quantized(), tmp_path / "adapter", trainable=True)
+    trainer_of(method, doratune.as_peft(model), tmp_path / "run", tiny_tokenizer, **settings)
+    assert torch.equal(m, model.model.layers[0].self_attn.q_proj.magnitude)
 
 
 def test_with_the_mixin(base, adapter, tmp_path, tiny_tokenizer):
@@ -247,6 +271,24 @@ def test_the_attached_model_itself_with_references_computed_before(base, adapter
     model.config._name_or_path = "nowhere"
     trainer = trainer_of("dpo", model, tmp_path / "run", tiny_tokenizer, precompute_ref_log_probs=True)
     assert trainer.ref_model is None
+    trainer.train()
+    assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_a_base_is_no_reference_of_a_trained_adapter(method, base, adapter, tmp_path, tiny_tokenizer):
+    """The attached model itself, which TRL does not know for PEFT's: it loads the base again, by its name."""
+    fresh, trained = (doratune.load(base(method), adapter(method, moved), trainable=True) for moved in (False, True))
+    trainer = trainer_of(method, fresh, tmp_path / "fresh", tiny_tokenizer)  # its reference is the base
+    assert trainer.ref_model is not None and not doratune.names(trainer.ref_model)
+    with pytest.raises(doratune.UserError, match=f"the reference of {type(trainer).__name__} would be the base"):
+        trainer_of(method, trained, tmp_path / "run", tiny_tokenizer)
+    trainer_of("sft", trained, tmp_path / "sft", tiny_tokenizer)  # has no reference
+
+
+def test_a_reference_of_ones_own(base, adapter, tmp_path, tiny_tokenizer):
+    model, reference = (doratune.load(base("dpo"), adapter("dpo"), trainable=trainable) for trainable in (True, False))
+    trainer = trainer_of("dpo", model, tmp_path / "run", tiny_tokenizer, ref_model=reference)
     trainer.train()
     assert losses(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 

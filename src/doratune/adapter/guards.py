@@ -21,11 +21,12 @@ from ..layers.shares import sharded
 from ..layers.wrappers import module_at, plain_state
 from ..support.files import write_tensors
 from .foreign import take_from_between
-from .layer import keep_wide
+from .layer import keep_wide, untouched
 from .states import base_name
 
 ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")
 SAVING = ("save_pretrained", "save")
+TAGGING = "add_model_tags"
 WEIGHTS = "model.safetensors"
 TRAINABLE = "_hf_peft_config_loaded"
 """By this attribute transformers knows a quantized model that has an adapter, and lets a Trainer train it."""
@@ -99,14 +100,33 @@ class AdapterSaved(OfModel):
             write_tensors(Path(save_directory) / WEIGHTS, _trained(model, kwargs["state_dict"]))
 
 
-class Train(OfModel):
-    """`train` of a model with a quantized base: TRL puts what is trained over such a base into bf16, in which m does not move."""
+class Tagged(OfModel):
+    """`add_model_tags`, which every trainer of TRL calls when it has its reference: a base that it loaded by the model's name knows
+    nothing of an adapter that is trained already. What is computed before the first step needs m in fp32, too."""
 
-    def __call__(self, mode: bool = True):
+    def __call__(self, tags):
         if (model := self.model()) is None:
-            raise UserError("the model that this train belongs to is gone; keep what attach returns, then call train")
+            raise UserError("the model that this add_model_tags belongs to is gone; keep what attach returns")
         keep_wide(model)
-        return type(model).train(model, mode)
+        init = sys._getframe(1).f_locals
+        reference = getattr(init.get("self"), "ref_model", None)
+        if isinstance(reference, nn.Module) and init.get("ref_model") is None and not _any_adapted(reference) and _moved(model):
+            trainer = type(init["self"]).__name__
+            raise UserError(
+                f"the reference of {trainer} would be the base, without the adapter that is trained already; give it "
+                "doratune.as_peft(model), or set precompute_ref_log_probs=True where it has that"
+            )
+        return type(model).add_model_tags(model, tags)
+
+
+def _any_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, Adapted) for module in model.modules())
+
+
+@torch.no_grad()
+def _moved(model: nn.Module) -> bool:
+    """Does the adapter change the base's output?"""
+    return not all(untouched(module) for module in model.modules() if isinstance(module, Adapted))
 
 
 class Around(OfModel):
@@ -165,8 +185,10 @@ def put_on(model: nn.Module) -> None:
         if "peft_config" not in vars(module):
             vars(module)["peft_config"] = OtherAdapters()
     vars(model)["_cast_adapter_dtype"] = Around(model)
+    if callable(getattr(type(model), TAGGING, None)):
+        vars(model)[TAGGING] = Tagged(model)
     if getattr(model, "is_quantized", False):
-        vars(model).update({TRAINABLE: True, "train": Train(model)})
+        vars(model)[TRAINABLE] = True
 
 
 def take_off(model: nn.Module) -> None:

@@ -214,8 +214,12 @@ def _untouched(weight) -> bool:
 @torch.no_grad()
 def keep_wide(model: nn.Module) -> None:
     """What is trained in fp32 again, where somebody gave it other data (`p.data = p.data.to(torch.bfloat16)`): the very parameters,
-    and magnitudes that were at the start are the norms again."""
-    for module in model.modules():
+    and magnitudes that were at the start are the norms again.
+
+    Raises:
+        UserError: trained magnitudes were rounded.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, Whole):
             keep_whole_wide(module)
         if not isinstance(module, Adapted):
@@ -226,8 +230,9 @@ def keep_wide(model: nn.Module) -> None:
             continue
         follow(module, weight, own)
         weight.changed()
-        if MAGNITUDE in own and own[MAGNITUDE].dtype != before[MAGNITUDE]:
-            start_again(module, before[MAGNITUDE])
+        if MAGNITUDE in own and own[MAGNITUDE].dtype != before[MAGNITUDE] and not start_again(module, before[MAGNITUDE]):
+            rounded = f"the trained m of {name} was rounded to {str(before[MAGNITUDE]).removeprefix('torch.')}"
+            raise UserError(f"{rounded}, as TRL does over a quantized base; load the adapter anew and give doratune.as_peft(model)")
 
 
 def follow(module: nn.Module, weight: AdaptedWeight, own: dict[str, nn.Parameter | None]) -> None:

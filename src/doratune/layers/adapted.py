@@ -142,11 +142,13 @@ def keep_precision(module: nn.Module, apply):
 
 
 @torch.no_grad()
-def start_again(module: nn.Module, low: torch.dtype) -> None:
-    """Give magnitudes that are the norms of their rows, rounded to `low` by somebody, the norms themselves."""
+def start_again(module: nn.Module, low: torch.dtype) -> bool:
+    """Give magnitudes that are the norms of their rows, rounded to `low` by somebody, the norms themselves. Were all of them?"""
     m = module._parameters[MAGNITUDE]
     w = module.adapted.facts.w2.sqrt().to(m.dtype)
-    m.data = torch.where(m == w.to(low).to(m.dtype), w, m)
+    starting = m == w.to(low).to(m.dtype)
+    m.data = torch.where(starting, w, m)
+    return bool(starting.all())
 
 
 def restore_precision(module: nn.Module) -> None:
