@@ -110,6 +110,9 @@ def test_attach_save_load_merge(bart, tmp_path):
     merged = load_vl_bart(str(tmp_path / "merged"), complete=True)
     assert torch.allclose(logits(merged, **inputs()), before, atol=1e-4)
     assert VisualInput.of(merged.config) == SEEN
+    plain = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    text = {name: value for name, value in inputs().items() if not name.startswith("visual")}
+    assert torch.allclose(logits(plain, **text), logits(merged, **text), atol=1e-6)
     doratune.merge(model)
     assert torch.allclose(logits(model, **inputs()), before, atol=1e-4)
 

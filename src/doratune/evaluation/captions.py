@@ -17,18 +17,27 @@ LEFT_OUT = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", 
 """Marks that are no words, as pycocoevalcap has them."""
 
 
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr of each caption against people's own; the mean is the task's, 1.0 what publications print as 100.
+def caption_scorer():
+    """(the package's class, the tokenizer).
 
     Raises:
-        UserError: the package is not installed.
+        UserError: one of the two packages is not installed.
     """
     try:
         from nltk.tokenize import TreebankWordTokenizer
         from pycocoevalcap.cider.cider import Cider
     except ModuleNotFoundError as error:
         raise UserError(f"captions are scored by {error.name}; run: {install_line('pycocoevalcap')}") from None
-    words = TreebankWordTokenizer()
+    return Cider, TreebankWordTokenizer()
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr of each caption against people's own; the mean is the task's, 1.0 what publications print as 100.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    cider_class, words = caption_scorer()
 
     def tokenized(text: str) -> str:
         tokens = words.tokenize(" ".join(text.split()).lower(), convert_parentheses=True)
@@ -36,4 +45,4 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
     ours = {n: [tokenized(caption)] for n, caption in enumerate(captions)}
     theirs = {n: [tokenized(one) for one in people] for n, people in enumerate(references)}
-    return [float(score) for score in Cider().compute_score(theirs, ours)[1]]
+    return [float(score) for score in cider_class().compute_score(theirs, ours)[1]]

@@ -23,7 +23,7 @@ from ...checkpoint.base_model import load_base
 from ...checkpoint.quantized import recorded_quantization
 from ...data.visual_features.extract import features_of
 from ...data.visual_features.settings import FeatureSettings
-from ...data.visual_tasks import load_visual_items, parsed
+from ...data.visual_tasks import load_visual_items, parsed, tasks
 from ...errors import UserError
 from ...support.devices import device_of
 from ...support.environment import peak_bytes
@@ -34,6 +34,7 @@ from ...support.models import load_tokenizer
 from ...support.own_models import is_own
 from ...support.vl_bart import VisualInput, is_vl_bart
 from ...training.visual_rows import SeenItem, VisualCollator, prompt_ids
+from ..captions import caption_scorer
 from ..evaluate import refuse_spoiled, write_items
 from ..generate import only_these
 from ..seen import figures_of
@@ -131,6 +132,8 @@ def _seen_tasks(names: dict[str, str], model, settings, limit: int | None, unusa
             raise UserError(skipped[0] if unusable is None else f"{source} holds no item that can be used; the first: {skipped[0]}")
         if unusable is not None:
             unusable += skipped
+        if any(tasks()[item.task].scored == "caption" for item in usable):
+            caption_scorer()  # missed now, not after the training
         seen.append((name, [SeenItem(item, features) for item in usable]))
     return seen
 
