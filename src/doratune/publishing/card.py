@@ -14,6 +14,8 @@ from yaml import YAMLError
 
 from ..errors import UserError
 from ..support.files import read_json, replacing
+from ..support.own_models import is_own
+from ..support.pipelines import is_pipeline, is_pipeline_adapter
 from ..support.tables import markdown, placed
 
 CARD = "README.md"
@@ -22,7 +24,7 @@ SCORES = "scores"
 
 NOT_SETTINGS = (
     *("model", "data", "output", "eval_data", "source", "expected", "resume", "overwrite", "mirror", "log_steps", "tensorboard"),
-    *("report_to", "sample_prompts", "sample_steps", "sample_tokens"),
+    *("class_images", "report_to", "sample_prompts", "sample_steps", "sample_tokens"),
 )
 """Recipe entries that say where a run read and wrote, or what a reader of the card has elsewhere."""
 
@@ -79,12 +81,23 @@ def metadata(folder: Path, base: str, data: str | list | None, method: str, lice
     datasets = [name for name in ([data] if isinstance(data, str) else data or []) if isinstance(name, str) and _is_hub_name(name)]
     return ModelCardData(
         base_model=base if _is_hub_name(base) else None,
-        base_model_relation=None if not _is_hub_name(base) else "adapter" if is_adapter(folder) else "finetune",
+        base_model_relation=None if not _is_hub_name(base) else "adapter" if _is_any_adapter(folder) else "finetune",
         datasets=datasets or None,
         license=licence,
-        library_name="peft" if opens_in_peft(folder) else "doratune" if is_adapter(folder) else "transformers",
+        library_name=_library(folder),
+        pipeline_tag="text-to-image" if opens_in_diffusers(folder) else None,
         tags=list(dict.fromkeys(["doratune", method])),
     ).to_yaml()
+
+
+def _library(folder: Path) -> str:
+    if opens_in_diffusers(folder):
+        return "diffusers"
+    return "peft" if opens_in_peft(folder) else "doratune" if is_adapter(folder) else "transformers"
+
+
+def _is_any_adapter(folder: Path) -> bool:
+    return is_adapter(folder) or is_pipeline_adapter(folder)
 
 
 def licence_of(folder: Path | None) -> str | None:
@@ -102,6 +115,14 @@ def licence_of(folder: Path | None) -> str | None:
 def loading(folder: Path, base: str) -> str:
     """How the folder is opened, as code."""
     name, labels = _class_of(folder)
+    if opens_in_diffusers(folder):
+        own = f'pipe = DiffusionPipeline.from_pretrained("{"THIS" if is_pipeline(folder) else _shown(base)}")'
+        return _code("from diffusers import DiffusionPipeline", "", own, *_adapter_lines(folder))
+    if is_own(name):
+        result = ', "THIS"' if is_adapter(folder) else ""
+        lines = ["from doratune.checkpoint.base_model import load_base", ""]
+        lines.append(f'model = load_base("{_shown(base) if result else "THIS"}"{result})')
+        return _code(*(["import doratune", *lines, 'doratune.load(model, "THIS")'] if result else lines))
     if not is_adapter(folder):
         return _code(f"from transformers import {name}", "", f'model = {name}.from_pretrained("THIS")')
     new_head = f", id2label={labels}, ignore_mismatched_sizes=True" if labels else ""
@@ -112,14 +133,32 @@ def loading(folder: Path, base: str) -> str:
     return _code(*lines)
 
 
+def opens_in_diffusers(folder: Path) -> bool:
+    """Is it a pipeline, or a pipeline's adapter?"""
+    return is_pipeline(folder) or is_pipeline_adapter(folder)
+
+
+def _adapter_lines(folder: Path) -> list[str]:
+    """How a pipeline gets its adapter; nothing for a merged one."""
+    if is_pipeline(folder):
+        return []
+    if any(folder.glob("*.safetensors")):
+        return ['pipe.load_lora_weights("THIS")']
+    parts = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return ["import doratune", *(f'doratune.load(pipe.{part}, "THIS/{part}")' for part in parts)]
+
+
 def _class_of(folder: Path) -> tuple[str, dict[int, str]]:
     """(the class of transformers that opens what the folder is of, the labels that an adapter's head is for)."""
     with contextlib.suppress(UserError, KeyError, TypeError, IndexError, ValueError, AttributeError):
         if is_adapter(folder):
             record = read_json(folder / "doratune.json", "an adapter folder of ours has it")["model"]
-            name, labels = record["class"], {int(i): label for i, label in record["settings"]["id2label"].items()}
+            name = record["class"]
+            labels = {int(i): label for i, label in record["settings"].get("id2label", {}).items()}
         else:
             name, labels = read_json(folder / "config.json", "a model folder needs it")["architectures"][0], {}
+        if is_own(name):
+            return name, {}
         if "ForImageClassification" in name:
             return "AutoModelForImageClassification", labels
     return "AutoModelForCausalLM", {}
