@@ -429,7 +429,7 @@ def other_engines():
         plan = {"mlp.up_proj": ColwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
         parallelize_module(block, mesh, plan)
     try:
-        attached(model)
+        attached(model, method="dvora")
     except Exception as error:
         found["tensor parallel"] = f"{type(error).__name__}: {error}"
     attached(model, targets=["q_proj", "v_proj"])
@@ -450,14 +450,16 @@ def refusals():
     return found
 
 
-if __name__ == "__main__":
+def run():
+    """The cases of the command line."""
+    global OUT
     torch.set_num_threads(1)
     OUT = Path(sys.argv[1])
     dist.init_process_group("gloo")
     results = {}
     for name in sys.argv[2:]:
         try:
-            results[name] = CASES[name]()
+            results[name] = CASES[name](OUT.parent) if CASES[name].__code__.co_argcount else CASES[name]()
         except BaseException:
             results[name] = {"error": traceback.format_exc()}
             break
@@ -466,3 +468,7 @@ if __name__ == "__main__":
     if "error" in results[name]:
         sys.exit(results[name]["error"])
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run()

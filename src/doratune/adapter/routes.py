@@ -21,6 +21,7 @@ from ..errors import UserError, listed
 from ..layers.kind import outside_compile
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
+from ..layers.tensor_parallel import computed_in_parts
 from ..layers.watch import few_tokens
 from ..layers.wrappers import unwrapped
 from .attach import adapters
@@ -72,6 +73,8 @@ def _routed(model: nn.Module, chosen: list[str | None] | None) -> Iterator[Desti
     active = {} if record is None else dict(adapters(model))
     shadows = {} if chosen is None else {name: layers_of(model, name) for name in used}
     layers = set(active).union(*shadows.values())
+    if split := sorted(name for name in layers if computed_in_parts(layer_at(model, name))):
+        raise UserError(f"{listed(split)}: split by a tensor-parallel plan, in all calls alike; doratune.use switches the model")
     if chosen is not None:
         _check_mixable(model, layers)
     way = Destination(chosen, {} if chosen is None else {name: record_named(model, name).registry for name in used})

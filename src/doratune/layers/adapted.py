@@ -128,7 +128,7 @@ def keep_precision(module: nn.Module, apply):
     for name, p in own_parameters(module).items():
         data, grad = before[name]
         if p.dtype != wide:
-            p.data = data.to(p.device, wide)
+            _give(p, data.to(p.device, wide))
             if grad is not None:
                 p.grad = grad.to(p.device, wide)
     a.changed()
@@ -151,6 +151,14 @@ def start_again(module: nn.Module, low: torch.dtype) -> bool:
     starting = now == w.to(low).to(m.dtype)
     _replace(m, torch.where(starting, w, now))
     return bool(starting.all())
+
+
+def _give(p: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter other data, of another dtype maybe. `data` of a share would leave its own numbers as they were."""
+    if is_share(p):
+        torch.utils.swap_tensors(p, nn.Parameter(data, requires_grad=p.requires_grad))
+    else:
+        p.data = data
 
 
 def _replace(m: nn.Parameter, values: Tensor) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .kind import outside_compile
-from .shares import is_share
+from .shares import is_share, managed_module
 
 ROWS, COLUMNS = 0, 1
 """Dimension of W that is split."""
@@ -157,6 +157,11 @@ def summed(group, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     flat = torch.cat([part.reshape(-1) for part in parts])
     torch.distributed.all_reduce(flat, group=group)
     return tuple(t.view(part.shape) for t, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True))
+
+
+def computed_in_parts(module: nn.Module) -> bool:
+    """Is this layer, adapted or not, split by a plan? What fully_shard has in shards is whole in calls."""
+    return any(is_share(p) for p in module._parameters.values()) and not managed_module(module)
 
 
 def obstacle(kind, module: nn.Module, direction) -> str | None:
