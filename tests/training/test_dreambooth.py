@@ -147,6 +147,8 @@ def test_an_adapter_that_diffusers_cannot_say_is_merged(bases, photos, tmp_path,
     assert main(["merge", "--adapter", str(run / "adapter"), "--output", str(tmp_path / "merged"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]["unet"]["ok"]
     ours = load_pipeline(str(bases["sd"]))
+    with pytest.raises(UserError, match=r"did you mean .*unet"):
+        doratune.load(ours.unet, run / "adapter")
     doratune.load(ours.unet, run / "adapter" / "unet")
     merged = load_pipeline(str(tmp_path / "merged"))
     torch.testing.assert_close(said_by(merged, "unet"), said_by(ours, "unet"), rtol=1e-4, atol=1e-5)
