@@ -1,4 +1,5 @@
-"""The base model of a result, of the class that was trained on it: a language model, or a classifier of images with its labels.
+"""The base model of a result, of the class that was trained on it: a language model, a classifier of images with its labels, or a
+class of our own.
 
 A language model is loaded as everywhere (`support/models.py`), quantized or not. That it is another class is read from the
 adapter's record, the trained model's config, or its own; a head that only the result holds is drawn, and loading the adapter puts
@@ -16,6 +17,7 @@ from ..errors import UserError
 from ..support.image_models import is_classifier, labels_of, load_classifier
 from ..support.model_folders import SETTINGS, TrainedClass, architecture_of, folder_config, transformers_config
 from ..support.models import load_model, model_path
+from ..support.own_models import is_own
 from .adapter import CONFIG
 from .merge import wanted_of
 
@@ -40,6 +42,11 @@ def load_base(
         class_name = want.class_name or architecture_of(name)
     except UserError:  # loading says it
         class_name = None
+    if is_own(class_name):
+        from ..support.vl_bart import VisualInput, load_vl_bart
+
+        visual = VisualInput.of(transformers_config(Path(model_path(name)), want))
+        return load_vl_bart(name, visual, dtype, quantize, trust_remote_code=trust_remote_code)
     if not class_name or not is_classifier(class_name):
         return load_model(name, dtype, quantize, trust_remote_code=trust_remote_code)
     labels = labels_of(transformers_config(Path(model_path(name)), want))

@@ -26,7 +26,8 @@ class EvaluateSettings:
         task: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa (commonsense), AddSub,
             MultiArith, SingleEq, SVAMP, gsm8k (arithmetic), orca_math, mt_bench, NAME:FOLDER with the published files of vqav2,
             gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
-            images, as a folder by class, a table of paths and labels, or an .npz file; a file may hold items of your
+            images, as a folder by class, a table of paths and labels, or an .npz file; of a VL-BART: NAME:FOLDER of vqa,
+            gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c (docs/vl_bart.md); a file may hold items of your
             own, in a format of training data, whose last answer is the right one
             lm_eval:NAME is a task of lm-eval (pip install lm-eval)
         lm_eval_path: a folder with task files of lm-eval of your own
@@ -50,7 +51,9 @@ class EvaluateSettings:
         overwrite: replace an output folder that doratune wrote
         columns: your file's names of fields: of your own items those of their format ({prompt: query}), of a table of labelled
             images {image: NAME, label: NAME, split: NAME} (docs/vision.md)
-        bad_items: of labelled images: stop at one that cannot be used, or skip and count it
+        bad_items: of images and video: stop at an item that cannot be used, or skip and count it
+        image_tower: of VL-BART: the image model whose features it reads; default as it was trained
+        features: of VL-BART: folder of the files of features, which are made where they are not there
         judge: of mt_bench: base address of an OpenAI-compatible server; its key is read from DORATUNE_JUDGE_KEY or OPENAI_API_KEY
         judge_model: of mt_bench: the judge's name there
         judge_retries: how often a call that failed is tried again
@@ -88,6 +91,8 @@ class EvaluateSettings:
     overwrite: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     bad_items: Literal["stop", "skip"] = "stop"
+    image_tower: str | None = None
+    features: str = "features"
     judge: str | None = None
     judge_model: str | None = None
     judge_retries: int = number(6, least=0)

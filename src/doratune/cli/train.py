@@ -16,6 +16,7 @@ EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 
 def main(argv: list[str]) -> int:
     from ..support.processes import launched
     from ..training.launch import launch
+    from ..training.objectives import DEFAULT
     from ..training.recipe import TrainRecipe
 
     recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
             print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
     if is_first():
-        say_next(*_commands(Path(recipe.output)))
+        say_next(*_commands(Path(recipe.output), recipe.objective == DEFAULT))
     if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0
@@ -52,8 +53,8 @@ def chosen_settings(recipe) -> str:
     return f"{to_yaml(values)}# the other {rest} settings have their defaults; all are in {Path(recipe.output) / 'recipe.yaml'}"
 
 
-def _commands(run: Path) -> Iterator[tuple[str, ...]]:
-    """What a finished run can be used for, by the files that it left."""
+def _commands(run: Path, writes: bool) -> Iterator[tuple[str, ...]]:
+    """What a finished run can be used for, by the files that it left; writes: is it of a language model?"""
     from ..support.pipelines import is_pipeline_adapter
 
     adapter, model = run / "adapter", run / "model"
@@ -63,7 +64,7 @@ def _commands(run: Path) -> Iterator[tuple[str, ...]]:
         return
     result = ("--model", str(model)) if model.is_dir() else ("--adapter", str(adapter))
     whole = model.is_dir() or (adapter / "adapter_config.json").is_file()  # a baseline is scored, and nothing else
-    if whole and (Path(result[1]) / "tokenizer_config.json").is_file():
+    if whole and writes and (Path(result[1]) / "tokenizer_config.json").is_file():
         yield ("chat", *result)
     yield ("evaluate", *result, "--task", "my_test.jsonl")
     if whole and not model.is_dir():

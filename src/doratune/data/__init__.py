@@ -4,6 +4,9 @@ sources.py             files, folders, hub ids, published names
 files.py               the items of a file, each with its place
 containers/            .json, .jsonl, .csv, .tsv, .parquet, .arrow, compressed or not
 formats/               instruction, chat, sharegpt, completion, questions, text, preference
+documents.py           published files of JSON: lists and values, held against what they should be
+visual_tasks/          questions about images and video, captions: published files, one's own
+visual_features/       what they look at, as features of an image tower, in one file
 image_sets/            labelled images: folders by class, tables of paths and labels, .npz
 settings.py            how items are read and what is learned
 loading.py             items of one or several sources, checked

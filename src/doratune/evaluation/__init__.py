@@ -3,6 +3,8 @@
 evaluate.py     one evaluation: model × tasks × protocols
 own_items.py    items of a user's own task, in the formats of training data
 harness.py      tasks of lm-eval by name
+captions.py     CIDEr
+seen.py         what was written about images and video, by the tasks' published rules
 metrics.py      exact match, F1, ROUGE, JSON, a pattern, a function of one's own
 tasks.py        tasks by name or file, chance and majority level
 kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math, questions about images

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ..errors import UserError
 from ..support.files import read_json, replacing
+from ..support.own_models import is_own
 from ..support.pipelines import is_pipeline, is_pipeline_adapter
 from ..support.tables import markdown, placed
 
@@ -117,6 +118,11 @@ def loading(folder: Path, base: str) -> str:
     if opens_in_diffusers(folder):
         own = f'pipe = DiffusionPipeline.from_pretrained("{"THIS" if is_pipeline(folder) else _shown(base)}")'
         return _code("from diffusers import DiffusionPipeline", "", own, *_adapter_lines(folder))
+    if is_own(name):
+        result = ', "THIS"' if is_adapter(folder) else ""
+        lines = ["from doratune.checkpoint.base_model import load_base", ""]
+        lines.append(f'model = load_base("{_shown(base) if result else "THIS"}"{result})')
+        return _code(*(["import doratune", *lines, 'doratune.load(model, "THIS")'] if result else lines))
     if not is_adapter(folder):
         return _code(f"from transformers import {name}", "", f'model = {name}.from_pretrained("THIS")')
     new_head = f", id2label={labels}, ignore_mismatched_sizes=True" if labels else ""
@@ -147,9 +153,12 @@ def _class_of(folder: Path) -> tuple[str, dict[int, str]]:
     with contextlib.suppress(UserError, KeyError, TypeError, IndexError, ValueError, AttributeError):
         if is_adapter(folder):
             record = read_json(folder / "doratune.json", "an adapter folder of ours has it")["model"]
-            name, labels = record["class"], {int(i): label for i, label in record["settings"]["id2label"].items()}
+            name = record["class"]
+            labels = {int(i): label for i, label in record["settings"].get("id2label", {}).items()}
         else:
             name, labels = read_json(folder / "config.json", "a model folder needs it")["architectures"][0], {}
+        if is_own(name):
+            return name, {}
         if "ForImageClassification" in name:
             return "AutoModelForImageClassification", labels
     return "AutoModelForCausalLM", {}

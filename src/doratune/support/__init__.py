@@ -7,6 +7,9 @@ outputs.py       an output that is, holds or lies in an input is refused
 processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
 image_models.py   classifiers of images: their labels, their processors
+own_models.py    classes of models that are ours
+vl_bart.py       BART that reads visual features in front of its text
+image_towers.py   image models as makers of features
 image_text.py    models of images and text: processors, which part is which
 pipelines.py     text-to-image pipelines of diffusers: their parts, what they are trained on
 devices.py       the device that a command computes on

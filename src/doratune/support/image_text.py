@@ -65,6 +65,8 @@ def parts_of(model: nn.Module) -> ModelParts | None:
     """The parts of a model of images and text; None for any other model, and where nothing stands beside the decoder."""
     from transformers import AutoModelForImageTextToText
 
+    if own := getattr(model, "visual_parts", ()):  # a class of ours that says it
+        return ModelParts("model.decoder", (), own)
     if type(getattr(model, "config", None)) not in AutoModelForImageTextToText._model_mapping:
         return None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -20,9 +20,10 @@ from torch import nn
 from ..errors import UserError, listed, near_misses
 from .files import read_json
 from .models import model_path, readable_errors
+from .own_models import own_class, own_library
 
-SETTINGS = ("id2label", "label2id", "problem_type")
-"""Of a transformers config: what a head of one's own brings along."""
+SETTINGS = ("id2label", "label2id", "problem_type", "visual")
+"""Of a transformers config: what a head, or an input, of one's own brings along."""
 
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -46,7 +47,7 @@ class TrainedClass:
 def class_record(model: nn.Module) -> dict | None:
     """Class and settings of a model of transformers or diffusers, as plain data; None for others."""
     cls = getattr(type(model), "plain_class", type(model))
-    library = cls.__module__.partition(".")[0]
+    library = own_library(cls) or cls.__module__.partition(".")[0]
     if library not in ("transformers", "diffusers"):
         return None
     config = getattr(model, "config", None)
@@ -125,9 +126,10 @@ def model_class(folder: Path, want: TrainedClass | None = None) -> type:
 
         names = config.get("architectures") or []
         name = names[0] if names else _auto(config)
-        if want and want.class_name and _is_for(getattr(library, want.class_name, None), config):
-            name = want.class_name
-    cls = getattr(library, name, None)
+        wish = want.class_name if want and want.class_name else name
+        if _is_for(own_class(wish) or getattr(library, wish, None), config):
+            name = wish
+    cls = own_class(name) or getattr(library, name, None)
     if not isinstance(cls, type):
         known = [n for n in dir(library) if not n.startswith("_")]
         code = "it is code of the folder's own" if config.get("auto_map") else f"{library.__name__} has no such class"
@@ -209,7 +211,7 @@ def changed_config(folder: Path, model: nn.Module, other_class: bool) -> dict:
         return {}
     changes = {"architectures": [type(model).__name__]} if other_class else {}
     base = transformers_config(folder)
-    if other_class or base.id2label != config.id2label:
+    if other_class or any(getattr(base, name, None) != getattr(config, name, None) for name in ("id2label", "visual")):
         for name in SETTINGS:
             if (value := getattr(config, name, None)) is not None:
                 changes[name] = {str(k): v for k, v in value.items()} if name == "id2label" else value

@@ -8,6 +8,8 @@ latents.py       images as a denoiser reads them
 denoising.py     the loss of a text-to-image pipeline
 painting.py      images that a pipeline draws in a run: samples, images of a class
 image_rows.py    images as a model reads them
+visual_rows.py   questions about what is seen, as VL-BART reads them
+task_order.py    batches of one task each, by the tasks' sizes
 class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart

@@ -154,6 +154,8 @@ class SteadyMixin:
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if hasattr(dataset, "order"):  # data with an order of their own
+            return dataset.order(self.args.train_batch_size, self.args.data_seed or self.args.seed)
         if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             column = self.args.length_column_name
             lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from ..adapter.fresh import fresh_parameters
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..support.image_text import ModelParts, parts_of
@@ -45,7 +46,7 @@ def visual_config(config: AdapterConfig, settings: VisualSettings, model: nn.Mod
 
 
 def freeze_vision(model: nn.Module, settings: VisualSettings) -> None:
-    """For full fine-tuning: all but the image tower, and the projector where it stays frozen.
+    """For full fine-tuning: all but the image tower, and the projector where it stays frozen; what no file holds is trained.
 
     Raises:
         UserError: see `visual_config`.
@@ -55,8 +56,10 @@ def freeze_vision(model: nn.Module, settings: VisualSettings) -> None:
     if parts is None:
         return
     frozen = parts.vision * (settings.vision_tower == "frozen") + parts.projector * (settings.projector == "frozen")
+    fresh = fresh_parameters(model) if frozen else {}
     for name in frozen:
-        model.get_submodule(name).requires_grad_(False)
+        for path, p in model.get_submodule(name).named_parameters():
+            p.requires_grad_(f"{name}.{path}" in fresh)
 
 
 def _refuse_text_model(settings: VisualSettings, parts: ModelParts | None, model: nn.Module) -> None:

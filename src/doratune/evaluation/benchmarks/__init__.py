@@ -1,7 +1,7 @@
 """Published benchmarks of questions about images, one file a benchmark: its files become items of a kind (`kinds/`), and
 answer files in its published layouts become texts by question.
 
-    documents.py     files in JSON, JSON lines or a table; answer files that belong to their questions
+    answer_files.py  answer files that belong to their questions
     vqav2.py         VQAv2: ten answers, soft accuracy
     textvqa.py       TextVQA: ten answers, soft accuracy by its own normalization
     vizwiz.py        VizWiz: ten answers, soft accuracy
@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from ...errors import UserError
-from .documents import answer_texts
+from .answer_files import answer_texts
 
 
 class Benchmark:

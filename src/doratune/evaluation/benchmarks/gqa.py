@@ -6,12 +6,11 @@ Of files that are not balanced, the balanced questions count, as in the publishe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import UserError
+from ...data.documents import published_file
+from ...data.visual_tasks.gqa import gqa_questions
 from . import Benchmark
-from .documents import document, published_file, value_of
 
 
 class GQA(Benchmark):
@@ -22,17 +21,7 @@ class GQA(Benchmark):
 
     def items(self, place: Path) -> list[dict]:
         path = published_file(place, "testdev_balanced_questions.json", "the questions of GQA")
-        value = document(path)
-        if not isinstance(value, Mapping) or not all(isinstance(one, Mapping) for one in value.values()):
-            raise UserError(f"{path} is no object of questions by id; copy the published file again")
-        items = []
-        for name, one in value.items():
-            if one.get("isBalanced") is False:
-                continue
-            where = f"{path}: question {name}"
-            image, question = value_of(one, "imageId", str, where), value_of(one, "question", str, where)
-            items.append({"id": name, "image": f"{image}.jpg", "question": question, "answer": value_of(one, "answer", str, where)})
-        return items
+        return gqa_questions(path)
 
 
 BENCHMARKS = (GQA(),)

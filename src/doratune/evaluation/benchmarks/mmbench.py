@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...data.documents import entries, published_file
 from ...errors import UserError
 from . import Benchmark
-from .documents import entries, published_file
 
 OPTIONS = "ABCDEFGH"
 ROTATION = 1_000_000

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...data.documents import entries, value_of
 from ...errors import UserError
 from ..kinds.yes_no import LABELS
 from . import Benchmark
-from .documents import entries, value_of
 
 PREFIX, NAMED = "coco_pope_", "llava_pope_test.jsonl"
 

@@ -10,9 +10,9 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...data.documents import document, published_file, value_of
 from ...errors import UserError
 from . import Benchmark
-from .documents import document, published_file, value_of
 
 PART = "test"
 

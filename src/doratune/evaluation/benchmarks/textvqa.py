@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...data.documents import entries, people, published_file, value_of
 from . import Benchmark
-from .documents import entries, people, published_file, value_of
 
 
 class TextVQA(Benchmark):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...data.documents import entries, people, published_file, value_of
 from ..kinds.soft_answers import SHORT
 from . import Benchmark
-from .documents import entries, people, published_file, value_of
 
 INSTRUCTION = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
 """What LLaVA-1.5 puts below a question of VizWiz."""

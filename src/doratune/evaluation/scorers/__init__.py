@@ -1,6 +1,7 @@
-"""What scores models that are no language models, one file an objective of training.
+"""What scores models that no protocol of text scores, one file an objective of training.
 
     image_classification.py   classes of images
+    vl_bart.py                answers about images and video, captions
 
 A scorer knows which classes of transformers it scores, so that `doratune evaluate` need not be told; `tasks` of a recipe go to that
 of its objective. Files in this folder that hold `SCORER`, an instance without state, are found by themselves. Language models have

@@ -3,6 +3,7 @@
     language_modeling.py      the next token of text
     image_classification.py   the class of an image
     dreambooth.py             a thing from a few images, in a text-to-image pipeline
+    vl_bart.py                answers about images and video, captions: several tasks in one run
 
 A recipe's `objective` is the name of a file here, which holds `OBJECTIVE`, a subclass: a new objective is one new file. Which
 numbers are trained is the method's business (`methods.py`): each method works under each objective, unless that says otherwise.
