@@ -2,7 +2,7 @@
 
     pip install easy-vqa
     python benchmarks/vl_bart.py --output runs/vl_bart                        # 3 seeds, no sweep
-    python benchmarks/vl_bart.py --output runs/vl_bart --sweep --result FILE  # each method at its best of three rates
+    python benchmarks/vl_bart.py --output runs/vl_bart --test_items 9673 --sweep    # all test questions, the best of three rates
     python benchmarks/vl_bart.py --output runs/small --items 60 --epochs 1 --seeds 1 --steps 20 --start_epochs 0.1   # do they fit?
 
 No pretrained model can be had offline, so each is made first, of the training images alone: an image tower that learns their 24
@@ -57,7 +57,7 @@ def items_of(split: str, output: Path, most: int) -> dict[str, list[dict]]:
     def path(image: int) -> str:
         return str(data / "images" / f"{image}.png")
 
-    asked = [{"task": "vqa", "image": path(i), "question": q, "answer": a} for q, a, i in questions if i in told]
+    asked = [{"task": "vqa", "image": path(i), "question": q, "answer": a} for q, a, i in questions]
     captions = [
         {"task": "caption", "image": path(i), "answers": [f"a {colour} {shape}", f"one {shape} in {colour}"]}
         for i, (shape, colour) in told.items()
@@ -95,11 +95,11 @@ def films(told: dict, data: Path, folder: Path, draw: random.Random, most: int) 
         yield {"task": "tvqa", "video": str(place), "question": question, "answer": answer}
 
 
-def write_data(output: Path, most: int) -> dict[str, dict[str, int]]:
-    """train.json, captions.json, and TASK.json of the test images; how many items each holds."""
+def write_data(output: Path, most: int, tested: int | None = None) -> dict[str, dict[str, int]]:
+    """train.json, captions.json, and TASK.json of the test images; how many items each holds. tested: at most, of each task."""
     counts = {}
     for split in ("train", "test"):
-        items = items_of(split, output, most if split == "train" else max(most // 4, 20))
+        items = items_of(split, output, most if split == "train" else tested or max(most // 4, 20))
         counts[split] = {task: len(part) for task, part in items.items()}
         if split == "train":
             write_json(output / "train.json", [item for part in items.values() for item in part])
@@ -228,7 +228,8 @@ def score_base(output: Path, base: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/vl_bart"))
-    parser.add_argument("--items", type=int, default=4000, help="of each task; a quarter of them to test")
+    parser.add_argument("--items", type=int, default=4000, help="of each task")
+    parser.add_argument("--test_items", type=int, help="of each task; default a quarter as many")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=3)
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     keep_freed_memory()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    counts = write_data(arguments.output, arguments.items)
+    counts = write_data(arguments.output, arguments.items, arguments.test_items)
     tower = write_tower(arguments.output, arguments.start_epochs)
     bart = write_bart(arguments.output, arguments.steps)
     base = write_base(arguments.output, bart, tower, arguments.start_epochs)
