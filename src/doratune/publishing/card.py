@@ -23,7 +23,7 @@ SCORES = "scores"
 
 NOT_SETTINGS = (
     *("model", "data", "output", "eval_data", "source", "expected", "resume", "overwrite", "mirror", "log_steps", "tensorboard"),
-    *("report_to", "sample_prompts", "sample_steps", "sample_tokens"),
+    *("report_to", "sample_prompts", "sample_steps", "sample_tokens", "features"),
 )
 """Recipe entries that say where a run read and wrote, or what a reader of the card has elsewhere."""
 
