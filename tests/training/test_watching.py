@@ -155,6 +155,26 @@ def test_answers_to_fixed_prompts_change_nothing_in_the_training(run, capsys):
     assert "/6" not in said.out  # the bar's line is another one
 
 
+def test_a_resumed_run_takes_what_only_reports_or_stops_that_it_had_not(run):
+    """Callbacks with a state that the checkpoint does not know: samples, an early stop."""
+    flags = ["--eval_steps", "2", "--max_steps", "4"]
+    assert run("run", *flags)[0] == 0
+    more = [
+        "--max_steps",
+        "8",
+        "--sample_prompts",
+        "Is 4 even?",
+        "--sample_steps",
+        "2",
+        "--best_by",
+        "loss",
+        "--early_stopping",
+        "9",
+    ]
+    status, metrics = run("run", "--eval_steps", "2", *more, "--resume")
+    assert status == 0 and {sample["step"] for sample in metrics["samples"]} == {6, 8}
+
+
 def test_answers_are_the_adapter_s_own_and_outlive_a_resume(run, tiny_tokenizer):
     flags = [
         "--lr",

@@ -14,6 +14,7 @@ base_weights.py   base weights that a folder holds, and tied ones
 fitting.py     does a folder fit a model, and putting its values in
 ties.py        parameters that are tied in the base, when they are merged
 merge.py       base + adapter → a model folder, shard by shard
+pipelines.py   adapters of pipelines: a folder a part, one file for diffusers, merging
 quantized.py   the same for an adapter of a quantized base, three ways
 logits.py      does the merged model say the same?
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,8 @@ EXAMPLE = "doratune merge --model smollm2-135m-instruct --adapter runs/demo/adap
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """Merge an adapter into its base model: an ordinary folder of transformers or diffusers, no adapter code needed to run it.
+    """Merge an adapter into its base model: an ordinary folder of transformers or diffusers, no adapter code needed to run it. An
+    adapter of a pipeline becomes the whole pipeline.
 
     Args:
         model: base model: hub id, local folder, or smollm2-135m-instruct; default: the one that the adapter records
@@ -47,15 +49,17 @@ def main(argv: list[str]) -> int:
     settings, as_json = parse(MergeSettings, argv, "merge", EXAMPLE)
     keep_freed_memory()
     from ..checkpoint.adapter import base_model_of
-    from ..checkpoint.logits import agreement
-    from ..checkpoint.merge import base_folder, merge_checkpoint, stored_dtype
+    from ..checkpoint.merge import merge_checkpoint
     from ..checkpoint.quantized import recorded_quantization
     from ..errors import UserError
     from ..support.outputs import refuse_inputs, run_of
+    from ..support.pipelines import is_pipeline_adapter
 
     for name in ("adapter", "output"):
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} FOLDER")
+    if is_pipeline_adapter(settings.adapter):
+        return _merge_pipeline(settings, as_json)
     base = settings.model or base_model_of(settings.adapter)
     refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(settings.adapter))
     if settings.into or recorded_quantization(settings.adapter):
@@ -63,26 +67,40 @@ def main(argv: list[str]) -> int:
     result = {"output": settings.output}
 
     def check(merged: Path) -> None:
-        compared = agreement(base, settings.adapter, merged, settings.dtype or stored_dtype(base_folder(base)))
-        if compared is None:
-            say("not compared: no input could be made from the model's config; run base + adapter and the result on one of yours")
-            result.update({"ok": None})
-            return
-        say(str(compared))
-        result.update({**compared.__dict__, "ok": compared.ok})
-        if not compared.ok:
-            raise Disagreement(f"the merged model differs from base + adapter; nothing was written to {settings.output}")
+        result.update(_compared(base, settings.adapter, merged, settings))
 
-    try:
-        output = merge_checkpoint(
-            base,
-            settings.adapter,
-            settings.output,
-            settings.dtype,
-            settings.overwrite,
-            check if settings.check else None,
-            settings.check_base,
+    def merge() -> Path:
+        checked = check if settings.check else None
+        return merge_checkpoint(
+            base, settings.adapter, settings.output, settings.dtype, settings.overwrite, checked, settings.check_base
         )
+
+    return _finished(merge, result, as_json)
+
+
+def _compared(base: str, adapter: str | Path, merged: Path, settings: MergeSettings) -> dict:
+    """What the merged model says, held against base + adapter.
+
+    Raises:
+        Disagreement: it says something else.
+    """
+    from ..checkpoint.logits import agreement
+    from ..checkpoint.merge import base_folder, stored_dtype
+
+    compared = agreement(base, adapter, merged, settings.dtype or stored_dtype(base_folder(base)))
+    if compared is None:
+        say("not compared: no input could be made from the model's config; run base + adapter and the result on one of yours")
+        return {"ok": None}
+    say(str(compared))
+    if not compared.ok:
+        raise Disagreement(f"the merged model differs from base + adapter; nothing was written to {settings.output}")
+    return {**compared.__dict__, "ok": True}
+
+
+def _finished(merge: Callable[[], Path], result: dict, as_json: bool) -> int:
+    """The exit status of a merge, which is done here, and what is said of it."""
+    try:
+        output = merge()
     except Disagreement as error:
         print(f"doratune merge: {error}", file=sys.stderr)
         return 1
@@ -91,6 +109,29 @@ def main(argv: list[str]) -> int:
     if as_json:
         print_json(result)
     return 0
+
+
+def _merge_pipeline(settings: MergeSettings, as_json: bool) -> int:
+    from ..checkpoint.pipelines import merge_pipeline, pipeline_record
+    from ..errors import UserError
+    from ..support.outputs import refuse_inputs, run_of
+
+    if settings.into:
+        raise UserError(f"into is {settings.into!r}, which is for quantized bases, and pipelines are trained dense; drop it")
+    adapter = Path(settings.adapter)
+    base = settings.model or pipeline_record(adapter)[0]
+    refuse_inputs(settings.output, {"the model": base, "the adapter": settings.adapter}, run_of(adapter))
+    result: dict = {"output": settings.output, "parts": {}}
+
+    def check(part: Path, own: Path, merged: Path) -> None:
+        say(f"{part.name}:")
+        result["parts"][part.name] = _compared(str(part), own, merged, settings)
+
+    def merge() -> Path:
+        output, checked = Path(settings.output), check if settings.check else None
+        return merge_pipeline(base, adapter, output, settings.dtype, settings.overwrite, checked, settings.check_base)
+
+    return _finished(merge, result, as_json)
 
 
 def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:

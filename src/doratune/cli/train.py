@@ -55,7 +55,13 @@ def chosen_settings(recipe) -> str:
 
 def _commands(run: Path, writes: bool) -> Iterator[tuple[str, ...]]:
     """What a finished run can be used for, by the files that it left; writes: is it of a language model?"""
+    from ..support.pipelines import is_pipeline_adapter
+
     adapter, model = run / "adapter", run / "model"
+    if is_pipeline_adapter(adapter):
+        yield ("merge", "--adapter", str(adapter), "--output", f"{run}-merged")
+        yield ("report", str(run))
+        return
     result = ("--model", str(model)) if model.is_dir() else ("--adapter", str(adapter))
     whole = model.is_dir() or (adapter / "adapter_config.json").is_file()  # a baseline is scored, and nothing else
     if whole and writes and (Path(result[1]) / "tokenizer_config.json").is_file():

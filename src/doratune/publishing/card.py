@@ -15,6 +15,7 @@ from yaml import YAMLError
 from ..errors import UserError
 from ..support.files import read_json, replacing
 from ..support.own_models import is_own
+from ..support.pipelines import is_pipeline, is_pipeline_adapter
 from ..support.tables import markdown, placed
 
 CARD = "README.md"
@@ -23,7 +24,7 @@ SCORES = "scores"
 
 NOT_SETTINGS = (
     *("model", "data", "output", "eval_data", "source", "expected", "resume", "overwrite", "mirror", "log_steps", "tensorboard"),
-    *("report_to", "sample_prompts", "sample_steps", "sample_tokens", "features"),
+    *("class_images", "features", "report_to", "sample_prompts", "sample_steps", "sample_tokens"),
 )
 """Recipe entries that say where a run read and wrote, or what a reader of the card has elsewhere."""
 
@@ -80,12 +81,23 @@ def metadata(folder: Path, base: str, data: str | list | None, method: str, lice
     datasets = [name for name in ([data] if isinstance(data, str) else data or []) if isinstance(name, str) and _is_hub_name(name)]
     return ModelCardData(
         base_model=base if _is_hub_name(base) else None,
-        base_model_relation=None if not _is_hub_name(base) else "adapter" if is_adapter(folder) else "finetune",
+        base_model_relation=None if not _is_hub_name(base) else "adapter" if _is_any_adapter(folder) else "finetune",
         datasets=datasets or None,
         license=licence,
-        library_name="peft" if opens_in_peft(folder) else "doratune" if is_adapter(folder) else "transformers",
+        library_name=_library(folder),
+        pipeline_tag="text-to-image" if opens_in_diffusers(folder) else None,
         tags=list(dict.fromkeys(["doratune", method])),
     ).to_yaml()
+
+
+def _library(folder: Path) -> str:
+    if opens_in_diffusers(folder):
+        return "diffusers"
+    return "peft" if opens_in_peft(folder) else "doratune" if is_adapter(folder) else "transformers"
+
+
+def _is_any_adapter(folder: Path) -> bool:
+    return is_adapter(folder) or is_pipeline_adapter(folder)
 
 
 def licence_of(folder: Path | None) -> str | None:
@@ -103,6 +115,9 @@ def licence_of(folder: Path | None) -> str | None:
 def loading(folder: Path, base: str) -> str:
     """How the folder is opened, as code."""
     name, labels = _class_of(folder)
+    if opens_in_diffusers(folder):
+        own = f'pipe = DiffusionPipeline.from_pretrained("{"THIS" if is_pipeline(folder) else _shown(base)}")'
+        return _code("from diffusers import DiffusionPipeline", "", own, *_adapter_lines(folder))
     if is_own(name):
         result = ', "THIS"' if is_adapter(folder) else ""
         lines = ["from doratune.checkpoint.base_model import load_base", ""]
@@ -116,6 +131,21 @@ def loading(folder: Path, base: str) -> str:
     if opens_in_peft(folder):
         lines += ["", "# or with PEFT", "from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "THIS")']
     return _code(*lines)
+
+
+def opens_in_diffusers(folder: Path) -> bool:
+    """Is it a pipeline, or a pipeline's adapter?"""
+    return is_pipeline(folder) or is_pipeline_adapter(folder)
+
+
+def _adapter_lines(folder: Path) -> list[str]:
+    """How a pipeline gets its adapter; nothing for a merged one."""
+    if is_pipeline(folder):
+        return []
+    if any(folder.glob("*.safetensors")):
+        return ['pipe.load_lora_weights("THIS")']
+    parts = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return ["import doratune", *(f'doratune.load(pipe.{part}, "THIS/{part}")' for part in parts)]
 
 
 def _class_of(folder: Path) -> tuple[str, dict[int, str]]:

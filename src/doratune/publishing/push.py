@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..errors import UserError, listed
 from ..support.files import read_json
 from ..support.hub import no_answer
+from ..support.pipelines import ADAPTER_RECORD, INDEX
 
 KEPT_HERE = (
     "*.bin",
@@ -22,7 +23,7 @@ KEPT_HERE = (
     "*.pkl",
     "*.ckpt",
     "optimizer*",
-    "scheduler*",
+    "scheduler.*",
     "rng_state*",
     "trainer_state.json",
     "training_args*",
@@ -52,7 +53,7 @@ def parcel(folder: str | Path) -> Parcel:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give an adapter or model folder")
-    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json", "model_index.json")):
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json", INDEX, ADAPTER_RECORD)):
         inner = [name for name in ("adapter", "model") if (folder / name).is_dir()]
         hint = f"; did you mean {folder / inner[0]}?" if inner else ""
         raise UserError(f"{folder} holds neither adapter_config.json nor config.json: no adapter or model{hint}")
@@ -73,12 +74,12 @@ def _stays(name: str) -> bool:
 
 def _refuse_local_base(folder: Path) -> None:
     """An adapter over a folder of this machine is of no use elsewhere."""
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json", "an adapter folder needs it").get("base_model_name_or_path")
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), (ADAPTER_RECORD, "model")):
+        base = read_json(folder / name, "an adapter folder needs it").get(key) if (folder / name).is_file() else None
         if base and (os.path.isabs(base) or Path(base).exists()):
             raise UserError(
                 f"the adapter's base model is {base!r}, a path of this machine that nobody else can load; write the base's hub id "
-                f"into {folder / 'adapter_config.json'} (base_model_name_or_path), or merge and push the model"
+                f"into {folder / name} ({key}), or merge and push the model"
             )
 
 

@@ -51,6 +51,8 @@
       };
       line("loss", "loss", dash, {});
       line("eval_loss", "eval loss", "dot", { mode: "lines+markers", marker: { color: shade, size: 8, symbol: "diamond-open" } });
+      line("instance_loss", "instance loss", "dash", { mode: "lines" });
+      line("prior_loss", "prior loss", "dashdot", { mode: "lines" });
       line("learning_rate", "learning rate", dash, { yaxis: "y2", mode: "lines" });
     });
     Plotly.react("curves-chart", traces, layout({

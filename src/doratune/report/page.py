@@ -107,7 +107,7 @@ def _parts(runs: Sequence[Run], drawn: PagePoints, grids: list[dict], warn: Warn
         "runs": runs_table(runs),
         "groups": [(name, score_tables(some), cost_table(some)) for name, some in groups(runs).items()],
         "samples": sample_sets(runs, warn),
-        "answers": [(run.name, prompts) for run in runs if (prompts := answers_on_the_way(run))],
+        "answers": [(run.name, prompts) for run in runs if (prompts := answers_on_the_way(run, warn))],
         "shared": shared,
         "varying": varying,
         "measured": bool(drawn.points),

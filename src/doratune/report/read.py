@@ -19,6 +19,8 @@ from ..support.files import open_tensors, read_json
 from ..support.yaml_text import read_yaml
 
 MARKS = ("recipe.yaml", "metrics.json", "adapter", "model")
+FIGURES = ("step", "loss", "eval_loss", "learning_rate", "instance_loss", "prior_loss")
+"""Of a row of the log."""
 Warn = Callable[[str], None]
 
 
@@ -56,7 +58,7 @@ class Run:
         """The rows of the log that name their step, with what is a number in them."""
         rows = self.metrics.get("log")
         entries = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        figures = [{key: number(row.get(key)) for key in ("step", "loss", "eval_loss", "learning_rate")} for row in entries]
+        figures = [{key: number(row.get(key)) for key in FIGURES} for row in entries]
         return [row for row in figures if row["step"] is not None]
 
 

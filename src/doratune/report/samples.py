@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,18 +65,33 @@ def sample_sets(runs: Sequence[Run], warn: Warn) -> list[SampleSet]:
     return all_sets
 
 
-def answers_on_the_way(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
-    """(prompt, [(step, answer), …]) of `sample_prompts`, as metrics.json has them; what is none of them is left out."""
-    prompts: dict[str, list[tuple[int, str]]] = {}
+@dataclass(frozen=True)
+class StepAnswer:
+    """What came of a prompt at a step: a text, or an image for the page."""
+
+    step: int
+    text: str = ""
+    image: str | None = None
+
+
+def answers_on_the_way(run: Run, warn: Warn) -> list[tuple[str, list[StepAnswer]]]:
+    """(prompt, answers) of `sample_prompts`, as metrics.json has them; what is none of them is left out."""
+    prompts: dict[str, list[StepAnswer]] = {}
     rows = run.metrics.get("samples")
     for row in rows if isinstance(rows, list) else []:
-        if (
-            isinstance(row, dict)
-            and isinstance(row.get("step"), int)
-            and all(isinstance(row.get(k), str) for k in ("prompt", "output"))
-        ):
-            prompts.setdefault(row["prompt"], []).append((row["step"], row["output"]))
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("prompt"), str):
+            continue
+        if isinstance(row.get("output"), str):
+            prompts.setdefault(row["prompt"], []).append(StepAnswer(row["step"], row["output"]))
+        elif isinstance(row.get("image"), str) and (shown := picture(_of_run(run, row["image"]), warn)):
+            prompts.setdefault(row["prompt"], []).append(StepAnswer(row["step"], image=shown))
     return list(prompts.items())
+
+
+def _of_run(run: Run, name: str) -> str | None:
+    """The path of an image that lies in the run's folder; None for any other: metrics.json may be somebody else's."""
+    path = os.path.realpath(run.folder / name)
+    return path if path.startswith(os.path.realpath(run.folder) + os.sep) else None
 
 
 def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 
 import regex
@@ -48,6 +49,20 @@ class NamePattern:
             raise UserError(f"{self.where}: {problem}; write it without nested repetitions") from None
         finally:
             self.spent += time.perf_counter() - started
+
+
+def excluding(exclude: str | tuple[str, ...], names: Iterable[str]) -> str:
+    """A pattern of what was excluded and of all that lies in the modules of these names.
+
+    Args:
+        exclude: a regular expression, or names and suffixes, as AdapterConfig has them.
+    """
+    if isinstance(exclude, str):
+        before = [f"(?:{NamePattern(exclude, 'exclude').pattern})"] if exclude else []
+    else:
+        before = [rf"(?:.*\.)?{re.escape(entry)}" for entry in exclude]
+    inside = "|".join(re.escape(name) for name in names)
+    return "|".join([*before, rf"(?:{inside})(?:\..*)?"] if inside else before)
 
 
 def _short(pattern: str) -> str:

@@ -140,6 +140,15 @@ def largest(number: int, device: torch.device) -> int:
     return int(shared)
 
 
+def average(number: torch.Tensor) -> float:
+    """The mean of all processes' numbers, in all of them."""
+    number = number.detach().float().clone()
+    if _connected():
+        torch.distributed.all_reduce(number)
+        number /= torch.distributed.get_world_size()
+    return float(number)
+
+
 def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 

@@ -1,8 +1,12 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
-objectives/      what is learned: text, classes of images; one file each
+objectives/      what is learned: text, classes of images, a thing in images; one file each
 examples.py      its data: read, split, tokenized, counted
+dreambooth.py    a few images of one thing, and of its class: settings, prompts, images
+latents.py       images as a denoiser reads them
+denoising.py     the loss of a text-to-image pipeline
+painting.py      images that a pipeline draws in a run: samples, images of a class
 image_rows.py    images as a model reads them
 visual_rows.py   questions about what is seen, as VL-BART reads them
 task_order.py    batches of one task each, by the tasks' sizes

@@ -20,7 +20,7 @@ from ..support.yaml_text import read_yaml, to_yaml
 
 ASIDE = ".replaced"
 RECIPE, METRICS = "recipe.yaml", "metrics.json"
-WRITTEN = (RECIPE, METRICS, "adapter", "model", "checkpoint-*", "runs", "scores", "loss.png", "status.json")
+WRITTEN = (RECIPE, METRICS, "adapter", "model", "checkpoint-*", "runs", "scores", "loss.png", "samples", "status.json")
 """What `doratune train` writes."""
 
 

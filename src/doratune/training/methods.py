@@ -17,7 +17,6 @@ from ..adapter.attach import attach
 from ..adapter.inspect import inspect
 from ..adapter.verify import verify
 from ..baselines.config import METHODS as BASELINES
-from ..checkpoint.adapter import save
 from ..config import METHODS
 from ..errors import UserError, listed
 from ..support.folders import whole_folder
@@ -26,7 +25,7 @@ from .movement import Movement, measure
 from .objectives import Objective, objective_of
 from .recipe import TrainRecipe
 from .trainer import BaselineTrainer, DoRATrainer, FullTrainer
-from .visual import freeze_vision, visual_config
+from .visual import freeze_vision
 
 
 class AdapterMethod:
@@ -47,9 +46,9 @@ class AdapterMethod:
         r = self.recipe
         unquantized = r.start == "loftq" or r.magnitude_from == "original"
         original = self.objective.load(r.dtype) if unquantized else None
-        attach(model, visual_config(r.adapter(), r.visual(), model), original=original)
+        attach(model, self.objective.adapter(model), original=original)
         share = _share(*self.counts(model))
-        report = verify(model)
+        report = verify(model, self.objective.example(model))
         if report.bypassed and r.idle_layers == "stop":
             shown = listed([f"{name} {reason}" for name, reason in report.bypassed.items()], 3)
             raise UserError(f"adapted layers that would not train: {shown}; leave them out (exclude), or set idle_layers: warn")
@@ -74,8 +73,9 @@ class AdapterMethod:
         for name in (*ratios, "magnitude_decay", "idle_layers", "check_base"):
             setattr(trainer, name, getattr(self.recipe, name))
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save(model, folder)
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write the result; lines to say about it."""
+        return self.objective.save(model, folder)
 
     def scored(self, model: nn.Module) -> nn.Module:
         """The model as it is scored: as the recipe's dtype has it."""
@@ -115,9 +115,10 @@ class FullMethod(AdapterMethod):
     def tune(self, trainer) -> None:
         pass
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
         with whole_folder(folder, key="config.json") as temporary:
             model.save_pretrained(temporary)
+        return []
 
     def scored(self, model: nn.Module) -> nn.Module:
         return model.to(torch_dtype(self.recipe.dtype))
@@ -145,8 +146,9 @@ class BaselineMethod(AdapterMethod):
     def tune(self, trainer) -> None:
         pass
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
         baselines.save(model, folder)
+        return []
 
     def zero_rows(self, model: nn.Module) -> int:
         return 0

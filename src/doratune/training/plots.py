@@ -12,7 +12,7 @@ PLOT = "loss.png"
 
 
 def plot_loss(log: Sequence[dict], path: Path) -> bool:
-    """Draw the losses of a run's log over its steps, training and evaluation; False where there is none, or no matplotlib."""
+    """Draw the losses of a run's log over its steps; False where there is none, or no matplotlib."""
     curves = {name: [(row["step"], row[key]) for row in log if key in row] for name, key in CURVES.items()}
     if not curves["training"] or importlib.util.find_spec("matplotlib") is None:
         return False
@@ -26,9 +26,9 @@ def plot_loss(log: Sequence[dict], path: Path) -> bool:
         if points:
             axes.plot(*zip(*points), marker=".", label=name)
     positive = all(value > 0 for points in curves.values() for _, value in points)
-    axes.set(xlabel="optimizer step", ylabel="loss on the answer", yscale="log" if positive else "linear")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log" if positive else "linear")
     axes.grid(alpha=0.3)
-    if curves["evaluation"]:
+    if sum(map(bool, curves.values())) > 1:
         axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
@@ -36,5 +36,5 @@ def plot_loss(log: Sequence[dict], path: Path) -> bool:
     return True
 
 
-CURVES = {"training": "loss", "evaluation": "eval_loss"}
+CURVES = {"training": "loss", "evaluation": "eval_loss", "of the thing": "instance_loss", "of its class": "prior_loss"}
 """Name of a curve → its figure in the log."""

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..support.devices import Device
 from ..support.fields import with_settings_of
 from ..support.values import check_choice, check_values, choices, number
+from .dreambooth import DreamBoothSettings
 from .objectives import DEFAULT, names, objective_of
 from .visual import VisualSettings
 
@@ -34,6 +35,7 @@ def methods() -> list[str]:
 @with_settings_of(AdapterConfig, after="double_quantization")
 @with_settings_of(DataSettings, after="expected")
 @with_settings_of(VisualSettings, after="double_quantization")
+@with_settings_of(DreamBoothSettings, after="eval_size")
 @with_settings_of(FeatureSettings, after="expected")
 class TrainRecipe:
     """Settings of `doratune train`.
@@ -43,8 +45,9 @@ class TrainRecipe:
         data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
             (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
-        objective: what is learned: language_modeling, image_classification (a class of each image; docs/vision.md), or vl_bart
-            (questions about images and video, captions; docs/vl_bart.md)
+        objective: what is learned: language_modeling, image_classification (a class of each image; docs/vision.md), vl_bart
+            (questions about images and video, captions; docs/vl_bart.md), or dreambooth (a thing from a few images, in a
+            text-to-image pipeline; docs/text_to_image.md)
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each
@@ -97,7 +100,8 @@ class TrainRecipe:
         keep_checkpoints: how many checkpoints stay
         best_by: take the checkpoint that is best on the evaluation data by its loss or token_accuracy; none: the last
         early_stopping: stop after so many evaluations in a row that are not the best by best_by; 0 for never
-        sample_prompts: texts that the model answers while it is trained, asked as the data asks; into the log and metrics.json
+        sample_prompts: texts that the model answers while it is trained, asked as the data asks; into the log and metrics.json;
+            of a pipeline: images, into OUTPUT/samples
         sample_steps: every so many steps; 0 for once an epoch
         sample_tokens: longest of these answers
         tensorboard: write TensorBoard logs into the run's folder

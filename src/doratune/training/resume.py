@@ -22,7 +22,7 @@ FREE = (
     "output", "source", "expected", "mirror", "tasks", "tasks_protocol", "tasks_limit", "tasks_batch_size", "log_steps",
     "eval_steps", "save_steps", "keep_checkpoints", "tensorboard", "trust_remote_code", "check_base", "resume", "overwrite",
     "processes", "fsdp", "timeout", "workers", "best_by", "early_stopping", "sample_prompts", "sample_steps", "sample_tokens",
-    "report_to", "device", "features",
+    "report_to", "device", "denoising_steps", "guidance", "features",
 )  # fmt: skip
 """Settings that change nothing in what is trained."""
 

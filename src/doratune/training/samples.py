@@ -25,27 +25,24 @@ from ..support.processes import is_first
 from .recipe import TrainRecipe
 
 
-class SampleWriter(TrainerCallback, ExportableState):
-    """Answers of one run; a checkpoint takes along those so far.
+class FixedPrompts(TrainerCallback, ExportableState):
+    """When what a model answers to `sample_prompts` is looked at; a checkpoint takes along the samples so far.
 
     Args:
-        kind: the format of the training data. checkpoint: of a run that goes on.
-        say: takes a line for each answer.
-
-    Raises:
-        UserError: a prompt that the template refuses.
+        checkpoint: of a run that goes on. say: takes a line for each sample.
     """
 
-    def __init__(
-        self, recipe: TrainRecipe, kind: DataFormat, tokenizer, say: Callable[[str], None], checkpoint: Path | None = None
-    ):
-        self.tokenizer, self.say, self.every, self.longest = tokenizer, say, recipe.sample_steps, recipe.sample_tokens
-        self.prompts = {prompt: asked(prompt, kind, tokenizer, recipe.reading()) for prompt in recipe.sample_prompts}
+    def __init__(self, recipe: TrainRecipe, say: Callable[[str], None], checkpoint: Path | None = None):
+        self.recipe, self.say, self.every = recipe, say, recipe.sample_steps
         self.samples: list[dict] = []
         with contextlib.suppress(UserError, KeyError, TypeError):
             if checkpoint is not None:
                 state = read_json(checkpoint / "trainer_state.json", "a checkpoint needs it")
                 self.samples = list(state["stateful_callbacks"][type(self).__name__]["attributes"]["samples"])
+
+    def sample(self, step: int, model) -> list[dict]:
+        """{step, prompt, and what came of it} of each prompt."""
+        raise NotImplementedError
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"samples": self.samples}}
@@ -63,12 +60,34 @@ class SampleWriter(TrainerCallback, ExportableState):
             self._write(state.global_step, model)
 
     def _write(self, step: int, model) -> None:
-        if not is_first() or any(sample["step"] == step for sample in self.samples):
-            return
+        if is_first() and not any(sample["step"] == step for sample in self.samples):
+            self.samples += self.sample(step, model)
+
+
+class SampleWriter(FixedPrompts):
+    """Answers of one run.
+
+    Args:
+        kind: the format of the training data.
+
+    Raises:
+        UserError: a prompt that the template refuses.
+    """
+
+    def __init__(
+        self, recipe: TrainRecipe, kind: DataFormat, tokenizer, say: Callable[[str], None], checkpoint: Path | None = None
+    ):
+        super().__init__(recipe, say, checkpoint)
+        self.tokenizer = tokenizer
+        self.prompts = {prompt: asked(prompt, kind, tokenizer, recipe.reading()) for prompt in recipe.sample_prompts}
+
+    def sample(self, step: int, model) -> list[dict]:
+        rows = []
         for prompt, ids in self.prompts.items():
-            text = answer(model, self.tokenizer, ids, self.longest)
-            self.samples.append({"step": step, "prompt": prompt, "output": text})
+            text = answer(model, self.tokenizer, ids, self.recipe.sample_tokens)
+            rows.append({"step": step, "prompt": prompt, "output": text})
             self.say(f"step {step}: {prompt!r} -> {text!r}")
+        return rows
 
 
 def asked(prompt: str, kind: DataFormat, tokenizer, reading: DataSettings) -> list[int]:

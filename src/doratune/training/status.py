@@ -28,6 +28,8 @@ from ..support.yaml_text import read_yaml
 from .folder import ASIDE, METRICS, RECIPE
 
 STATUS = "status.json"
+PARTS = (ASIDE, "adapter", "model", "runs", "scores", "samples", "merged")
+"""Folders in a run's folder in which no runs are looked for, and `checkpoint-N`."""
 SILENT_S = 900
 """Seconds without a word after which a run on another machine counts as interrupted."""
 
@@ -112,7 +114,7 @@ def _folders(folder: Path) -> Iterator[Path]:
         yield folder
     with contextlib.suppress(OSError):
         for inner in sorted(folder.iterdir()):
-            parts = inner.name in (ASIDE, "adapter", "model", "runs", "scores", "merged") or inner.name.startswith("checkpoint-")
+            parts = inner.name in PARTS or inner.name.startswith("checkpoint-")
             if inner.is_dir() and not inner.is_symlink() and not (parts and (folder / RECIPE).is_file()):
                 yield from _folders(inner)
 

@@ -118,11 +118,13 @@ def _leave(method: AdapterMethod, trainer, clock: Clock, model, tokenizer, count
     folder = Path(method.recipe.output) / method.result
     if not is_first() and not sharded(model):
         return {}
-    method.save(model, folder)
+    notes = method.save(model, folder)
     if not is_first():
         measured(method, model)
         return {}
-    tokenizer.save_pretrained(folder)
+    for note in notes:
+        say(note)
+    method.objective.leave(tokenizer, folder)
     if score is not None:
         score(method.scored(model), tokenizer)
     return finish(method, trainer, clock, model, counts, say)
@@ -155,7 +157,8 @@ def _check_share(recipe: TrainRecipe) -> None:
 def _starting_point(recipe: TrainRecipe, run: RunFolder, own: bool, say) -> Path | None:
     """The checkpoint to resume from, None for a new run; what is in the way is found here."""
     if own:
-        refuse_inputs(run.output, {"the model": recipe.model, "the data": recipe.data, "the evaluation data": recipe.eval_data})
+        data = {"the data": recipe.data, "the evaluation data": recipe.eval_data, "the class's images": recipe.class_images}
+        refuse_inputs(run.output, {"the model": recipe.model} | data)
     if not recipe.resume:
         if own:
             run.check(recipe.overwrite)
@@ -221,7 +224,7 @@ def build_trainer(
         callbacks=[clock, *watchers(recipe), *watch],
         **objective.trainer_settings(),
     )
-    trainer.unit, trainer.units_in = objective.unit, objective.units_in
+    trainer.unit, trainer.units_in, trainer.figures = objective.unit, objective.units_in, objective.figures
     refuse_strangers(trainer.accelerator.num_processes)
     method.tune(trainer)
     trainer.remove_callback(ProgressCallback)

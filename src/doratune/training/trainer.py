@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from .. import baselines
@@ -55,6 +56,8 @@ class SteadyMixin:
     """What the run's speed is counted in."""
     units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
     """Units in a batch, where transformers does not count them itself."""
+    figures: Callable[[], dict[str, float]] = staticmethod(dict)
+    """Further figures of a line of the log, since the line before."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -98,6 +101,9 @@ class SteadyMixin:
             )
         return loss
 
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | self.figures() if "loss" in logs else logs, *args, **kwargs)
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Transformers makes it when the optimizer is there, wherever that came from."""
         refuse_spoiled_steps(self)
@@ -109,6 +115,9 @@ class SteadyMixin:
                 f"the trained parameters hold NaN or infinite values after step {self.state.global_step}; nothing was saved over "
                 "the last good checkpoint: lower the learning rate, then --resume"
             )
+        for one in self.callback_handler.callbacks:  # one that the run before a resume had not
+            if isinstance(one, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with whole_checkpoint(target, self.args.should_save) as stage:
             self._stage = stage

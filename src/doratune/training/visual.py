@@ -6,7 +6,6 @@ image tower frozen. Cost: names.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +15,7 @@ from ..adapter.fresh import fresh_parameters
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..support.image_text import ModelParts, parts_of
-from ..support.patterns import NamePattern
+from ..support.patterns import excluding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ def visual_config(config: AdapterConfig, settings: VisualSettings, model: nn.Mod
     if settings.projector == "whole":
         config = replace(config, also_train=tuple(dict.fromkeys((*config.also_train, *parts.projector))))
     if settings.vision_tower == "frozen":
-        config = replace(config, exclude=_with_parts(config.exclude, parts))
+        config = replace(config, exclude=excluding(config.exclude, parts.beside))
     return config
 
 
@@ -71,13 +70,3 @@ def _refuse_text_model(settings: VisualSettings, parts: ModelParts | None, model
                 raise UserError(f"{field} is {value!r}, which is for models of images and text, not for {name}; drop it")
     elif settings.projector == "whole" and not parts.projector:
         raise UserError(f"projector is 'whole', but none is known in {name}; name its module in also_train")
-
-
-def _with_parts(exclude: str | tuple[str, ...], parts: ModelParts) -> str:
-    """A pattern of what was excluded and of all that lies in the parts beside the language model."""
-    if isinstance(exclude, str):
-        before = [f"(?:{NamePattern(exclude, 'exclude').pattern})"] if exclude else []
-    else:
-        before = [rf"(?:.*\.)?{re.escape(entry)}" for entry in exclude]
-    beside = "|".join(re.escape(name) for name in parts.beside)
-    return "|".join([*before, rf"(?:{beside})(?:\..*)?"])

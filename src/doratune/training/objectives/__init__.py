@@ -2,6 +2,7 @@
 
     language_modeling.py      the next token of text
     image_classification.py   the class of an image
+    dreambooth.py             a thing from a few images, in a text-to-image pipeline
     vl_bart.py                answers about images and video, captions: several tasks in one run
 
 A recipe's `objective` is the name of a file here, which holds `OBJECTIVE`, a subclass: a new objective is one new file. Which
@@ -13,11 +14,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ...checkpoint.adapter import save
+from ..visual import visual_config
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...config import AdapterConfig
     from ..recipe import TrainRecipe
 
 DEFAULT = "language_modeling"
@@ -59,6 +65,18 @@ class Objective:
         """
         return []
 
+    def adapter(self, model: nn.Module) -> AdapterConfig:
+        """The recipe's adapter, for this model.
+
+        Raises:
+            UserError: a setting that is for other models.
+        """
+        return visual_config(self.recipe.adapter(), self.recipe.visual(), model)
+
+    def example(self, model: nn.Module) -> dict | None:
+        """An input that the attached model is tried with; None: one is made from its config."""
+        return None
+
     def arranged(self, rows, model: nn.Module, processor, say: Callable[[str], None]) -> Any:
         """The training examples as the prepared model reads them."""
         return rows
@@ -82,6 +100,19 @@ class Objective:
     def units_in(self, inputs: dict) -> int | None:
         """Units in a batch, where transformers does not count them itself."""
         return None
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the training since they were asked for last, for a line of the log beside its loss."""
+        return {}
+
+    def leave(self, processor, folder: Path) -> None:
+        """Put beside the result what reads its examples."""
+        processor.save_pretrained(folder)
+
+    def save(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write the trained adapter; lines to say about it."""
+        save(model, folder)
+        return []
 
 
 def names() -> tuple[str, ...]:
