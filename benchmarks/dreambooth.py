@@ -2,7 +2,7 @@
 
     pip install easy-vqa
     python benchmarks/dreambooth.py --output runs/dreambooth --small      # end to end in two minutes; its figures say nothing
-    python benchmarks/dreambooth.py --output runs/dreambooth              # about 20 minutes on one core
+    python benchmarks/dreambooth.py --output runs/dreambooth              # about 25 minutes on one core
 
 No pretrained text-to-image model can be had offline, so one is trained first, from nothing: a VAE, then a UNet and a CLIP text
 encoder, on easy-vqa's training images (32 × 32 here) with captions from its own questions and answers ("a red circle", or half of
@@ -35,7 +35,7 @@ from doratune.data.image_sets import LabelledImage
 from doratune.errors import UserError
 from doratune.report.page import build
 from doratune.support.environment import environment
-from doratune.support.files import write_json
+from doratune.support.files import read_json, write_json
 from doratune.support.folders import whole_folder
 from doratune.support.pipelines import load_pipeline
 from doratune.training.denoising import Denoiser, StepNoise
@@ -44,14 +44,14 @@ from doratune.training.painting import paint
 from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
-SIDE, BATCH, THING, WORD = 32, 16, ("triangle", "teal"), "sks"
+SIDE, BATCH, GUIDANCE, THING, WORD = 32, 16, 2.0, ("triangle", "teal"), "sks"
 RGB = {
     "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128), "green": (0, 255, 0),
     "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
 }  # fmt: skip
 PROMPTS = {"instance": f"a {WORD} {THING[0]}", "class": f"a {THING[0]}"}
 SIZES = {
-    False: {"vae": 1200, "base": 3000, "steps": 150, "class": 40, "draws": 8, "held": 48, "pictures": 16, "seeds": 3},
+    False: {"vae": 1200, "base": 3000, "steps": 400, "class": 40, "draws": 8, "held": 48, "pictures": 16, "seeds": 3},
     True: {"vae": 30, "base": 40, "steps": 4, "class": 3, "draws": 1, "held": 4, "pictures": 2, "seeds": 1},
 }
 """By --small: steps of each training, class images, noises a held image, held images, samples a prompt, seeds."""
@@ -191,24 +191,38 @@ def held_losses(pipeline, rows: dict[str, list[dict]], draws: int) -> dict[str, 
     return losses
 
 
-def colour_of(image) -> str:
-    """The nearest name of the figure's colour: the median of what is unlike the border."""
+def figure_of(image) -> np.ndarray | None:
+    """The figure's colour, (3,) from 0 to 255: the median of what is unlike the border; None where there is no figure."""
     pixels = np.asarray(image).astype(float)
     border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     figure = pixels[np.abs(pixels - border).max(axis=2) > 70]
-    if len(figure) < 6:
-        return "none"
-    middle = np.median(figure, axis=0)
-    return min(RGB, key=lambda name: np.abs(middle - RGB[name]).sum())
+    return np.median(figure, axis=0) if len(figure) > 5 else None
+
+
+def colour_of(image) -> str:
+    """The nearest name of the figure's colour."""
+    colour = figure_of(image)
+    return "none" if colour is None else min(RGB, key=lambda name: np.abs(colour - RGB[name]).sum())
 
 
 def measured(pipeline, rows: dict, sizes: dict) -> dict:
-    """Held losses, and the share of each prompt's samples in the thing's colour."""
-    settings = argparse.Namespace(resolution=SIDE, denoising_steps=20 if sizes["steps"] > 10 else 2, guidance=3.0)
+    """Held losses; of each prompt's samples the share in the thing's colour, and how far their figures are from it, 0 to 1."""
+    settings = argparse.Namespace(resolution=SIDE, denoising_steps=20 if sizes["steps"] > 10 else 2, guidance=GUIDANCE)
     figures = {f"{name}_loss": value for name, value in held_losses(pipeline, rows, sizes["draws"]).items()}
     for name, prompt in PROMPTS.items():
-        drawn = [colour_of(paint(pipeline, prompt, settings, 1000 + number)) for number in range(sizes["pictures"])]
-        figures[f"{name}_in_colour"] = drawn.count(THING[1]) / len(drawn)
+        drawn = [paint(pipeline, prompt, settings, 1000 + number) for number in range(sizes["pictures"])]
+        figures[f"{name}_in_colour"] = [colour_of(image) for image in drawn].count(THING[1]) / len(drawn)
+        apart = [np.abs(colour - RGB[THING[1]]).mean() / 255 for image in drawn if (colour := figure_of(image)) is not None]
+        figures[f"{name}_from_colour"] = float(np.mean(apart)) if apart else 1.0
+    return figures
+
+
+def once(path: Path, measure) -> dict:
+    """What is measured, or what was."""
+    if not path.is_file():
+        write_json(path, measure())
+    figures = read_json(path, "remove it to measure again")
+    print(f"{path.stem}: {figures}", flush=True)
     return figures
 
 
@@ -217,9 +231,10 @@ def recipe_of(method: str, seed: int, output: Path, sizes: dict, lr: float, rank
     return TrainRecipe(
         objective="dreambooth", model=str(output / "base"), data=str(output / "thing"), output=str(output / f"{method}-{seed}"),
         instance_prompt=PROMPTS["instance"], instance_token=WORD, class_prompt=PROMPTS["class"], class_images=str(output / "class"),
-        class_count=sizes["class"], resolution=SIDE, denoising_steps=20 if sizes["steps"] > 10 else 2, guidance=3.0, method=method,
-        rank=rank, alpha=rank, targets=["to_q", "to_k", "to_v", "to_out.0"], lr=lr, schedule="constant", batch_size=4,
-        max_steps=sizes["steps"], save_steps=sizes["steps"], dtype="float32", device="cpu", seed=seed, tensorboard=False,
+        class_count=sizes["class"], resolution=SIDE, denoising_steps=20 if sizes["steps"] > 10 else 2, guidance=GUIDANCE,
+        method=method, rank=rank, alpha=rank, targets=["to_q", "to_k", "to_v", "to_out.0"], lr=lr, schedule="constant",
+        batch_size=4, max_steps=sizes["steps"], save_steps=sizes["steps"], dtype="float32", device="cpu", seed=seed,
+        tensorboard=False,
         sample_prompts=[*PROMPTS.values(), "a red circle"], sample_steps=max(1, sizes["steps"] // 2), overwrite=True,
     )  # fmt: skip
 
@@ -237,8 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/dreambooth"))
     parser.add_argument("--methods", nargs="+", choices=("lora", "dora"), default=["lora", "dora"])
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args(argv)
@@ -257,21 +273,20 @@ def main(argv: list[str] | None = None) -> None:
     for name, paths in (("instance", things[6:]), ("class", others)):
         items = [LabelledImage(path.name, name, path) for path in paths[: sizes["held"]]]
         rows[name] = latent_rows(items, [PROMPTS[name]] * len(items), base.vae, SIDE)
-    before, runs, folders = measured(base, rows, sizes), {}, []
-    print(f"before: {before}", flush=True)
-    for seed in range(sizes["seeds"]):
+    before = once(output / "before.json", lambda: measured(base, rows, sizes))
+    runs, folders = {}, []
+    for seed in range(1, (arguments.seeds or sizes["seeds"]) + 1):
         for method in arguments.methods:
             run = recipe_of(method, seed, output, sizes, arguments.lr, arguments.rank)
             if not (Path(run.output) / "metrics.json").is_file():
                 train(run)
             pipeline = load_pipeline(str(output / "base"))
             doratune.load(pipeline.unet, Path(run.output) / "adapter" / "unet")
-            figures = measured(pipeline, rows, sizes)
-            print(f"{method}, seed {seed}: {figures}", flush=True)
+            figures = once(output / f"{method}-{seed}.json", lambda pipeline=pipeline: measured(pipeline, rows, sizes))
             runs.setdefault(method, []).append(figures)
             folders.append(Path(run.output))
     build(folders, output / "report.html", analysis="none", overwrite=True)
-    counts = {method: json.loads((output / f"{method}-0" / "metrics.json").read_text())["trainable"] for method in runs}
+    counts = {method: json.loads((output / f"{method}-1" / "metrics.json").read_text())["trainable"] for method in runs}
     summary = {"before": before, "runs": runs, "summary": summarized(runs), "trainable": counts}
     print(json.dumps(summary["summary"], indent=2))
     if arguments.result:

@@ -2,9 +2,10 @@
 
     python benchmarks/sharded.py             # a Llama of hidden size 768, all linear layers, rank 24, 4 × 192 tokens, fp32
 
-Each block and the root are `fully_shard`ed, as `doratune train --fsdp shard` does; one thread a process. Memory: the peak of
-a few steps over what the process holds before it has a model, each in processes of its own. Two processes are expected to hold half
-of what one holds, and whole: the blocks that are brought together (two, or the root), the factors of all layers. Linux.
+Each block and the root are `fully_shard`ed, as `doratune train --fsdp shard` does; one thread a process. Memory: the bytes of all
+tensors at the peak of two steps (`bench/allocations.py`), each in processes of its own. Two processes are expected to hold half of what
+one holds, and whole: three copies of a block (one that computes, one that is fetched meanwhile, and the buffer in which it arrives),
+the root and its buffer if that is more, and the second half of the factors of all layers.
 """
 
 from __future__ import annotations
@@ -72,36 +73,26 @@ def times(output: str) -> None:
 
 
 def peak(output: str, arm: str) -> None:
-    """Bytes over the process before it has a model, of this process; and what two processes hold whole."""
-    import ctypes
-    import gc
+    """Bytes of tensors of this process; and what two processes hold whole."""
+    from doratune.bench.allocations import peak_of_tensors
 
-    import torch
+    built = []
 
-    from doratune.cli.output import keep_freed_memory
+    def prepare():
+        model, step = step_of(arm)
+        built.append(model)
+        return step
 
-    keep_freed_memory()
-    warm = torch.nn.Linear(8, 8)  # the libraries that a first backward loads
-    warm(torch.ones(1, 8)).sum().backward()
-    before = resident("VmRSS")
-    model, step = step_of(arm)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(3):
-        step()
+    result = {"bytes": peak_of_tensors(prepare), **whole(built[0])}
+    Path(f"{output}.{os.environ.get('RANK', '0')}").write_text(json.dumps(result))
+
+
+def whole(model) -> dict[str, int]:
+    """Bytes that each of two processes holds whole, for a while or for good."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
-    every = sum(p.numel() for p in model.parameters())
+    root = sum(p.numel() for p in model.parameters()) - sum(blocks)
     adapted = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "magnitude" in name)
-    together = 4 * max(2 * max(blocks), every - sum(blocks) + max(blocks))
-    Path(f"{output}.{os.environ.get('RANK', '0')}").write_text(
-        json.dumps({"bytes": resident("VmHWM") - before, "together": together, "factors": 4 * adapted})
-    )
-
-
-def resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return {"together": 4 * max(3 * max(blocks), 2 * root + max(blocks)), "factors": 4 * adapted}
 
 
 def run(count: int, *words: str) -> None:

@@ -57,12 +57,17 @@ def classes(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[str, s
     return {image: (*shapes[image], *colours[image]) for image in sorted(both)}
 
 
-def write_tables(output: Path) -> dict[str, int]:
-    """colours.csv and figures.csv (path, label, split): each has one half of the training images, and all test images."""
+def data_folder() -> Path:
+    """Where the package keeps its images and questions."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.origin:
         raise UserError("easy-vqa is not installed; run: pip install easy-vqa")
-    data, rows, counts = Path(spec.origin).parent / "data", {"colours": [], "figures": []}, {}
+    return Path(spec.origin).parent / "data"
+
+
+def write_tables(output: Path) -> dict[str, int]:
+    """colours.csv and figures.csv (path, label, split): each has one half of the training images, and all test images."""
+    data, rows, counts = data_folder(), {"colours": [], "figures": []}, {}
     for split in ("train", "test"):
         told = classes(json.loads((data / split / "questions.json").read_text(encoding="utf-8")))
         counts[split] = len(told)

@@ -21,7 +21,7 @@ def test_published_files_become_items(tmp_path):
     assert first["how2qa"].answers == ("a2",) and first["how2qa"].context == "Hello. Bye."
     assert first["tvqa"].sights[0].video and first["tvqa"].sights[0].span is None  # the question says the moment
     assert first["tvc"].sights[0].span == (2, 4.5) and first["yc2c"].sights[0].key.endswith("clip_1@2-4.5")
-    assert tasks()["tvqa"].chance == 0.2 and tasks()["how2qa"].chance == 0.25
+    assert {name: item.chance for name, item in first.items() if item.chance} == {"nlvr": 0.5, "tvqa": 0.2, "how2qa": 0.25}
 
 
 def test_other_parts_and_copies(tmp_path):
@@ -48,7 +48,7 @@ def test_a_file_of_ones_own(tmp_path):
     items = load_visual_items(str(path))
     assert [item.task for item in items] == ["vqa", "nlvr", "caption", "tvqa"] and [item.name for item in items][1] == "pair"
     assert [len(item.sights) for item in items] == [1, 2, 1, 1] and items[3].sights[0].span == (0, 2)
-    assert len(load_visual_items(f"{path}[:2]")) == 2
+    assert len(load_visual_items(f"{path}[:2]")) == 2 and [item.chance for item in items] == [0, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Each case trains, saves or merges with both processes on halves of a batch, and 
 """
 
 import functools
+import gc
 import json
 import sys
 import traceback
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import doratune
 import doratune.errors
@@ -284,6 +286,35 @@ def collectives():
             attached(model)
         found[f"attach, {way}"] = mode.seen
     found["largest"] = max(layer.adapted.shape[0] for _, layer in doratune.adapters(model))
+    return found
+
+
+def deep():
+    """Six layers, in which nearly all its numbers are."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, pad_token_id=0, **sizes)).train()
+
+
+def storages(tensors):
+    """Address → bytes, of this process's parts."""
+    parts = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors]
+    return {part.data_ptr(): part.nbytes() for part in parts}
+
+
+@case
+def memory():
+    """Between two steps: bytes of this process's parameters, and of all tensors beside them."""
+    found = {}
+    for name, settings in METHODS.items():
+        if name == "dora, pissa" or "whole" in name:
+            continue
+        model = shard(attached(deep(), **settings))
+        optimizer = torch.optim.SGD(doratune.parameter_groups(model, lr=1e-2))
+        train(model, split=True, steps=1, optimizer=optimizer)
+        gc.collect()
+        own = storages(model.parameters())
+        every = storages(t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+        found[name] = sum(own.values()), sum(size for address, size in every.items() if address not in own)
     return found
 
 

@@ -9,8 +9,8 @@ from doratune.evaluation.captions import cider
 from doratune.evaluation.seen import figures_of
 
 
-def item(task, *answers, n=0):
-    return VisualItem(task, str(n), (Sight("a.png", task.startswith("tv")),), "Q?", answers, f"item {n}")
+def item(task, *answers, chance=0.0):
+    return VisualItem(task, "1", (Sight("a.png", task.startswith("tv")),), "Q?", answers, "item 1", chance=chance)
 
 
 def test_soft_answers():
@@ -27,7 +27,7 @@ def test_soft_answers():
 
 
 def test_exact_answers():
-    items = [item("nlvr", "true"), item("nlvr", "false"), item("nlvr", "false"), item("tvqa", "a3")]
+    items = [item("nlvr", label, chance=0.5) for label in ("true", "false", "false")] + [item("tvqa", "a3", chance=0.2)]
     figures, records = figures_of(items, ["True", "true", "", "a3."])
     assert [record["correct"] for record in records] == [True, False, False, True]
     assert (figures["accuracy"], figures["unparsable"]) == (0.5, 0.25)

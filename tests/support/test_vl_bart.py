@@ -12,6 +12,7 @@ import doratune
 from doratune.checkpoint.base_model import load_base
 from doratune.checkpoint.logits import agreement
 from doratune.checkpoint.merge import merge_checkpoint
+from doratune.checkpoint.quantized import merge_quantized
 from doratune.errors import UserError
 from doratune.support.vl_bart import VISUAL, VisualInput, VLBartForConditionalGeneration, load_vl_bart, visual_input
 
@@ -115,6 +116,22 @@ def test_attach_save_load_merge(bart, tmp_path):
     assert torch.allclose(logits(plain, **text), logits(merged, **text), atol=1e-6)
     doratune.merge(model)
     assert torch.allclose(logits(model, **inputs()), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("into", ["dequantized", "same"])
+def test_over_a_base_in_four_bits(into, tmp_path):
+    """The visual embedding and the head stay dense; the merged folder is a VL-BART, in 4 bits or not."""
+    pytest.importorskip("bitsandbytes")
+    wide = str(tiny_bart(tmp_path / "wide", d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128))
+    model = moved(load_vl_bart(wide, SEEN, "bfloat16", "nf4"))
+    assert type(model.model.encoder.visual.project).__name__ == "Linear"
+    doratune.save(model, tmp_path / "adapter")
+    before = logits(model, **inputs()).float()
+    merge_quantized(wide, tmp_path / "adapter", tmp_path / "merged", into, "bfloat16")
+    merged = load_vl_bart(str(tmp_path / "merged"), dtype="bfloat16", complete=True)
+    assert bool(getattr(merged, "is_quantized", False)) == (into == "same")
+    far = (logits(merged, **inputs()).float() - before).norm() / before.norm()
+    assert far < (0.2 if into == "same" else 0.03)
 
 
 def test_one_that_sees_already_is_adapted_as_any_other(bart, tmp_path):

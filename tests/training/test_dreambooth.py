@@ -103,11 +103,11 @@ def test_diffusers_opens_what_a_run_leaves(kind, bases, runs):
         for other in (theirs, merged):
             torch.testing.assert_close(said_by(other, part), reference, rtol=1e-4, atol=1e-5)
     whole = doratune.load(load_pipeline(str(bases[kind])).unet, adapter)  # the file for diffusers, its unet
-    assert doratune.inspect(whole).trainable or len(list(doratune.adapters(whole))) == 32
+    assert len(list(doratune.adapters(whole))) == 32
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "text_encoders": "adapted", "dropout": 0.1}])
-def test_a_resumed_run_is_the_uninterrupted_one(settings, bases, photos, runs, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(bases, photos, runs, tmp_path):
+    settings = {"gradient_accumulation": 2, "text_encoders": "adapted", "dropout": 0.1}
     more = {"class_images": runs / "sd-class", **PRIOR, **settings, "batch_size": 1, "save_steps": 2, "keep_checkpoints": 5}
     assert main(words(bases["sd"], photos, tmp_path / "whole", **more)) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -115,23 +115,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, bases, photos, runs, t
     (tmp_path / "part" / "metrics.json").unlink()
     samples = {"sample_prompts": "[sks]", "sample_steps": 1}  # samples draw nothing of the run's
     assert main(words(bases["sd"], photos, tmp_path / "part", resume="true", **more, **samples)) == 0
-    for part in ("unet", *(["text_encoder"] if settings else [])):
+    for part in ("unet", "text_encoder"):
         whole, resumed = (load_file(tmp_path / run / "adapter" / part / "adapter_model.safetensors") for run in ("whole", "part"))
         assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     whole, resumed = (metrics_of(tmp_path / run)["log"] for run in ("whole", "part"))
     assert [(row["loss"], row["prior_loss"]) for row in whole] == [(row["loss"], row["prior_loss"]) for row in resumed]
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-def test_gradient_checkpointing_is_the_same_training(kind, bases, photos, tmp_path):
-    for name in ("none", kind):
-        assert main(words(bases["sdxl"], photos, tmp_path / name, max_steps=2, checkpointing=name, text_encoders="adapted")) == 0
+def test_gradient_checkpointing_is_the_same_training(bases, photos, tmp_path):
+    kinds = ("none", "reentrant", "non-reentrant")
+    for kind in kinds:
+        assert main(words(bases["sdxl"], photos, tmp_path / kind, max_steps=2, checkpointing=kind, text_encoders="adapted")) == 0
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        plain, other = (load_file(tmp_path / name / "adapter" / part / "adapter_model.safetensors") for name in ("none", kind))
-        assert all(torch.allclose(plain[key], other[key], atol=1e-5) for key in plain), part
+        plain, *others = (load_file(tmp_path / kind / "adapter" / part / "adapter_model.safetensors") for kind in kinds)
+        assert all(torch.allclose(plain[key], other[key], atol=1e-5) for other in others for key in plain), part
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"method": "lora"}, {"targets": "all-layers"}])
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"targets": "all-layers", "method": "lora"}])
 def test_velocity_dtypes_and_methods(settings, photos, tmp_path):
     base = pipeline_folder(tmp_path / "base", "sd", "v_prediction")
     assert main(words(base, photos, tmp_path / "run", **settings, max_steps=2, snr_gamma=5, sample_prompts="[sks]")) == 0
@@ -147,6 +147,8 @@ def test_an_adapter_that_diffusers_cannot_say_is_merged(bases, photos, tmp_path,
     assert main(["merge", "--adapter", str(run / "adapter"), "--output", str(tmp_path / "merged"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]["unet"]["ok"]
     ours = load_pipeline(str(bases["sd"]))
+    with pytest.raises(UserError, match=r"did you mean .*unet"):
+        doratune.load(ours.unet, run / "adapter")
     doratune.load(ours.unet, run / "adapter" / "unet")
     merged = load_pipeline(str(tmp_path / "merged"))
     torch.testing.assert_close(said_by(merged, "unet"), said_by(ours, "unet"), rtol=1e-4, atol=1e-5)

@@ -116,6 +116,7 @@ def test_what_a_run_refuses(desk, tmp_path, capsys, tiny_folder):
         ("method", {"method": "prefix"}, "method prefix trains no visual embedding"),
         ("llama", {"model": tiny_folder}, "is a llama; give a BART"),
         ("long", {"max_length": 500}, "max_length is 500, but"),
+        ("adapted", {"vision_tower": "adapted"}, "VL-BART reads features that its image tower made before"),
         ("skip", {"too_long": "skip"}, "set too_long: cut"),
         ("tiny", {"image_tower": bart}, "preprocessor_config.json"),
         ("broken", {"data": broken / "mine.json"}, "item 2: "),

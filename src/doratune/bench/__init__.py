@@ -11,6 +11,7 @@
     decode.py        unmerged and merged greedy decode
     mixed.py         decode of a batch of eight adapters
     memory.py        bytes kept for the backward pass
+    allocations.py   bytes of all tensors at a step's peak, on a CPU
     norm.py          the norm of one large layer
     layer.py         one layer's training step
     sizes.py         cost against size and rank

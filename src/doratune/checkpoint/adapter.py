@@ -27,6 +27,7 @@ from ..config import AdapterConfig
 from ..directions import direction_of
 from ..errors import UserError, listed
 from ..formats import recognized
+from ..formats.names import COMPONENTS
 from ..layers.layouts import layer_at, named_layers
 from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
@@ -265,7 +266,8 @@ def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tens
         raise UserError(f"{folder} is not a folder; expected an adapter folder with {CONFIG}")
     if (folder / "baseline_config.json").is_file():
         raise UserError(f"{folder} holds a baseline (series, parallel or prefix), no adapter; it can be trained and evaluated only")
-    inner = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
+    part = next((name for name in ("adapter", *COMPONENTS) if (folder / name / CONFIG).is_file()), None)
+    inner = f"; did you mean {folder / part}?" if part else ""
     raw = read_json(folder / CONFIG, f"an adapter folder needs it{inner}")
     config = peft.from_peft(raw, str(folder / CONFIG))
     if (folder / OWN).is_file():

@@ -172,7 +172,7 @@ def pipeline_folder(base: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with readable_errors(base):
-        found = Path(snapshot_download(base, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx*"], **hub_settings(base)))
-    if not is_pipeline(found):
+        folder = Path(snapshot_download(base, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx*"], **hub_settings(base)))
+    if not is_pipeline(folder):
         raise UserError(f"{base} is no pipeline of diffusers ({INDEX}); give a hub id of one")
-    return found
+    return folder

@@ -151,6 +151,9 @@ def _merge_quantized(base: str, settings: MergeSettings, as_json: bool) -> int:
 
 
 def _say_next(output: Path) -> None:
-    speaks = (output / "tokenizer_config.json").is_file()
+    from ..support.model_folders import architecture_of
+    from ..support.own_models import is_own
+
+    speaks = (output / "tokenizer_config.json").is_file() and not is_own(architecture_of(str(output)))
     for_text = [("chat", "--model", output), ("export", "--to", "gguf", "--model", output, "--output", f"{output}-gguf")]
     say_next(*for_text * speaks, ("push", "--folder", output, "--to", "OWNER/NAME"))

@@ -31,7 +31,7 @@ def figures_of(items: Sequence[VisualItem], texts: Sequence[str]) -> tuple[dict,
         "accuracy": mean,
         "standard_error": math.sqrt(max(0.0, math.fsum(score * score for score in scores) / n - mean**2) / n),
         "unparsable": sum(record["answer"] is None for record in records) / n,
-        "chance": math.fsum(tasks()[item.task].chance for item in items) / n,
+        "chance": math.fsum(item.chance for item in items) / n,
         "majority": _majority(items),
     }
     described = [score for item, score in zip(items, scores) if tasks()[item.task].scored == "caption"]

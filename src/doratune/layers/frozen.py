@@ -133,6 +133,11 @@ class FrozenWeight:
         share = self.share()
         return self.base.held(self.layer) if share is None else share.local
 
+    def let_go(self) -> None:
+        """Facts of a W that was whole once would keep its memory: forget them, if W is in shards by now."""
+        if self.shares and self._facts is not None and self._facts[2] is not self.held():
+            self._facts = None
+
     def holding(self, W: Tensor):
         """A context in which the layer has W, some of its own rows or columns, in its weight's place."""
         return stand_in({(self.kind.home(self.layer), self.kind.leaf(self.layer)): W})

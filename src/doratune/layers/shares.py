@@ -115,6 +115,7 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
                 raise UserError(f"{weight.kind.name} layers are {TWICE}")
             known = {name: under_fsdp.get((id(module), key)) for name, (module, key) in places.items()}
             weight.shares = {name: share for name, share in known.items() if share is not None}
+            weight.let_go()
     if not running:
         return
     keep_wide([share for weight in weights for name, share in weight.shares.items() if name in weight.names])

@@ -84,6 +84,14 @@ class Architecture:
         return self.recipe.method == "full"
 
 
+def refuse_others(recipe: TrainRecipe) -> None:
+    """Raise UserError for a recipe of no language model, before its model is looked for."""
+    if recipe.objective != DEFAULT:
+        raise UserError(
+            f"objective is {recipe.objective}, and doratune plan counts what language models keep; try a few steps instead"
+        )
+
+
 def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
     """The modules that a recipe trains.
 
@@ -92,10 +100,7 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if recipe.objective != DEFAULT:
-        raise UserError(
-            f"objective is {recipe.objective}, and doratune plan counts what language models keep; try a few steps instead"
-        )
+    refuse_others(recipe)
     config = copy.deepcopy(config) if config is not None else config_of(recipe.model, recipe.trust_remote_code)
     if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(

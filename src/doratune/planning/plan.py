@@ -17,7 +17,7 @@ import torch
 
 from ..errors import UserError
 from ..support.environment import memory_bytes
-from .architecture import Architecture, architecture_of, config_of, stored_bytes
+from .architecture import Architecture, architecture_of, config_of, refuse_others, stored_bytes
 from .log import ADAPTERS, GRADIENTS, OPTIMIZER, TERMS, WEIGHTS
 from .settings import PlanSettings
 from .step import StepBytes, Untraceable, step_bytes
@@ -75,6 +75,7 @@ class Planner:
     def __init__(self, settings: PlanSettings, config=None):
         settings.check()
         self.settings = settings
+        refuse_others(settings)
         self.config = config or config_of(settings.model, settings.trust_remote_code)
         self.capacity = capacity_of(settings)
         self._steps: dict[tuple, StepBytes] = {}

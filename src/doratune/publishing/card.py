@@ -24,7 +24,7 @@ SCORES = "scores"
 
 NOT_SETTINGS = (
     *("model", "data", "output", "eval_data", "source", "expected", "resume", "overwrite", "mirror", "log_steps", "tensorboard"),
-    *("class_images", "report_to", "sample_prompts", "sample_steps", "sample_tokens"),
+    *("class_images", "features", "report_to", "sample_prompts", "sample_steps", "sample_tokens"),
 )
 """Recipe entries that say where a run read and wrote, or what a reader of the card has elsewhere."""
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import UserError, listed
 from .hub import hub_settings
-from .models import model_path, quantization, quiet_loading, readable_errors, torch_dtype
+from .models import model_path, one_dtype, quantization, quiet_loading, readable_errors, torch_dtype
 
 PROCESSOR = "preprocessor_config.json"
 _MOST_NEW = 0.1
@@ -112,9 +112,7 @@ def load_classifier(
     _refuse_lacking(model, info["missing_keys"], name, complete)
     if same_size:
         _draw_again(model)
-    if getattr(model, "is_quantized", False):  # of a folder in 4 bits, weights of convolutions keep the file's dtype, biases do not
-        for p in (p for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()):
-            p.data = p.data.to(dtype)
+    one_dtype(model, dtype)
     model.eval()
     model.name_or_path = model.config._name_or_path = name
     return model

@@ -121,6 +121,13 @@ def leave_file(model) -> None:
             t.data = t.data.clone()
 
 
+def one_dtype(model, dtype: torch.dtype) -> None:
+    """Of a model that was loaded from a folder in 4 bits: what is dense in this dtype. Weights of some layers keep the file's."""
+    if getattr(model, "is_quantized", False):
+        for p in (p for p in model.parameters() if type(p) is torch.nn.Parameter and p.is_floating_point()):
+            p.data = p.data.to(dtype)
+
+
 def auto_class(name: str, trust_remote_code: bool = False) -> type:
     """The class of transformers that loads `name`: AutoModelForImageTextToText where that lists its configuration's class, else
     AutoModelForCausalLM."""

@@ -32,7 +32,7 @@ ADAPTER_RECORD = "pipeline.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PREDICTIONS = ("epsilon", "v_prediction")
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that neither training nor its samples use."""
+"""Parts that are used by no training and no sample."""
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -127,7 +127,7 @@ def _refuse_unfit(pipeline, name: str) -> None:
             "editing, which is not trained here; give a text-to-image pipeline"
         )
     if unet.addition_embed_type not in (None, "text_time"):
-        raise UserError(f"{name}: its UNet wants {unet.addition_embed_type}, which is not given here; give SD 1.x, 2.x or SDXL")
+        raise UserError(f"{name}: its UNet wants {unet.addition_embed_type}, which nothing here tells it; give SD 1.x, 2.x or SDXL")
     prediction = noise.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS or "beta_schedule" not in noise or getattr(vae, "latents_mean", None) is not None:
         raise UserError(

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 
 from ..errors import UserError, listed
-from .models import model_path, quantization, quiet_loading, readable_errors, source_settings, torch_dtype
+from .models import model_path, one_dtype, quantization, quiet_loading, readable_errors, source_settings, torch_dtype
 
 VISUAL = "model.encoder.visual"
 """Name of the module that is not BART's."""
@@ -202,6 +202,7 @@ def load_vl_bart(
     lacking = sorted(key for key in info["missing_keys"] if complete or own is not None or not key.startswith(f"{VISUAL}."))
     if lacking:
         raise UserError(f"{name} lacks {listed(lacking, 3)}; transformers would take random weights: copy or download it again")
+    one_dtype(model, dtype)
     model.eval()
     model.name_or_path = model.config._name_or_path = name
     return model

@@ -131,8 +131,7 @@ class Denoiser(nn.Module):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **others) -> None:
         """As transformers' models have it, which has had two names; every block that diffusers can."""
-        given = activation_checkpointing_kwargs or others.get("gradient_checkpointing_kwargs")
-        settings = given or {"use_reentrant": False}
+        settings = activation_checkpointing_kwargs or others.get("gradient_checkpointing_kwargs") or {"use_reentrant": False}
         self.unet.enable_gradient_checkpointing(partial(_checkpointed, **settings))
         for part in text_encoders(self.pipeline) if self.text else ():
             module = self.get_submodule(part)

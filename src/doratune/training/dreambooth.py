@@ -40,7 +40,7 @@ class DreamBoothSettings:
     class_prompt: str = ""
     """Of DreamBooth's prior preservation: what the images of the class are called: a photo of dog."""
     class_images: str = ""
-    """Of DreamBooth's prior preservation: the folder of the class's images; those that lack are made there. Empty: none."""
+    """Of DreamBooth's prior preservation: the folder of the class's images; those that lack are drawn there. Empty: none."""
     class_count: int = number(100, least=1)
     """Of DreamBooth's prior preservation: how many images the class should have."""
     prior_weight: float = number(1.0, least=0)
@@ -76,7 +76,7 @@ def check_prompts(settings) -> None:
     if settings.class_prompt.strip() and not settings.class_images:
         raise UserError(
             f"class_prompt is {settings.class_prompt!r}, but class_images is not set: prior preservation needs both; give a folder "
-            "for the class's images, which are made there"
+            "for the class's images, which are drawn there"
         )
 
 

@@ -54,6 +54,7 @@ class VisualItem:
     Attributes:
         sights: one, or two images. question: "" of what is only described. answers: every right one, people's own among them.
         context: what is said beside it (subtitles), the first to be cut. where: its place, which begins a message.
+        chance: share that guessing among its choices gets right; 0 of a free answer.
     """
 
     task: str
@@ -63,6 +64,7 @@ class VisualItem:
     answers: tuple[str, ...]
     where: str
     context: str = ""
+    chance: float = 0.0
 
     @property
     def prompt(self) -> str:
@@ -79,8 +81,6 @@ class VisualTask:
     """Its published files, for messages."""
     scored: Literal["soft", "exact", "caption"]
     """By VQA's soft accuracy, as the very text, or by CIDEr."""
-    chance: float = 0.0
-    """Share that guessing gets right."""
 
     def items(self, place: Path, split: str) -> list[VisualItem]:
         """The items of a part: train, val or test.

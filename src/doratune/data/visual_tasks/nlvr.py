@@ -17,6 +17,7 @@ from ..files import read_examples
 from . import Sight, VisualItem, VisualTask, first_there, text_of
 
 PARTS = {"train": "train", "val": "dev", "test": "test1"}
+CHANCE = 0.5
 LABELS = {"true": "true", "false": "false", "1": "true", "0": "false"}
 
 
@@ -24,7 +25,6 @@ class NLVR(VisualTask):
     name = "nlvr"
     shown = "train.json, dev.json, test1.json and images/"
     scored = "exact"
-    chance = 0.5
 
     def items(self, place: Path, split: str) -> list[VisualItem]:
         part = PARTS[split]
@@ -38,7 +38,7 @@ class NLVR(VisualTask):
             name = text_of(one, "identifier" if "identifier" in one else "uid", where)
             sights = tuple(Sight(_image(path.parent, part, one, name, k)) for k in (0, 1))
             sentence = text_of(one, "sentence" if "sentence" in one else "sent", where)
-            items.append(VisualItem(self.name, name, sights, sentence, (label,), where))
+            items.append(VisualItem(self.name, name, sights, sentence, (label,), where, chance=CHANCE))
         return items
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import UserError, listed, near_misses
 from ..files import Item, read_examples
 from . import Sight, VisualItem, span_of, tasks, text_of
+from .nlvr import CHANCE, LABELS
 
 
 def own_items(path: Path, unusable: list[str] | None = None) -> list[VisualItem]:
@@ -52,7 +53,9 @@ def _item(one: Item, n: int, path: Path) -> VisualItem:
     context = one.get("context") or ""
     if not isinstance(context, str):
         raise UserError(f"{where}: context is a {type(context).__name__}; expected a text")
-    return VisualItem(task, str(one.get("id", n)), sights, question, _answers(one, where), where, context)
+    answers = _answers(one, where)
+    chance = CHANCE if task == "nlvr" and {answer.lower() for answer in answers} <= {*LABELS.values()} else 0.0
+    return VisualItem(task, str(one.get("id", n)), sights, question, answers, where, context, chance)
 
 
 def _sights(one: Mapping, where: str, folder: Path) -> tuple[Sight, ...]:

@@ -36,10 +36,6 @@ class ChoiceTask(VisualTask):
     def shown_name(self) -> str:
         return type(self).__name__
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.choices
-
     def _item(self, path: Path, n: int, one: Mapping, spoken: Mapping[str, str]) -> VisualItem:
         where = f"{path}: item {n}"
         if "answer_idx" not in one:
@@ -53,7 +49,8 @@ class ChoiceTask(VisualTask):
         moment = f" at {span[0]:g}-{span[1]:g} s" if span else ""
         name = str(value_of(one, "qid", (int, str), where))
         question = f"{text_of(one, 'q', where)}{moment} {choices}"
-        return VisualItem(self.name, name, (video_at(path.parent, video),), question, (f"a{right}",), where, spoken.get(video, ""))
+        sights, context = (video_at(path.parent, video),), spoken.get(video, "")
+        return VisualItem(self.name, name, sights, question, (f"a{right}",), where, context, 1 / self.choices)
 
 
 def subtitles_of(folder: Path, name: str) -> dict[str, str]:

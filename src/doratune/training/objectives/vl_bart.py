@@ -34,6 +34,8 @@ class VLBart(Objective):
                 raise UserError(f"{name} is {value}, which is for language models; objective vl_bart has no use for it: drop it")
         if recipe.too_long != "cut":
             raise UserError("too_long is skip; objective vl_bart cuts the beginning of what is too long: set too_long: cut")
+        if recipe.vision_tower != "frozen":
+            raise UserError("vision_tower is adapted, but VL-BART reads features that its image tower made before: drop it")
         if recipe.method not in (*METHODS, "full"):
             raise UserError(
                 f"method {recipe.method} trains no visual embedding; for VL-BART give full or one of {', '.join(METHODS)}"
