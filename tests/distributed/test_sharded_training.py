@@ -10,7 +10,17 @@ WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    cases = "ddp", "fsdp", "ways_of_sharding", "attached_after_sharding", "mixed_precision", "collectives", "memory", "nf4", "refusals"
+    cases = (
+        "ddp",
+        "fsdp",
+        "ways_of_sharding",
+        "attached_after_sharding",
+        "mixed_precision",
+        "collectives",
+        "memory",
+        "nf4",
+        "refusals",
+    )
     return launched(tmp_path_factory.mktemp("launch"), *cases, "other_layers")[0]
 
 

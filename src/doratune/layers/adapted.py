@@ -34,8 +34,7 @@ class Adapted:
         if not args:
             name = next((key for key in ("input", "x") if key in kwargs), None)
             args = (kwargs.pop(name),) if name else ()
-        run, split = self.adapted.kind.forward, self.adapted.split
-        return run(self, *args, **kwargs) if split is None else split.call(self, run, *args, **kwargs)
+        return (self.adapted.split or self.adapted.kind).forward(self, *args, **kwargs)
 
     def base_forward(self, *args, **kwargs):
         """The plain layer's own forward."""

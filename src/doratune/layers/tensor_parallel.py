@@ -62,10 +62,14 @@ class Split:
         """Sums over the processes, where those have other parts of the same norms."""
         return summed(self.mesh.get_group(), parts) if self.adds_up(weight) else parts
 
-    def call(self, layer, run, x: Tensor, *args, **kwargs) -> Tensor:
-        """`run(layer, x, …)` on this process's part. x: a DTensor, as is the output then; or this process's plain part of it, from
+    @outside_compile
+    def forward(self, layer, x: Tensor, *args, **kwargs) -> Tensor:
+        """The kind's forward on this process's part. x: a DTensor, as is the output then; or this process's plain part of it, from
         and for a plan that adds up and puts the bias there itself."""
-        return _call(self, layer, run, x, *args, **kwargs)
+        spread = is_share(x)
+        with self.in_part(layer) as parts:
+            y = layer.adapted.kind.forward(layer, self.local(x) if spread else x, *args, **kwargs)
+        return self.spread(y, parts.get("bias")) if spread else y
 
     def local(self, x: Tensor) -> Tensor:
         """This process's part of the input, or all of it."""
@@ -114,14 +118,6 @@ class Split:
             share = distribute_tensor(p.detach(), self.mesh, [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
             weight.layer._parameters[name] = nn.Parameter(share.clone(), requires_grad=p.requires_grad)
         weight.split, weight.plain = self, False
-
-
-@outside_compile
-def _call(split: Split, layer, run, x: Tensor, *args, **kwargs) -> Tensor:
-    spread = is_share(x)
-    with split.in_part(layer) as parts:
-        y = run(layer, split.local(x) if spread else x, *args, **kwargs)
-    return split.spread(y, parts.get("bias")) if spread else y
 
 
 class Numbers:
