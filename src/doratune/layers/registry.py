@@ -214,13 +214,7 @@ class Registry:
             return weight.factors
 
     def _prepare(self, weights: list, low: torch.dtype) -> None:
-        with (
-            unseen_by_selective_checkpoints(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            no_autocast(weights[0].device),
-            _in_part(weights),
-        ):
+        with _as_they_are(weights), no_autocast(weights[0].device):
             suspicion, self.suspicion = self.suspicion, []
             if prepared.prepare(weights, low, suspicion):  # a frozen weight was edited
                 self._changed(self.weights())
@@ -280,9 +274,9 @@ def drowning(bias_O: Tensor, out: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _in_part(weights: list):
-    """Layers of which each process computes a part have this process's own tensors meanwhile."""
-    with contextlib.ExitStack() as stack:
+def _as_they_are(weights: list):
+    """Nothing records what is done; layers of which each process computes a part have this process's own tensors meanwhile."""
+    with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
         for weight in weights:
             if weight.split is not None:
                 stack.enter_context(weight.split.in_part(weight.layer))
