@@ -138,6 +138,9 @@ def others(folder):
     found["other"] = torch.equal(logits(model), before) and not torch.equal(trained, before)
     doratune.use(model, "default")
     found["used"] = torch.equal(logits(model), trained)
+    model.load_state_dict(model.state_dict())
+    doratune.refresh(model)
+    found["refreshed"] = torch.equal(logits(model), trained)
     for adapter in ("default", "other"):
         doratune.use(model, adapter)
         doratune.detach(model)

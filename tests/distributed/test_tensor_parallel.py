@@ -50,7 +50,7 @@ def test_files_are_whole_and_are_split_again(found):
 
 def test_adapters_come_and_go(found):
     others = found["others"]
-    assert others["other"] and others["used"] and others["detached"]
+    assert others["other"] and others["used"] and others["refreshed"] and others["detached"]
     assert others["bf16"] and others["fp32"] == ["torch.float32"]
     same(*others["cancels"])
     assert others["edited"] < 1e-5

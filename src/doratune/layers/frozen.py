@@ -111,22 +111,14 @@ class FrozenWeight:
         """What stands in the layer for W: a tensor, or this process's share of it."""
         return self.kind.home(self.layer)._parameters.get(self.kind.leaf(self.layer))
 
-    def own(self, name: str) -> object | None:
-        """Where a tensor's own numbers are, if copies of it come and go."""
-        if self.split is not None:
-            return self.split.own(self.layer, name)
-        return self.shares.get(name) if self.shares else None
-
     def share(self) -> object | None:
         """Where W's own numbers are, if whole copies of it come and go."""
-        return self.own(self.kind.leaf(self.layer)) if self.shares or self.split is not None else None
+        return self.shares.get(self.kind.leaf(self.layer)) if self.shares else None
 
     def version(self) -> tuple:
-        """Changes when W does, and not with a copy of it, but between a part and the whole."""
+        """Changes when W does, and between a part of it and the whole, but not with a copy."""
         share = self.share()
-        if share is None:
-            return self.base.version(self.layer)
-        return identity(share.local) if self.split is None else (*identity(share.local), self.shape)
+        return self.base.version(self.layer) if share is None else (*identity(share.local), self.shape)
 
     def held(self) -> object:
         """What keeps the memory of W, or of this process's share of it, its own."""

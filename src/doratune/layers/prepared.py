@@ -60,11 +60,10 @@ def prepare(weights: list, low: torch.dtype, suspicion: list[Tensor] = ()) -> bo
 
 def likeness(weight) -> tuple:
     """Weights of which this is equal are prepared in the same operations."""
-    if weight._likeness is None or weight.split is not None:  # which has whole tensors at times
+    if weight._likeness is None or weight.split:  # which has whole tensors at times
         first = next(iter(weight.tensors()), None)
         choices = weight.rank, weight.scaling, weight.magnitude, weight.axis, weight.exact_forward, weight.direction.name
-        facts = weight.shape, weight.dtype, weight.device, weight.bias is None
-        facts = *facts, weight.split is not None and weight.split.adds_up(weight)
+        facts = weight.shape, weight.dtype, weight.device, weight.bias is None, weight.split
         weight._likeness = *choices, *facts, None if first is None else (first.dtype, first.device)
     return weight._likeness
 
@@ -118,9 +117,7 @@ def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | N
     first = weights[0]
     if A_LRI is None:
         return w2_LO.sqrt_(), None
-    if first.split is not None and first.split.adds_up(first):
-        return torch.stack([w.terms(A, B).n for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
-    if B_LOR[0].numel() > LARGE:
+    if B_LOR[0].numel() > LARGE or first.split:
         return torch.stack([_one_norm(w, A, B) for w, A, B in zip(weights, A_LRI, B_LOR, strict=True)]), None
     U_LOR = _products(weights, A_LRI).to(w2_LO.dtype)
     A_LRI, B_LOR = A_LRI.to(w2_LO.dtype), B_LOR.to(w2_LO.dtype)
@@ -142,8 +139,8 @@ def _products(weights: list, A_LRI: Tensor) -> Tensor:
 
 
 def _one_norm(weight, A_RI: Tensor, B_OR: Tensor) -> Tensor:
-    """n (O,) of one large weight; on CUDA one pass over a dense W where that is faster."""
-    matrix = weight.base.matrix(weight.layer) if weight.base.writable and A_RI.is_cuda else None
+    """n (O,) of one large weight, or of one that is split; on CUDA one pass over a dense W where that is faster."""
+    matrix = weight.base.matrix(weight.layer) if weight.base.writable and A_RI.is_cuda and not weight.split else None
     if matrix is None or matrix.dtype != A_RI.dtype:
         return weight.terms(A_RI, B_OR).n
     return passes.direct_norm(matrix, A_RI, B_OR, weight.scaling, lambda: weight.terms(A_RI, B_OR).n)

@@ -214,7 +214,7 @@ class Registry:
             return weight.factors
 
     def _prepare(self, weights: list, low: torch.dtype) -> None:
-        with _as_they_are(weights), no_autocast(weights[0].device):
+        with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), no_autocast(weights[0].device):
             suspicion, self.suspicion = self.suspicion, []
             if prepared.prepare(weights, low, suspicion):  # a frozen weight was edited
                 self._changed(self.weights())
@@ -223,7 +223,7 @@ class Registry:
                 f = one.factors
                 f.generation, f.low, f.stamps, f.storage = self.generation, low, one.stamps(), one.storage()
                 # what was read is held, so that its address stays its own
-                own = [tensor_in(slot) for slot in one.slots()] if one.shares or one.split else one.watched()
+                own = [tensor_in(slot) for slot in one.slots()] if one.shares else one.watched()
                 f.held = [t.detach() for t in own if t is not None], one.held() if one.magnitude else None
                 one.preparations += 1
                 one.asked = False
@@ -271,16 +271,6 @@ def drowning(bias_O: Tensor, out: Tensor) -> Tensor:
     quiet = quiet.masked_fill_(quiet == torch.inf, 0.0)
     share_O = (rest_SO / token_S1.clamp_min(1e-30)).mean(0)
     return bias_O.abs() / (share_O * quiet).clamp_min_(1e-30).sqrt_()
-
-
-@contextlib.contextmanager
-def _as_they_are(weights: list):
-    """Nothing records what is done; layers of which each process computes a part have this process's own tensors meanwhile."""
-    with unseen_by_selective_checkpoints(), torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
-        for weight in weights:
-            if weight.split is not None:
-                stack.enter_context(weight.split.in_part(weight.layer))
-        yield
 
 
 def unseen_by_selective_checkpoints():

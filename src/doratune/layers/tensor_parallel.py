@@ -19,7 +19,6 @@ Every process comes to these at the same place: what changes parameters is calle
 from __future__ import annotations
 
 import contextlib
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +37,9 @@ class Split:
     def __init__(self, W: Tensor):
         """W: a DTensor that `obstacle` has nothing against."""
         self.mesh, self.shape, self.dim = W.device_mesh, tuple(W.shape), W.placements[0].dim
-        self.numbers: dict[str, Numbers] = {}
 
     def __deepcopy__(self, memo):
-        """Of a copy of the layer. Meshes are the processes' own."""
-        new = copy.copy(self)
-        new.numbers = {}
-        return new
-
-    def own(self, layer: nn.Module, name: str) -> Numbers | None:
-        """This process's part of a tensor of the layer; None where it has no part of it."""
-        held = self.numbers.get(name)
-        if held is None or held.holder is not layer._parameters:
-            held = self.numbers[name] = Numbers(layer._parameters, name)
-        return None if held.local is None else held
+        return self  # it is never changed, and meshes are the processes' own
 
     def adds_up(self, weight) -> bool:
         """Is |V| a sum over processes? Not in a layer that has whole tensors now."""
@@ -117,22 +105,26 @@ class Split:
             p, dim = weight.layer._parameters[name], lies.get(name, of_m)[self.dim]
             share = distribute_tensor(p.detach(), self.mesh, [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
             weight.layer._parameters[name] = nn.Parameter(share.clone(), requires_grad=p.requires_grad)
-        weight.split, weight.plain = self, False
+        weight.split, weight.plain, weight.shares = self, False, self.numbers(weight.layer)
+
+    def numbers(self, layer: nn.Module) -> dict[str, Numbers]:
+        """This process's part of each tensor of a layer, by name."""
+        return {name: Numbers(layer._parameters, name) for name, p in layer._parameters.items() if is_share(p)}
 
 
 class Numbers:
     """This process's part of one tensor, also while others stand in its place: the part itself in a call, or the whole tensor."""
 
-    __slots__ = ("holder", "name", "share")
+    cast = False
 
     def __init__(self, holder: dict, name: str):
-        self.holder, self.name, self.share = holder, name, None
+        self.holder, self.name, self.share = holder, name, holder[name]
 
     @property
-    def local(self) -> Tensor | None:
+    def local(self) -> Tensor:
         if is_share(p := self.holder.get(self.name)):
             self.share = p
-        return None if self.share is None else self.share._local_tensor
+        return self.share._local_tensor
 
 
 class AddedUp(Function):

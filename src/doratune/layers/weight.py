@@ -86,6 +86,7 @@ class AdaptedWeight(FrozenWeight):
         """Make the layer known to the ops and to the others of its attachment."""
         self._layer = weakref.ref(layer)
         self.own_product = self.kind.own_product(self, getattr(type(layer), "plain_class", type(layer)))
+        self.shares = self.split.numbers(layer) if self.split and not self.shares else self.shares
         self.handle.bind(self)
         self.registry.add(self)
 
@@ -151,7 +152,7 @@ class AdaptedWeight(FrozenWeight):
     def moved(self) -> None:
         """Its tensors may lie elsewhere by now; where is found out at the model's next forward."""
         self.changed()
-        self.shares, self.settled = {}, False
+        self.shares, self.settled = self.shares if self.split else {}, False
         self.registry.search.begin()
 
     def at_hand(self) -> bool:
@@ -177,7 +178,8 @@ class AdaptedWeight(FrozenWeight):
 
     def own_slot(self, holder, name: str) -> tuple:
         """Of a tensor of which copies come and go, where its own numbers are."""
-        return (holder, name) if (share := self.own(name)) is None else (share, "local")
+        share = self.shares.get(name) if self.shares else None
+        return (holder, name) if share is None else (share, "local")
 
     def frozen_slot(self) -> tuple | None:
         """Where W is, if it is one plain tensor that factors are made of."""
@@ -193,9 +195,7 @@ class AdaptedWeight(FrozenWeight):
 
     def storage(self) -> tuple | None:
         """What else tells that W is as it was, where it is no plain tensor, or a part of one."""
-        if self.split is None and self.magnitude and not self.base.writable:
-            return self.version()
-        return None if self.split is None else self.shape  # of a part, or of whole tensors
+        return self.version() if self.magnitude and not self.base.writable else self.split and self.shape
 
     def is_as(self, f: Factors) -> bool:
         """Is everything where it was when these factors were prepared, in the same version?"""
