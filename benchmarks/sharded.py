@@ -3,9 +3,9 @@
     python benchmarks/sharded.py             # a Llama of hidden size 768, all linear layers, rank 24, 4 × 192 tokens, fp32
 
 Each block and the root are `fully_shard`ed, as `doratune train --fsdp shard` does; one thread a process. Memory: the bytes of all
-tensors at the peak of two steps (`bench/allocations.py`), each in processes of its own. Two processes are expected to hold half of what
-one holds, and whole: three copies of a block (one that computes, one that is fetched meanwhile, and the buffer in which it arrives),
-the root and its buffer if that is more, and the second half of the factors of all layers.
+tensors at the peak of two steps (`bench/allocations.py`), each in processes of its own. Two processes are expected to hold half of
+what one holds, and whole: three copies of a block (one that computes, one that is fetched meanwhile, and the buffer in which it
+arrives), or the root's and its buffer if that is more, and the second half of the factors of all layers.
 """
 
 from __future__ import annotations

@@ -10,18 +10,8 @@ WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    cases = (
-        "ddp",
-        "fsdp",
-        "ways_of_sharding",
-        "attached_after_sharding",
-        "mixed_precision",
-        "collectives",
-        "memory",
-        "nf4",
-        "refusals",
-    )
-    return launched(tmp_path_factory.mktemp("launch"), *cases, "other_layers")[0]
+    cases = "ddp", "fsdp", "ways_of_sharding", "attached_after_sharding", "mixed_precision", "collectives", "nf4", "refusals"
+    return launched(tmp_path_factory.mktemp("launch"), *cases, "memory", "other_layers")[0]
 
 
 def same(expected, losses):
@@ -109,6 +99,6 @@ def test_what_reads_whole_weights_is_refused_after_sharding(found):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dora, full gradient", "dora, input axis", "dora, relative", "dvora"])
 def test_nothing_whole_stays(found, method):
-    """Of six layers in which nearly all numbers are: factors, w² and a hash's numbers, no W that was whole before it was sharded."""
+    """Of a model of six layers: factors, w² and a hash's numbers, but no W that was whole before it was sharded."""
     own, beside = found["memory"][method]
     assert beside < 0.4 * own
