@@ -30,8 +30,8 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def large_llama(layers=9):
-    """600 MB of fp32, with rows that are not all alike."""
+def large_llama(layers=12):
+    """800 MB of fp32, with rows that are not all alike."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers, "vocab_size": 300}
@@ -73,7 +73,7 @@ def test_a_model_larger_than_the_memory_is_merged(tmp_path):
                 layer.magnitude.mul_(1.3)
         doratune.save(model, tmp_path / "adapter")
         words = ["merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
-        command = [sys.executable, "-c", LIMITED, 150 * MEGABYTE, *words, "--check", "false"]
+        command = [sys.executable, "-c", LIMITED, 230 * MEGABYTE, *words, "--check", "false"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=quiet())
         assert done.returncode == 0, done.stderr[-3000:]
         assert int(done.stdout.split()[1]) < size

@@ -29,6 +29,6 @@ def peak_of_tensors(prepare: Callable[[], Callable[[], None]], times: int = 2) -
                 step()
     with tempfile.TemporaryDirectory() as folder:
         record.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        events = json.loads(Path(f"{folder}/trace.json").read_text(encoding="utf-8"))["traceEvents"]
     begin = next(event["ts"] for event in events if event.get("name") == MARK)
     return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]" and event["ts"] >= begin)
