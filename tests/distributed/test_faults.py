@@ -197,6 +197,32 @@ def test_a_gradient_that_is_not_finite_changes_nothing(number, rank, processes, 
     same(run, undisturbed)
 
 
+LAST = """
+import atexit, os, pathlib, sys
+from torch import distributed
+from doratune.cli.main import main
+
+def count():
+    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+left = pathlib.Path(sys.argv[1]) / os.environ["RANK"]
+atexit.register(lambda: left.write_text(f"{distributed.is_initialized()} {before} {count()}"))  # the first registered is the last to run
+status = main(sys.argv[2:])
+before = count() > 0
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(("fsdp", "left"), [("none", "False True 0"), ("shard", "False True")])
+def test_the_group_is_taken_apart_before_the_interpreter_ends(fsdp, left, words, tmp_path):
+    """A thread of gloo that outlives the interpreter kills a run that has done its work; PyTorch's caches keep those of shards."""
+    script = tmp_path / "last.py"
+    script.write_text(LAST)
+    done = torchrun(script, tmp_path, *words[2:], "--output", tmp_path / "run", "--max_steps", "2", "--fsdp", fsdp)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / rank).read_text().startswith(left) for rank in "01")
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(words, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = start([*words, "--output", run])

@@ -25,7 +25,7 @@ from ..support.devices import device_of
 from ..support.files import replacing
 from ..support.models import contiguous_head
 from ..support.outputs import refuse_inputs
-from ..support.processes import agree, connect, is_first, launched, refuse_strangers
+from ..support.processes import agree, connect, is_first, launched, part_at_exit, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .alarms import Alarms
 from .callbacks import Clock, StopOnSignal, TokenProgress, beside_the_bar
@@ -138,6 +138,7 @@ def _train_to_the_end(trainer: Trainer, model, checkpoint: Path | None) -> None:
         trainer.add_callback(stop)
         if not (checkpoint and already_trained(trainer, checkpoint)):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    part_at_exit()
     if stop.received is not None:
         raise Interrupted(stop.received, str(last_checkpoint(Path(trainer.args.output_dir))))
     evaluated = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
