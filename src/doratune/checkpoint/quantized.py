@@ -27,7 +27,8 @@ from ..publishing.card import write_merged_card
 from ..support.examples import candidates
 from ..support.files import read_json
 from ..support.folders import new_folder, refuse_existing
-from ..support.image_models import is_classifier, load_processor
+from ..support.image_heads import head_of
+from ..support.image_models import load_processor
 from ..support.model_folders import class_record
 from ..support.models import load_tokenizer, quiet_loading
 from .adapter import OWN, load
@@ -125,12 +126,12 @@ def logits(model, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 def _processor(model, base: str):
     """What is saved beside a model of this class."""
-    return load_processor(base) if is_classifier(class_record(model)["class"]) else load_reader(base)
+    return load_processor(base) if head_of(class_record(model)["class"]) else load_reader(base)
 
 
 def _inputs(model, base: str) -> list[dict[str, torch.Tensor]]:
-    """Sentences, or for a classifier of images an input made from its config."""
-    if is_classifier(class_record(model)["class"]):
+    """Sentences, or for an image model an input made from its config."""
+    if head_of(class_record(model)["class"]):
         return [next(candidates(model))]
     tokenizer = load_tokenizer(base)
     return [{"input_ids": tokenizer(sentence, return_tensors="pt")["input_ids"]} for sentence in SENTENCES]

@@ -7,6 +7,7 @@ dreambooth.py    a few images of one thing, and of its class: settings, prompts,
 latents.py       images as a denoiser reads them
 denoising.py     the loss of a text-to-image pipeline
 painting.py      images that a pipeline draws in a run: samples, images of a class
+image_objective.py   what objectives of images share
 image_rows.py    images as a model reads them
 visual_rows.py   questions about what is seen, as VL-BART reads them
 task_order.py    batches of one task each, by the tasks' sizes
