@@ -119,9 +119,11 @@ def dequantize(model) -> None:
 
 @torch.no_grad()
 def logits(model, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """A row for each position, or for each image."""
+    """A row for each position of a text, for each image, or for each pixel."""
     on_device = ({name: t.to(model.device) for name, t in one.items()} for one in inputs)
-    return torch.cat([model(**one).logits.flatten(0, -2).float().cpu() for one in on_device])
+    outputs = (model(**one).logits for one in on_device)
+    rows = (scores.movedim(1, -1) if scores.dim() == 4 else scores for scores in outputs)  # of pixels: (N, C, H, W)
+    return torch.cat([scores.flatten(0, -2).float().cpu() for scores in rows])
 
 
 def _processor(model, base: str):

@@ -11,6 +11,8 @@ image_objective.py   what objectives of images share
 image_rows.py    images as a model reads them
 visual_rows.py   questions about what is seen, as VL-BART reads them
 task_order.py    batches of one task each, by the tasks' sizes
+mask_rows.py     images with masks as a model reads them; the loss of pixels
+mask_scores.py   IoU, pixel accuracy
 class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart

@@ -39,14 +39,14 @@ class ClassScorer(ImageScorer):
     def look(self, source: str, settings) -> None:
         load_images(source, "test", settings.columns, [])
 
-    def read(self, source: str, model, limit: int | None, settings, unusable: list[str] | None) -> list[LabelledImage]:
+    def read(self, source: str, model, processor, limit: int | None, settings, unusable: list[str] | None) -> list[LabelledImage]:
         images = load_images(source, "test", settings.columns, unusable)
         items = usable(of_known_classes(images, labels_of(model.config), unusable)[:limit], unusable)
         if not items:
             raise UserError(f"{source} holds no image that can be used; the first: {(unusable or ['none'])[0]}")
         return items
 
-    def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path | None, progress) -> tuple[dict, list]:
+    def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path, progress) -> tuple[dict, list]:
         return _score_task(model, processor, name, items, batch_size, progress)
 
     def show(self, summary: dict) -> str:

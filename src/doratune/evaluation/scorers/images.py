@@ -45,7 +45,7 @@ class ImageScorer(Scorer):
         """Raise UserError where a source cannot be a task, before anything is loaded."""
         raise NotImplementedError
 
-    def read(self, source: str, model, limit: int | None, settings, unusable: list[str] | None) -> list:
+    def read(self, source: str, model, processor, limit: int | None, settings, unusable: list[str] | None) -> list:
         """The items of a task that the model has labels for, each looked at.
 
         Raises:
@@ -53,7 +53,7 @@ class ImageScorer(Scorer):
         """
         raise NotImplementedError
 
-    def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path | None, progress) -> tuple[dict, list]:
+    def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path, progress) -> tuple[dict, list]:
         """(figures of a task, a record for each item); folder: for what records show beside themselves."""
         raise NotImplementedError
 
@@ -65,7 +65,9 @@ class ImageScorer(Scorer):
         names = names_of([settings.task] if isinstance(settings.task, str) else settings.task)
         image_model, processor, facts = load_both(settings, model, self.head)
         unusable: list[str] | None = [] if settings.bad_items == "skip" else None
-        tasks = [(name, self.read(source, image_model, settings.limit, settings, unusable)) for name, source in names.items()]
+        tasks = [
+            (name, self.read(source, image_model, processor, settings.limit, settings, unusable)) for name, source in names.items()
+        ]
         if unusable:
             say(f"{len(unusable)} unusable images skipped (the first: {unusable[0]})")
         output = Path(settings.output)
@@ -108,7 +110,7 @@ class ScoredImages:
         recipe = self.recipe
         self.unusable = [] if recipe.bad_items == "skip" else None
         self.tasks = [
-            (name, self.scorer.read(source, model, recipe.tasks_limit, recipe, self.unusable))
+            (name, self.scorer.read(source, model, processor, recipe.tasks_limit, recipe, self.unusable))
             for name, source in self.names.items()
         ]
 
@@ -158,6 +160,8 @@ def load_both(settings, name: str, head: ImageHead):
     processor = load_processor(name, trusted, folder)
     whole = {"trust_remote_code": trusted, "complete": not settings.adapter, "head": head}
     model = load_image_model(name, labels, settings.dtype, quantize, **whole)
+    for key in trained.keys() - {"id2label", "label2id", "problem_type"}:  # what else was recorded with the labels
+        setattr(model.config, key, trained[key])
     if not settings.adapter:
         return model, processor, (name, None, None)
     config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
