@@ -25,7 +25,7 @@ def mask_model(kind, folder, body=False, **config):
         family, processor = "MobileViT", transformers.MobileViTImageProcessorPil(**crop)
     elif kind == "beit":  # with an auxiliary head
         own = {"image_size": SIDE, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-        own |= {"intermediate_size": 24, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2]}
+        own |= {"intermediate_size": 24, "out_indices": [2, 3, 4, 5], "auxiliary_channels": 8, "pool_scales": [1, 2]}
         family, processor = "Beit", transformers.BeitImageProcessorPil(do_center_crop=False, **_SQUARE)
     else:  # over a ResNet, with an auxiliary head
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -47,9 +47,9 @@ def labels(*names):
 
 def scene(seed, size=(40, 52)):
     """(pixels (H, W, 3), class numbers (H, W)): ground below, sky above it, a sun in the sky."""
-    generator, (height, width) = np.random.default_rng(seed), size
+    generator = np.random.default_rng(seed)
     numbers = np.ones(size, np.uint8)
-    numbers[int(height * generator.uniform(0.5, 0.8)) :] = 0
+    numbers[int(size[0] * generator.uniform(0.5, 0.8)) :] = 0
     top, left = (int(generator.uniform(0.05, 0.4) * n) for n in size)
     numbers[top : top + 8, left : left + 8][numbers[top : top + 8, left : left + 8] == 1] = 2
     colours = np.array([(40, 160, 40), (60, 90, 220), (240, 220, 30)])

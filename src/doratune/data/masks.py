@@ -111,8 +111,8 @@ def _numbers(image: Image.Image, name: str) -> np.ndarray:
         raise UserError(f"{name}: a mask in {image.format}, which does not keep class numbers; write it as PNG")
     if image.mode not in _MODES:
         raise UserError(
-            f"{name}: a mask of colours ({image.mode}), which name no class; write each pixel's class number as a PNG of grey or with "
-            "a palette, as Pillow's Image.fromarray does of uint8 numbers"
+            f"{name}: a mask of colours ({image.mode}), which name no class; write each pixel's class number as a PNG "
+            "of grey or with a palette, as Pillow's Image.fromarray does of uint8 numbers"
         )
     return np.asarray(upright(image)).astype(np.int64)
 

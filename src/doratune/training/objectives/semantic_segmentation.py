@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ...data.encode import IGNORED
 from ...data.loading import weighted
 from ...data.mask_sets import load_masked
 from ...data.masks import MaskedImage, class_numbers, names_of_classes
