@@ -25,7 +25,7 @@ def mask_model(kind, folder, body=False, **config):
         family, processor = "MobileViT", transformers.MobileViTImageProcessorPil(**crop)
     elif kind == "beit":  # with an auxiliary head
         own = {"image_size": SIDE, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-        own |= {"intermediate_size": 24, "out_indices": [2, 3, 4, 5], "auxiliary_channels": 8, "pool_scales": [1, 2]}
+        own |= {"intermediate_size": 24, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2]}
         family, processor = "Beit", transformers.BeitImageProcessorPil(do_center_crop=False, **_SQUARE)
     else:  # over a ResNet, with an auxiliary head
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -35,6 +35,11 @@ def mask_model(kind, folder, body=False, **config):
         family, processor = "UperNet", transformers.SegformerImageProcessorPil(**_SQUARE)
     what = "ForImageClassification" if body else "ForSemanticSegmentation"
     model = getattr(transformers, family + what)(getattr(transformers, f"{family}Config")(**own | config))
+    for module in model.modules():  # statistics of a pretraining: without them nothing comes through so many narrow layers
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(pixel_values=torch.randn(4, 3, SIDE, SIDE))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -25,11 +25,11 @@ _MOST_NEW = 0.1
 _MARK = "_is_hf_initialized"
 
 
-def load_processor(name: str, trust_remote_code: bool = False, folder: Path | None = None):
+def load_processor(name: str, trust_remote_code: bool = False, folder: Path | None = None, head: ImageHead | None = None):
     """The image processor of a model: it resizes and normalizes as the model was pretrained.
 
     Args:
-        folder: of an adapter that has its own.
+        folder: of an adapter that has its own. head: that the model is to have, for the message where it can have none.
 
     Raises:
         UserError: the model has none, or it cannot be read.
@@ -43,7 +43,7 @@ def load_processor(name: str, trust_remote_code: bool = False, folder: Path | No
         except OSError as error:
             if PROCESSOR not in str(error):
                 raise
-            _config(name, None, trust_remote_code)  # no model of images: that is said instead
+            _config(name, head, trust_remote_code)  # no model of images: that is said instead
             raise UserError(
                 f"{name} has no {PROCESSOR}, which says how its images are prepared; copy it from the model it was made of"
             ) from None

@@ -69,7 +69,7 @@ class ImageObjective(Objective):
     def processor(self):
         from ..support.image_models import load_processor
 
-        return load_processor(self.recipe.model, self.recipe.trust_remote_code)
+        return load_processor(self.recipe.model, self.recipe.trust_remote_code, head=self.head)
 
     def examples(self, processor, say, counts):
         recipe = self.recipe

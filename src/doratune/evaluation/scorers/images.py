@@ -157,7 +157,7 @@ def load_both(settings, name: str, head: ImageHead):
         labels = [str(record[i]) for i in sorted(record, key=int)] or own
     if not labels:
         raise UserError(f"{name} has no head that {head.does}, and no adapter brings one; train it first")
-    processor = load_processor(name, trusted, folder)
+    processor = load_processor(name, trusted, folder, head)
     whole = {"trust_remote_code": trusted, "complete": not settings.adapter, "head": head}
     model = load_image_model(name, labels, settings.dtype, quantize, **whole)
     for key in trained.keys() - {"id2label", "label2id", "problem_type"}:  # what else was recorded with the labels
