@@ -1,7 +1,7 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
-objectives/      what is learned: text, classes of images, a thing in images; one file each
+objectives/      what is learned: text, classes of images and of pixels, a thing in images; one file each
 examples.py      its data: read, split, tokenized, counted
 dreambooth.py    a few images of one thing, and of its class: settings, prompts, images
 latents.py       images as a denoiser reads them
