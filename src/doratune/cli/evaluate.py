@@ -50,7 +50,8 @@ class EvaluateSettings:
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
         columns: your file's names of fields: of your own items those of their format ({prompt: query}), of a table of labelled
-            images {image: NAME, label: NAME, split: NAME} (docs/vision.md)
+            images {image: NAME, label: NAME, split: NAME}, of one of masks {image: NAME, mask: NAME, split: NAME} (docs/vision.md)
+        reduce_labels: of masks: is 0 of no class, and 1 the first; default as the model was trained
         bad_items: of images and video: stop at an item that cannot be used, or skip and count it
         image_tower: of VL-BART: the image model whose features it reads; default as it was trained
         features: of VL-BART: folder of the files of features, which are made where they are not there
@@ -90,6 +91,7 @@ class EvaluateSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    reduce_labels: bool | None = None
     bad_items: Literal["stop", "skip"] = "stop"
     image_tower: str | None = None
     features: str = "features"
