@@ -1,16 +1,17 @@
-"""Full fine-tuning, LoRA, DoRA and DVoRA of a small LLaVA on easy-vqa's real images and questions, with intervals.
+"""Full fine-tuning, LoRA and DoRA of a small LLaVA on easy-vqa's real images and questions, with intervals.
 
     pip install easy-vqa
     python benchmarks/llava.py --output runs/llava_easy_vqa              # the best of three rates, 3 seeds
+    python benchmarks/llava.py --output runs/llava_easy_vqa --methods full lora dora dvora    # goes on with a fourth
     python benchmarks/llava.py --output runs/smol --language smollm2-135m-instruct --dtype bfloat16    # on a GPU
-    python benchmarks/llava.py --output runs/small --questions 60 --steps 5 --tower_epochs 0.5 --seeds 1 --test_items 20   # do they fit?
+    python benchmarks/llava.py --output runs/small --questions 300 --steps 5 --tower_epochs 0.5 --seeds 1 --test_items 20
 
 No pretrained LLaVA can be had offline, so it is built as LLaVA is, of the training images alone. A small Llama learns the set's
 questions, answers and captions as text (or `--language`: any causal language model). A CLIP image tower learns the images' 24
 classes (shape × colour). Tower and projector then learn, through the frozen language model, to caption the images: the base. The
 grid is `doratune compare` on the set's own questions in LLaVA's JSON, each method at the best of three rates by the loss on
-questions that it does not see, scored on questions about the test images, drawn with seed 0. OUTPUT/base is the base, OUTPUT/grid/base
-its own scores, OUTPUT/grid/compare.json the figures. Whatever was finished stays: the same command goes on.
+questions that it does not see, scored on questions about the test images, drawn with seed 0. OUTPUT/base is the base,
+OUTPUT/grid/base its own scores, OUTPUT/grid/compare.json the figures. Whatever was finished stays: the same command goes on.
 """
 
 from __future__ import annotations
@@ -219,9 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/llava_easy_vqa"))
     parser.add_argument("--language", help="a causal language model instead of the small Llama; its rates are not RATES")
-    parser.add_argument("--methods", nargs="+", choices=tuple(RATES), default=list(RATES))
-    parser.add_argument("--questions", type=int, default=6000, help="about training images, the 200 to choose rates by among them")
-    parser.add_argument("--test_items", type=int, default=2000)
+    parser.add_argument("--methods", nargs="+", choices=tuple(RATES), default=["full", "lora", "dora"])
+    parser.add_argument("--questions", type=int, default=4000, help="about training images, the 200 to choose rates by among them")
+    parser.add_argument("--test_items", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)

@@ -192,8 +192,8 @@ def test_detach_gives_the_head_back(tmp_path):
 
 
 def of_parts(kind, folder):
-    """The folder of a model made of parts, whose vocabulary grew by four before it was saved: its config says where each part's came
-    from. Returns (it, rows)."""
+    """The folder of a model made of parts, whose vocabulary grew by four before it was saved: its config says where
+    each part's came from. Returns (it, rows)."""
     from transformers import AutoConfig, VisionEncoderDecoderModel
 
     parts = folder / "parts"

@@ -7,10 +7,10 @@ Frozen and unsaved they are lost: the adapter was trained over numbers that nobo
     header   the files it came from (`support/headers.py`): a vocabulary with another number of rows there was resized; where no
              mark is left (a deep copy), a parameter that is not there, while nearly all others are, was drawn at random
 
-A part of a model (the language model of one that sees) says where its own config came from; what the whole model's files hold is
-judged by those alone. Only what is certain is reported: quantized storages, constants beside other modules (which a loader sets again), and what
-transformers itself takes for no loss are left alone. A model that was built from its config alone is all random, and that is its
-user's wish. Cost: names, and the header of a file.
+A part of a model (the language model of one that sees) has a config that says where it came from once; what the whole model's
+files hold is judged by those alone. Only what is certain is reported: quantized storages, constants beside other modules (which a
+loader sets again), and what transformers itself takes for no loss are left alone. A model that was built from its config alone is
+all random, and that is its user's wish. Cost: names, and the header of a file.
 """
 
 from __future__ import annotations
