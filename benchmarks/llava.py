@@ -88,8 +88,13 @@ def vision_config() -> transformers.CLIPVisionConfig:
     return transformers.CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=TOWER["hidden_size"], **TOWER)
 
 
-def write_tower(output: Path, epochs: float) -> Path:
-    """The folder of a CLIP image tower that tells the 24 classes of the training images."""
+def held_out(count: int) -> int:
+    """Of so many items, those to evaluate the loss on."""
+    return min(200, count // 5)
+
+
+def write_tower(output: Path, images: int, epochs: float) -> Path:
+    """The folder of a CLIP image tower that tells the 24 classes of so many training images."""
     run, start = output / "tower", output / "start-tower"
     if not (run / "metrics.json").is_file():
         torch.manual_seed(0)
@@ -97,7 +102,13 @@ def write_tower(output: Path, epochs: float) -> Path:
         with whole_folder(start, key="config.json") as temporary:
             transformers.CLIPForImageClassification(config).save_pretrained(temporary)
             image_processor().save_pretrained(temporary)
-        settings = {"objective": "image_classification", "method": "full", "lr": 1e-3, "warmup_steps": 50, "eval_size": 200}
+        settings = {
+            "objective": "image_classification",
+            "method": "full",
+            "lr": 1e-3,
+            "warmup_steps": 50,
+            "eval_size": held_out(images),
+        }
         train(recipe(run, model=str(start), data=str(output / "classes.csv"), epochs=epochs, **settings))
     return run / "model"
 
@@ -203,9 +214,10 @@ def grid_of(arguments: argparse.Namespace, base: Path) -> CompareRecipe:
     output = arguments.output
     return CompareRecipe(
         settings={
-            "model": str(base), "data": str(output / "train.json"), "tasks": [str(output / "easy_vqa.json")], "eval_size": 200,
-            "tasks_protocol": "generate", "tasks_batch_size": 64, "targets": "all-linear", "rank": arguments.rank,
-            "epochs": arguments.epochs, "batch_size": BATCH, "max_length": 64, "dtype": arguments.dtype, "tensorboard": False,
+            "model": str(base), "data": str(output / "train.json"), "tasks": [str(output / "easy_vqa.json")],
+            "eval_size": held_out(arguments.questions), "tasks_protocol": "generate", "tasks_batch_size": 64,
+            "targets": "all-linear", "rank": arguments.rank, "epochs": arguments.epochs, "batch_size": BATCH,
+            "max_length": 64, "dtype": arguments.dtype, "tensorboard": False,
         },
         methods=arguments.methods,
         seeds=list(range(arguments.seeds)),
@@ -236,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     arguments.output.mkdir(parents=True, exist_ok=True)
     counts = write_data(arguments.output, arguments.questions, arguments.test_items)
-    tower = write_tower(arguments.output, arguments.tower_epochs)
+    tower = write_tower(arguments.output, counts["images"], arguments.tower_epochs)
     language = arguments.language or str(write_language(arguments.output, arguments.steps))
     base = write_base(arguments.output, tower, language, arguments.steps)
     summary = compare(grid_of(arguments, base))
