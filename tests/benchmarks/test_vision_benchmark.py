@@ -8,10 +8,13 @@ import pytest
 
 @pytest.fixture(scope="module")
 def vision(pytestconfig):
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
     spec = importlib.util.spec_from_file_location("vision", pytestconfig.rootpath / "benchmarks" / "vision.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    monkeypatch.undo()
 
 
 def test_shape_and_colour_from_questions_and_answers(vision):

@@ -35,6 +35,7 @@ class EvaluateSettings:
         pattern: of the metric regex, for items without a pattern of their own
         function: of the metric function: FILE.py:NAME, called with (output, item), gives 0 to 1; the file's code is run
         data_format: of your own items; default by their keys
+        images: of your own items: folder that images' names begin in; default: as the adapter was trained, else beside the file
         prompt: of your own items: plain, template (the tokenizer's), or auto: as the adapter was trained, else template if it can
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
@@ -76,6 +77,7 @@ class EvaluateSettings:
     pattern: str | None = None
     function: str | None = None
     data_format: str = choices("auto", ("auto", *names_of_formats()))
+    images: str | None = None
     prompt: Literal["auto", "plain", "template"] = "auto"
     protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     beams: int | None = number(None, least=1)
@@ -202,16 +204,22 @@ def _score_harness(settings: EvaluateSettings, name: str, tasks: list[str], as_j
 
 def _own_task(settings: EvaluateSettings):
     """How items of a user's own task are read: as the settings say, or as the adapter's run read its training data."""
+    from pathlib import Path
+
     from ..data import DataSettings
     from ..evaluation.own_items import OwnTask
     from ..support.outputs import run_of
     from ..support.yaml_text import read_yaml
 
-    prompt = settings.prompt
-    for run in run_of(settings.adapter) if prompt == "auto" else ():
+    prompt, images = settings.prompt, settings.images
+    for run in run_of(settings.adapter):
         recorded = read_yaml(run / "recipe.yaml")
-        prompt = "template" if isinstance(recorded, dict) and recorded.get("prompt") == "template" else "plain"
-    reading = DataSettings(data_format=settings.data_format, columns=settings.columns)
+        recorded = recorded if isinstance(recorded, dict) else {}
+        if prompt == "auto":
+            prompt = "template" if recorded.get("prompt") == "template" else "plain"
+        if images is None and isinstance(folder := recorded.get("images"), str) and Path(folder).is_dir():
+            images = folder
+    reading = DataSettings(data_format=settings.data_format, columns=settings.columns, images=images)
     return OwnTask(tuple(settings.metrics), settings.pattern, settings.function, reading, prompt)
 
 

@@ -25,6 +25,7 @@ from ...errors import UserError, listed, near_misses
 
 if TYPE_CHECKING:
     from ..encode import Encoded
+    from ..image_sources import ImageSource
     from ..settings import DataSettings
 
 
@@ -50,6 +51,8 @@ class DataFormat:
     """Names of other formats whose items it takes as well: a data set may mix conversations with images and without."""
     learns = True
     """Is it what `doratune train` learns from?"""
+    sees = False
+    """Does it read the images that an item names?"""
 
     def fields(self) -> tuple[str, ...]:
         """Every name that `columns` may map."""
@@ -82,6 +85,14 @@ class DataFormat:
     def question(self, item: Mapping, settings: DataSettings) -> str:
         """What the item asks, without its answer, to compare items by."""
         raise NotImplementedError
+
+    def sources(self, item: Mapping, settings: DataSettings) -> list[ImageSource]:
+        """The images in front of a checked item's last answer, in order.
+
+        Raises:
+            UserError: a value that names none.
+        """
+        return []
 
     def asking(self, text: str) -> dict:
         """An item that asks this; what stands for the answer is of no meaning.
