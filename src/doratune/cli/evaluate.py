@@ -11,6 +11,7 @@ from ..evaluation.metrics import NAMES
 from ..support.devices import Device
 from ..support.values import choices, number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol paper"
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> int:
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
     names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_missing({"task": names}, {"adapter": settings.adapter})
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)

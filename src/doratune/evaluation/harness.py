@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval by name, `lm_eval:hellaswag`: its prompts, its metrics, over a model that is loaded here.
 
-The package comes with the extra `harness`. Its tasks fetch their data from the hub, those of a folder of your own from where they say.
+The package comes with the extra `harness`. Its tasks fetch their data from the hub, or as a task file of your own says.
 Cost: the harness's own, one request after the other in batches.
 """
 
