@@ -11,6 +11,7 @@ from ..evaluation.metrics import NAMES
 from ..support.devices import Device
 from ..support.values import choices, number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol paper"
@@ -29,7 +30,7 @@ class EvaluateSettings:
             images, as a folder by class, a table of paths and labels, or an .npz file; of a VL-BART: NAME:FOLDER of vqa,
             gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c (docs/vl_bart.md); a file may hold items of your
             own, in a format of training data, whose last answer is the right one
-            lm_eval:NAME is a task of lm-eval (pip install lm-eval)
+            lm_eval:NAME is a task of lm-eval (pip install 'doratune[harness]')
         lm_eval_path: a folder with task files of lm-eval of your own
         metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right
         pattern: of the metric regex, for items without a pattern of their own
@@ -133,6 +134,7 @@ def main(argv: list[str]) -> int:
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
     names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_missing({"task": names}, {"adapter": settings.adapter})
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)

@@ -17,7 +17,8 @@ class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
-watching.py      when a run logs, evaluates, saves and stops; trackers
+watching.py      when a run logs, evaluates, saves and stops
+trackers.py      TensorBoard, W&B, MLflow, Trackio: begun, told, ended
 alarms.py        warnings: a loss or an m that does not move, an evaluation that worsens
 samples.py       answers to fixed prompts while it trains
 status.py        where a run is; the runs of a folder

@@ -33,6 +33,7 @@ from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .faults import refuse_spoiled_steps
 from .half import scale_loss
 from .idle import IdleWatch
+from .movement import magnitude_moved
 from .rng import load_rng_state
 from .sharded import finite, load_optimizer, save_optimizer, take_engine
 from .token_loss import TokenLoss
@@ -198,6 +199,11 @@ class TrainerMixin(SteadyMixin):
         loss = super().training_step(*args, **kwargs)
         self._idle.after_backward()
         return loss
+
+    def log(self, logs, *args, **kwargs):
+        """A line with a loss says how far m has moved, too: in the log, the progress and the trackers."""
+        moved = magnitude_moved(self.model) if "loss" in logs else None
+        super().log(logs if moved is None else logs | {"magnitude_moved": moved}, *args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The trainer's own optimizer class over our parameter groups."""
