@@ -33,6 +33,7 @@ methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's
 sharded.py       a model in shards (FSDP2): the engine, and the optimizer's state
+base_blocks.py   whether each process loads its own part of the base, else why not
 rng.py           random numbers, for another number of processes
 launch.py        several processes of one command: torchrun's launcher
 idle.py          adapted layers that do not train, named in the first steps

@@ -87,7 +87,7 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     watch = [Alarms(aside), *objective.watchers(tokenizer, aside, checkpoint)]
     set_seed(recipe.seed)
     method = method_of(recipe, objective)
-    model = model or method.load()
+    model = model or method.load(say)
     for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):
