@@ -11,8 +11,8 @@ A call has whole tensors, which were fetched for the base's own product: its nor
     at_hand     whole tensors of one layer, for what looks at one layer after the other (save, verify, merge)
 
 A mixed-precision policy casts W; A, B and m stay fp32, or the norm's rounding would be larger than a training step. w² is then that
-of W as it is stored, so that g = 1 at the start. So it is for an adapter that came to columns: its m is a sum over processes. All of
-this is asked in the same order by every process.
+of W as it is stored, so that g = 1 at the start. So it is for an adapter that came to columns: its m is a sum over processes. All
+of this is asked in the same order by every process.
 """
 
 from __future__ import annotations
