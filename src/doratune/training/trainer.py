@@ -51,8 +51,7 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
-    shards = False
-    """Can it save a model in shards?"""
+    shards = False  # can it save a model in shards?
     unit = "tokens"
     """What the run's speed is counted in."""
     units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
@@ -181,8 +180,7 @@ class TrainerMixin(SteadyMixin):
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
-    _shares: Sequence[list[torch.Tensor]] = ()
-    """The optimizer's parameters, of a model that was in shards before (`sharded.py`)."""
+    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
 
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
