@@ -39,7 +39,7 @@ from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
 RATES = {"full": 5e-4, "lora": 3e-3, "dora": 3e-3}
-SPREAD = (0.3, 1.0, 3.0)
+SPREAD = (0.3, 1.0, 3.0, 9.0)
 """Of a sweep: factors on each method's rate."""
 TASKS = ("vqa", "nlvr", "caption", "tvqa")
 SCORED = ("vqa", "nlvr", "tvqa")

@@ -38,4 +38,4 @@ def test_the_grid_and_its_base(vision, kind, sweep, tmp_path):
     grid = vision.grid_of(arguments, tmp_path / "base")
     shared = grid.check()
     assert shared.objective == "image_classification"
-    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {3 if sweep else 1}
+    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {len(vision.SPREAD) if sweep else 1}

@@ -49,4 +49,4 @@ def test_bart_and_the_grid(bench, sweep, tmp_path):
     grid = bench.grid_of(arguments, bart, tmp_path / "tower", 120)
     shared = grid.check()
     assert shared.objective == "vl_bart" and shared.max_steps == 4 * shared.save_steps
-    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {3 if sweep else 1}
+    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {len(bench.SPREAD) if sweep else 1}

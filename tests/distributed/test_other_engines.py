@@ -5,11 +5,16 @@ import json
 
 import pytest
 from launching import launched, torchrun
+from safetensors.torch import load_file
+
+STORED = "odd sizes, several files", "bf16 in the files", "tied, Conv1D", "experts beside it", "rank below the processes", "in bf16"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("launch"), "loaded_in_shards", "checkpoints_of_pytorch", "other_engines")[0]
+    cases = "loaded_in_shards", "own_parts", "checkpoints_of_pytorch", "other_engines"
+    found, folder = launched(tmp_path_factory.mktemp("launch"), *cases)
+    return found | {"folder": folder}
 
 
 def test_a_base_that_transformers_loads_in_shards(found):
@@ -17,6 +22,22 @@ def test_a_base_that_transformers_loads_in_shards(found):
     expected, losses, placed, own, whole = found["loaded_in_shards"]
     assert losses == pytest.approx(expected, abs=1e-6) and placed
     assert own <= 0.51 * whole
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(STORED))
+def test_a_base_of_which_each_process_reads_its_part(found, number, name):
+    """The start is that of a whole base: outputs bit for bit, and the adapter's files; of a magnitude that two processes sum over
+    their columns (Conv1D) but for the last bit."""
+    same_outputs, share, expected, losses = found["own_parts"][name]
+    assert same_outputs and share <= 0.51
+    assert losses == pytest.approx(expected, abs=2e-5 if "bf16" in name else 2e-6)
+    folders = [found["folder"] / f"stored {number}" / kind for kind in ("parts", "whole")]
+    parts, whole = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    own, of_whole = (json.loads((folder / "doratune.json").read_text()) for folder in folders)
+    assert own["base_norms"] == of_whole["base_norms"] != {} and own["model"] == of_whole["model"]
+    assert parts.keys() == whole.keys()
+    for key in whole:
+        assert (parts[key] - whole[key]).abs().max() <= 2**-22 * ("c_proj" in key) * whole[key].abs().max(), key
 
 
 @pytest.mark.parametrize("into", ["sharded", "whole"])

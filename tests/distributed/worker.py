@@ -407,6 +407,47 @@ def loaded_in_shards():
     return of_one_process(), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def odd():
+    """Sizes that two cannot divide, but the heads'."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 301, "hidden_size": 33, "intermediate_size": 45, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**sizes, head_dim=8, num_key_value_heads=1, pad_token_id=0)).train()
+
+
+STORED = {
+    "odd sizes, several files": (odd, {}, "float32"),
+    "bf16 in the files": (lambda: base().bfloat16(), {}, "float32"),
+    "tied, Conv1D": (lambda: tiny_gpt2().eval(), {}, "float32"),
+    "experts beside it": (mixtral, {"targets": ["q_proj", "o_proj"]}, "float32"),
+    "rank below the processes": (base, {"rank": 1, "targets": "all-linear"}, "float32"),
+    "in bf16": (base, {"targets": "all-linear"}, "bfloat16"),
+}
+
+
+@case
+def own_parts():
+    """Each process reads its own part of a base: the start beside a whole base's, the parts' share of its bytes, losses of both."""
+    from doratune.support.models import load_model
+    from doratune.support.shards import blocks_of, skeleton_of
+
+    found = {}
+    for number, (name, (make, settings, dtype)) in enumerate(STORED.items()):
+        folder = OUT.parent / f"stored {number}"
+        if dist.get_rank() == 0:
+            make().save_pretrained(folder, max_shard_size="30KB")
+        dist.barrier()
+        whole = attached(load_model(str(folder), dtype), **settings)
+        parts = attached(load_model(str(folder), dtype, blocks=blocks_of(skeleton_of(str(folder)))), **settings)
+        share = sum(p.to_local().nbytes for p in parts.parameters()) / sum(p.nbytes for p in whole.parameters())
+        with torch.no_grad():
+            same = torch.equal(whole(input_ids=ids(0)).logits, parts(input_ids=ids(0)).logits)
+        doratune.save(parts, folder / "parts")
+        if dist.get_rank() == 0:
+            doratune.save(whole, folder / "whole")
+        found[name] = same, share, train(whole, split=False), train(parts, split=True)
+    return found
+
+
 @case
 def checkpoints_of_pytorch():
     """torch.distributed.checkpoint: written in shards by two processes, read by each alone and whole."""

@@ -38,6 +38,8 @@ class FrozenWeight:
     shares: dict
     split: object = None
     """How it is split over processes of which each computes a part (`tensor_parallel.Split`)."""
+    summed: bool = False
+    """Did its m start as a sum over processes, each of which has columns of W?"""
 
     @property
     def shape(self) -> tuple[int, ...]:

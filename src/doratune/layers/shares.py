@@ -11,7 +11,8 @@ A call has whole tensors, which were fetched for the base's own product: its nor
     at_hand     whole tensors of one layer, for what looks at one layer after the other (save, verify, merge)
 
 A mixed-precision policy casts W; A, B and m stay fp32, or the norm's rounding would be larger than a training step. w² is then that
-of W as it is stored, so that g = 1 at the start. All of this is asked in the same order by every process.
+of W as it is stored, so that g = 1 at the start. So it is for an adapter that came to columns: its m is a sum over processes. All
+of this is asked in the same order by every process.
 """
 
 from __future__ import annotations
@@ -121,7 +122,13 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
     keep_wide([share for weight in weights for name, share in weight.shares.items() if name in weight.names])
     for weight in weights:
         share, weight.settled = weight.share(), bool(weight.shares)
-        if share is not None and share.cast and weight.magnitude and weight is holder_of(weight) and not weight.kind.stacked:
+        if (
+            share is not None
+            and (share.cast or weight.summed)
+            and weight.magnitude
+            and weight is holder_of(weight)
+            and not weight.kind.stacked
+        ):
             weight.know(share.param.sharded_param)
     refuse_flattened([weight for weight in weights if not weight.settled])
 
@@ -155,17 +162,35 @@ def squared_norms(weight, W: Tensor) -> Tensor:
 
 def first_magnitude(weight, W: Tensor) -> Tensor:
     """m = |W| at the start. Of W in rows only this process's rows, in their places: its share of m is no more, nothing is sent."""
-    from torch.distributed.tensor import Shard
-
     part, local = _own_part(weight, W), W.to_local()
-    mesh, split = part.device_mesh, [dim for dim, placement in enumerate(part.placements) if isinstance(placement, Shard)]
-    if len(split) != 1 or any(placement.is_partial() for placement in part.placements):
+    weight.summed = any(placement.is_partial() for placement in part.placements)
+    place = own_place(part)
+    if place is None:
         return part.full_tensor().to(local.device).sqrt()
     w = torch.zeros(part.shape, dtype=part.dtype, device=local.device)
-    start = -(-len(w) // mesh.size(split[0])) * mesh.get_local_rank(split[0])
-    own = part.to_local()
+    start, own = place[1], part.to_local()
     w[start : start + len(own)] = own.to(local.device).sqrt()
     return w
+
+
+def own_place(share: Tensor) -> tuple[int, int] | None:
+    """(dimension, first index in it) of this process's part of a tensor that is split once; None: it is split otherwise."""
+    from torch.distributed.tensor import Shard
+
+    mesh, split = share.device_mesh, [dim for dim, placement in enumerate(share.placements) if type(placement) is Shard]
+    if len(split) != 1 or any(not p.is_replicate() for dim, p in enumerate(share.placements) if dim != split[0]):
+        return None
+    along = share.placements[split[0]].dim
+    return along, -(-share.shape[along] // mesh.size(split[0])) * mesh.get_local_rank(split[0])
+
+
+def as_sum(values: Tensor, share: Tensor) -> Tensor:
+    """A tensor that is the sum of what each process has, over those among which `share` is split; nothing is sent yet."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = share.device_mesh
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in share.placements]
+    return DTensor.from_local(values.to(mesh.device_type), mesh, placements, run_check=False)
 
 
 def _own_part(weight, W: Tensor) -> Tensor:
