@@ -1,7 +1,7 @@
 """Full fine-tuning, LoRA and DoRA of a small LLaVA on easy-vqa's real images and questions, with intervals.
 
     pip install easy-vqa
-    python benchmarks/llava.py --output runs/llava_easy_vqa              # the best of three rates, 3 seeds
+    python benchmarks/llava.py --output runs/llava_easy_vqa              # the best of four rates, 3 seeds
     python benchmarks/llava.py --output runs/llava_easy_vqa --methods full lora dora dvora    # goes on with a fourth
     python benchmarks/llava.py --output runs/smol --language smollm2-135m-instruct --dtype bfloat16    # on a GPU
     python benchmarks/llava.py --output runs/small --questions 300 --steps 5 --tower_epochs 0.5 --seeds 1 --test_items 20
@@ -9,7 +9,7 @@
 No pretrained LLaVA can be had offline, so it is built as LLaVA is, of the training images alone. A small Llama learns the set's
 questions, answers and captions as text (or `--language`: any causal language model). A CLIP image tower learns the images' 24
 classes (shape × colour). Tower and projector then learn, through the frozen language model, to caption the images: the base. The
-grid is `doratune compare` on the set's own questions in LLaVA's JSON, each method at the best of three rates by the loss on
+grid is `doratune compare` on the set's own questions in LLaVA's JSON, each method at the best of four rates by the loss on
 questions that it does not see, scored on questions about the test images, drawn with seed 0. OUTPUT/base is the base,
 OUTPUT/grid/base its own scores, OUTPUT/grid/compare.json the figures. Whatever was finished stays: the same command goes on.
 """
@@ -46,7 +46,7 @@ SIDE, PATCH = 32, 8
 TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
 LANGUAGE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 RATES = {"full": 1e-3, "lora": 3e-3, "dora": 3e-3, "dvora": 1e-2}
-SPREAD = (0.3, 1.0, 3.0)
+SPREAD = (0.1, 0.3, 1.0, 3.0)
 """Of a sweep: factors on each method's rate."""
 BATCH = 32
 ASKED = ("what is in the image?", "what does the image show?")

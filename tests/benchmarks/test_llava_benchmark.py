@@ -70,5 +70,5 @@ def test_the_grid(bench, built, methods):
     arguments = argparse.Namespace(output=output, methods=methods, questions=1000, rank=4, epochs=1, seeds=2, dtype="float32")
     grid = bench.grid_of(arguments, folder)
     shared = grid.check()
-    assert [len(set(grid.lrs_of(method, shared))) for method in methods] == [3] * len(methods)
+    assert [len(set(grid.lrs_of(method, shared))) for method in methods] == [len(bench.SPREAD)] * len(methods)
     assert shared.eval_size == 200 and grid.score == shared.tasks_protocol == "generate"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from pictures import FAMILIES, image_folder, write_items
+from pictures import FAMILIES, image_folder, model_folder, write_items
 
 from doratune.cli.main import main
 from doratune.data import DataSettings
@@ -100,8 +100,8 @@ def test_choices_are_scored_with_the_image(form, seeing, tmp_path):
     assert scores[0] == scores[4] and len(set(scores)) == 4
 
 
-def test_images_lie_beside_the_file_or_where_the_setting_says(tmp_path, seeing, capsys):
-    """Also those of an image's question and answer; an item whose format shows no image is refused."""
+def test_images_lie_beside_the_file_or_where_the_setting_says(tmp_path, capsys):
+    """Also those of an image's question and answer; an item whose format shows no image is refused, and said in training."""
     folder = image_folder(tmp_path / "images")
     for place, reading in ((tmp_path, DataSettings(images=str(folder))), (folder, DataSettings())):
         for form in (messages, conversations):
@@ -113,6 +113,8 @@ def test_images_lie_beside_the_file_or_where_the_setting_says(tmp_path, seeing, 
     alone = {"image": NAMES[0], "instruction": ASKED, "output": "red"}
     with pytest.raises(UserError, match="item 1 has an image, which instruction data does not show"):
         load_task(str(write_items(folder / "alone.json", [alone])))
+    assert main(["data", str(folder / "alone.json"), "--model", str(model_folder(tmp_path / "model"))]) == 0
+    assert "item 1 has an image, which instruction data does not show" in capsys.readouterr().out
     words = ["--model", "nowhere", "--task", str(tmp_path / "own.json"), "--output", str(tmp_path / "o"), "--images", "no/folder"]
     assert main(["evaluate", *words]) == 2
     assert "images is 'no/folder', which is no folder" in capsys.readouterr().err

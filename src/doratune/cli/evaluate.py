@@ -209,11 +209,14 @@ def _own_task(settings: EvaluateSettings):
     from pathlib import Path
 
     from ..data import DataSettings
+    from ..data.image_sources import folders_of
     from ..evaluation.own_items import OwnTask
     from ..support.outputs import run_of
     from ..support.yaml_text import read_yaml
 
     prompt, images = settings.prompt, settings.images
+    if images is not None:
+        folders_of(images, "")  # refuses what is no folder, before a model is loaded
     for run in run_of(settings.adapter):
         recorded = read_yaml(run / "recipe.yaml")
         recorded = recorded if isinstance(recorded, dict) else {}

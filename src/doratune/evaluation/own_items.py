@@ -17,7 +17,7 @@ from typing import Literal
 from ..data import DataSettings
 from ..data.encode import encode_one, prompt_ids
 from ..data.formats import DataFormat, format_named, format_of, unknown_item
-from ..data.image_sources import ImageSource, named_images
+from ..data.image_sources import ImageSource
 from ..data.loading import renamed
 from ..errors import UserError
 from .metrics import METRICS, check_metrics, function_at, valid_pattern
@@ -64,8 +64,8 @@ class OwnItem(dict):
             self["answer"] = right_choice(raw["answer"], self.offered, where)
         self.kind = self._format()
         self.kind.check(self, where, task.reading)
-        if not self.kind.sees and any(value is not None for value in named_images(self, where)):
-            raise UserError(f"{where} has an image, which {self.kind.name} data does not show; make it messages or conversations")
+        if unseen := self.kind.unseen(self):
+            raise UserError(f"{where} {unseen[0]}")
         self.gold = self.kind.gold(self, task.reading).strip()
         if self.offered:
             self.gold = right_choice(self.gold, self.offered, where)

@@ -78,6 +78,15 @@ class DataFormat:
         """(name, tokens) of what a model sees of the item: one part, but for pairs."""
         return [("", self.encode(item, tokenizer, settings))]
 
+    def odd(self, item: Mapping, settings: DataSettings) -> list[str]:
+        """What is odd about an item that can be used: of any format, and its own `notes`."""
+        return [*self.unseen(item), *self.notes(item, settings)]
+
+    def unseen(self, item: Mapping) -> list[str]:
+        """A line where the item names an image, and a model that learns it is not shown any."""
+        named = not self.sees and any(item.get(key) for key in ("image", "images"))
+        return [f"has an image, which {self.name} data does not show; make it messages or conversations"] if named else []
+
     def notes(self, item: Mapping, settings: DataSettings) -> list[str]:
         """What is odd about an item that can be used."""
         return []
