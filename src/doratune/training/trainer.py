@@ -28,6 +28,7 @@ from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
+from ..support.models import quiet_loading
 from .callbacks import EpochOrder
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .faults import refuse_spoiled_steps
@@ -122,7 +123,8 @@ class SteadyMixin:
         with whole_checkpoint(target, self.args.should_save) as stage:
             self._stage = stage
             try:
-                super()._save_checkpoint(model, trial)
+                with quiet_loading():
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
             if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
