@@ -29,8 +29,8 @@ def test_a_base_that_transformers_loads_in_shards(found):
 
 @pytest.mark.parametrize(("number", "name"), enumerate(STORED))
 def test_a_base_of_which_each_process_reads_its_part(found, number, name):
-    """The start is that of a whole base: outputs bit for bit, and the adapter's files; of magnitudes that are summed (Conv1D's columns,
-    the input axis) but for the last bit."""
+    """The start is that of a whole base: outputs bit for bit, and the adapter's files; magnitudes that are summed over columns or
+    for the input axis but for the last bit."""
     same_outputs, share, expected, losses = found["own_parts"][name]
     assert same_outputs and share <= 0.51
     assert losses == pytest.approx(expected, abs=2e-5 if "bf16" in name else 2e-6)

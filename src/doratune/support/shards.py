@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,6 +69,9 @@ def obstacle(skeleton: nn.Module, device: str, offload: bool = False) -> str | N
         import transformers
 
         return f"transformers {transformers.__version__} does not load in shards"
+    folder = Path(skeleton.config._name_or_path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        return "it is stored without safetensors, whose slices could be read; save_pretrained writes them"
     if getattr(skeleton.config, "quantization_config", None):
         return "it is quantized, and packed weights are read whole"
     if not blocks_of(skeleton):
