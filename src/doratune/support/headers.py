@@ -63,7 +63,7 @@ def _renamed(model, keys: set[str], prefix: str) -> tuple[dict[str, str], bool]:
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
     except ImportError:  # a version that renames nothing
         return {}, False
-    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    mapping, state = get_model_conversion_mapping(model), _tensors(model)
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
     names, converts = {}, False
@@ -73,6 +73,12 @@ def _renamed(model, keys: set[str], prefix: str) -> tuple[dict[str, str], bool]:
             names.setdefault(name, key)
         converts |= converted is not None
     return names, converts
+
+
+def _tensors(model) -> dict:
+    """Parameters and buffers by name. `state_dict` would ask each module to write itself: bitsandbytes' 4-bit layer unpacks what an
+    evaluation on a CPU has packed, and leaves the scales of its blocks in another order."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def header_of(config) -> Header | None:
