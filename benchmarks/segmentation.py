@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from easy_vqa_set import COLOURS, SHAPES, classes, data_folder
 from PIL import Image
-from vision import COLOURS, SHAPES, classes, data_folder
 
 from doratune.cli.output import keep_freed_memory
 from doratune.evaluation.evaluate import after_training

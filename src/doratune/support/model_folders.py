@@ -11,6 +11,7 @@ labels: `class_record` is what has to be known of it, `TrainedClass` that again.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class TrainedClass:
 def class_record(model: nn.Module) -> dict | None:
     """Class and settings of a model of transformers or diffusers, as plain data; None for others."""
     cls = getattr(type(model), "plain_class", type(model))
+    if (fsdp := getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)) and issubclass(cls, fsdp):
+        cls = cls.__bases__[1]  # fully_shard puts a class of its own in front
     library = own_library(cls) or cls.__module__.partition(".")[0]
     if library not in ("transformers", "diffusers"):
         return None

@@ -17,7 +17,8 @@ class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
-watching.py      when a run logs, evaluates, saves and stops; trackers
+watching.py      when a run logs, evaluates, saves and stops
+trackers.py      TensorBoard, W&B, MLflow, Trackio: begun, told, ended
 alarms.py        warnings: a loss or an m that does not move, an evaluation that worsens
 samples.py       answers to fixed prompts while it trains
 status.py        where a run is; the runs of a folder
@@ -32,6 +33,7 @@ methods.py       what is trained: an adapter, a baseline, or all weights
 trainer.py       TrainerMixin
 peft_view.py     an attached model as TRL and others know PEFT's
 sharded.py       a model in shards (FSDP2): the engine, and the optimizer's state
+base_blocks.py   whether each process loads its own part of the base, else why not
 rng.py           random numbers, for another number of processes
 launch.py        several processes of one command: torchrun's launcher
 idle.py          adapted layers that do not train, named in the first steps

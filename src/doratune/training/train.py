@@ -28,6 +28,7 @@ from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, part_at_exit, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .alarms import Alarms
+from .base_blocks import whole_base
 from .callbacks import Clock, StopOnSignal, TokenProgress, beside_the_bar
 from .checkpoints import last_checkpoint
 from .faults import restarted
@@ -39,7 +40,8 @@ from .result import finish, measured
 from .resume import already_trained, check_same
 from .sharded import arguments as fsdp_arguments
 from .status import RunStatus
-from .watching import trackers_of, watchers, watching_arguments
+from .trackers import ending_trackers, trackers_of, watch_trackers
+from .watching import watchers, watching_arguments
 
 
 class Interrupted(Exception):
@@ -86,7 +88,9 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     watch = [Alarms(aside), *objective.watchers(tokenizer, aside, checkpoint)]
     set_seed(recipe.seed)
     method = method_of(recipe, objective)
-    model = model or method.load()
+    if model is not None and recipe.fsdp != "none":
+        say(whole_base("the caller loaded it"))
+    model = model or method.load(say)
     for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):
@@ -97,7 +101,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint, watch)
     _say_engine(trainer, recipe, say)
-    with RunStatus(run.output) as status:
+    watch_trackers(trainer, aside)
+    with RunStatus(run.output) as status, ending_trackers(trainer):
         trainer.add_callback(status)
         _train_to_the_end(trainer, model, checkpoint)
         metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)

@@ -58,6 +58,10 @@ class Objective:
         """The recipe's model, for these examples, in evaluation mode."""
         raise NotImplementedError
 
+    def skeleton(self) -> nn.Module | None:
+        """The recipe's model on the meta device, where `load(blocks=…)` loads one process's part of it; None: it loads all."""
+        return None
+
     def compare(self, model: nn.Module, processor, rows, eval_rows) -> list[str]:
         """Hold the examples against the model; lines to say.
 
