@@ -1,4 +1,4 @@
-"""Several inputs that are not there are one line that names all of them; one is said by its reader. Words behind `--data` are lists."""
+"""Several inputs that are not there are named in one line; one is said by its reader. Words behind `--data` are a list."""
 
 import json
 

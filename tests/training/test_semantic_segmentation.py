@@ -80,6 +80,19 @@ def test_all_weights_with_a_validation_set(bases, data, tmp_path):
     same_score(after, evaluated(tmp_path / "again", data, model=tmp_path / "full" / "model")[0])
 
 
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    """By pixels of a class, of which one image has few: a mean over images, or over batches, would be another training."""
+    data = scenes(tmp_path / "data", 4, sizes=((36, 36),))
+    base = mask_model("segformer", tmp_path / "base", body=True, classifier_dropout_prob=0.0, drop_path_rate=0.0)
+    Image.fromarray(np.pad(scene(0, (4, 36))[1], ((0, 32), (0, 0)), constant_values=255)).save(data / "masks" / "0.png")
+    for name, settings in {"one": {"batch_size": 4}, "two": {"batch_size": 2, "gradient_accumulation": 2}}.items():
+        more = {"max_steps": 2, "optimizer": "sgd", "lr": 0.5, "max_grad_norm": 0}
+        assert main(words(base, data, tmp_path / name, **settings, **more)) == 0
+    one, two = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5), name
+
+
 def test_whose_head_and_what_the_numbers_mean(tmp_path, capsys):
     """The model's own labels in order keep its head; other names, or none and no head, make a new one."""
     own = mask_model("segformer", tmp_path / "own", **labels(*NAMES))

@@ -11,8 +11,7 @@ A call has whole tensors, which were fetched for the base's own product: its nor
     at_hand     whole tensors of one layer, for what looks at one layer after the other (save, verify, merge)
 
 A mixed-precision policy casts W; A, B and m stay fp32, or the norm's rounding would be larger than a training step. w² is then that
-of W as it is stored, so that g = 1 at the start. So it is for an adapter that came to columns: its m is a sum over processes. All
-of this is asked in the same order by every process.
+of W as it is stored, so that g = 1 at the start. All of this is asked in the same order by every process.
 """
 
 from __future__ import annotations
@@ -122,13 +121,7 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
     keep_wide([share for weight in weights for name, share in weight.shares.items() if name in weight.names])
     for weight in weights:
         share, weight.settled = weight.share(), bool(weight.shares)
-        if (
-            share is not None
-            and (share.cast or weight.summed)
-            and weight.magnitude
-            and weight is holder_of(weight)
-            and not weight.kind.stacked
-        ):
+        if share is not None and share.cast and weight.magnitude and weight is holder_of(weight) and not weight.kind.stacked:
             weight.know(share.param.sharded_param)
     refuse_flattened([weight for weight in weights if not weight.settled])
 
@@ -163,10 +156,11 @@ def squared_norms(weight, W: Tensor) -> Tensor:
 def first_magnitude(weight, W: Tensor) -> Tensor:
     """m = |W| at the start. Of W in rows only this process's rows, in their places: its share of m is no more, nothing is sent."""
     part, local = _own_part(weight, W), W.to_local()
-    weight.summed = any(placement.is_partial() for placement in part.placements)
     place = own_place(part)
     if place is None:
-        return part.full_tensor().to(local.device).sqrt()
+        w2 = part.full_tensor().to(local.device)
+        weight.summed = w2 if any(placement.is_partial() for placement in part.placements) else None
+        return w2.sqrt()
     w = torch.zeros(part.shape, dtype=part.dtype, device=local.device)
     start, own = place[1], part.to_local()
     w[start : start + len(own)] = own.to(local.device).sqrt()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,11 +55,11 @@ def blocks_of(skeleton: nn.Module) -> dict[str, str]:
     return {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path): BLOCK for path in paths}
 
 
-def obstacle(skeleton: nn.Module, device: str) -> str | None:
+def obstacle(skeleton: nn.Module, device: str, offload: bool = False) -> str | None:
     """Why each process would have to load all of this model; None: it need not.
 
     Args:
-        device: the recipe's, as `support.devices` reads it.
+        device: the recipe's, as `support.devices` reads it; offload: are the parts to stay on the CPU?
     """
     try:
         from transformers.distributed import DistributedConfig
@@ -68,12 +69,18 @@ def obstacle(skeleton: nn.Module, device: str) -> str | None:
         import transformers
 
         return f"transformers {transformers.__version__} does not load in shards"
+    folder = Path(skeleton.config._name_or_path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        return "it is stored without safetensors, whose slices could be read; save_pretrained writes them"
     if getattr(skeleton.config, "quantization_config", None):
         return "it is quantized, and packed weights are read whole"
     if not blocks_of(skeleton):
         return f"{type(skeleton).__name__} does not say which of its modules are blocks (_no_split_modules)"
     wanted, here = device_of(device).type, device_of("auto").type
-    return f"transformers divides it over {here}, and device is {device}" if wanted != here else None
+    if wanted != here or (offload and here != "cpu"):
+        where = "the parts are to stay on the CPU" if offload else f"device is {device}"
+        return f"transformers loads parts onto {here} alone, and {where}"
+    return None
 
 
 def distributed(blocks: dict[str, str]) -> dict:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..adapter.targets import select
+from ..errors import listed
 from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..support.shards import blocks_of, obstacle
+from .sharded import wanted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,22 +24,26 @@ if TYPE_CHECKING:
 
 
 def base_blocks(recipe: TrainRecipe, objective: Objective, say: Callable[[str], None]) -> dict[str, str] | None:
-    """The blocks in which the base is divided while it is loaded; None: each process loads all of it, and the run says why."""
+    """The blocks in which the base is divided while it is loaded; None: each process loads all of it, and a run that divides it
+    later says why."""
+    if not wanted(recipe.fsdp):
+        return None
     skeleton = objective.skeleton()
-    reason = _reason(recipe, objective, skeleton)
-    if reason:
-        say(whole_base(recipe, reason))
+    if reason := _reason(recipe, objective, skeleton):
+        say(whole_base(reason))
         return None
     say("each process loads its own part of the base alone")
     return blocks_of(skeleton)
 
 
-def whole_base(recipe: TrainRecipe, reason: str) -> str:
-    """The line that says so."""
-    return f"fsdp is {recipe.fsdp!r}, but each process holds all of the base until it is divided: {reason}"
+def whole_base(reason: str) -> str:
+    """The line that says that a base which will be in shards is loaded whole."""
+    return f"each process holds all of the base until it is divided: {reason}"
 
 
 def _reason(recipe: TrainRecipe, objective: Objective, skeleton: nn.Module | None) -> str | None:
+    if recipe.fsdp == "none":
+        return "accelerate's configuration divides it afterwards; fsdp: shard loads it in parts"
     if skeleton is None:
         return f"objective is {recipe.objective!r}, which loads it so"
     if recipe.quantize != "none":
@@ -46,7 +52,7 @@ def _reason(recipe: TrainRecipe, objective: Objective, skeleton: nn.Module | Non
         return f"start is {recipe.start!r}, which takes A and B out of whole weights"
     config = objective.adapter(skeleton)
     if config.also_train:
-        return "what is trained whole (also_train, projector) is copied before it is divided"
+        return f"{listed(config.also_train)}: trained whole, from a copy of what is not divided yet"
     if any(kind_of(layer_at(skeleton, name)).stacked for name in select(skeleton, config).ranks):
         return "the forward of its experts is tried with whole weights"
-    return obstacle(skeleton, recipe.device)
+    return obstacle(skeleton, recipe.device, recipe.fsdp == "offload")

@@ -21,7 +21,8 @@ from ..baselines.config import METHODS as BASELINES
 from ..config import METHODS
 from ..errors import UserError, listed
 from ..support.folders import whole_folder
-from ..support.models import torch_dtype
+from ..support.models import quiet_loading, torch_dtype
+from ..support.processes import launched
 from .base_blocks import base_blocks
 from .movement import Movement, measure
 from .objectives import Objective, objective_of
@@ -42,7 +43,7 @@ class AdapterMethod:
     def load(self, say: Callable[[str], None] = print) -> nn.Module:
         """The base; under `fsdp` each process's part of it, where that can be."""
         r = self.recipe
-        blocks = base_blocks(r, self.objective, say) if r.fsdp != "none" else None
+        blocks = base_blocks(r, self.objective, say) if launched()[1] > 1 else None
         return self.objective.load(r.dtype, r.quantize, r.double_quantization, **({"blocks": blocks} if blocks else {}))
 
     def prepare(self, model: nn.Module) -> list[str]:
@@ -121,7 +122,8 @@ class FullMethod(AdapterMethod):
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         with whole_folder(folder, key="config.json") as temporary:
-            model.save_pretrained(temporary)
+            with quiet_loading():
+                model.save_pretrained(temporary)
         return []
 
     def scored(self, model: nn.Module) -> nn.Module:

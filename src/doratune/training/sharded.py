@@ -31,6 +31,11 @@ def arguments(fsdp: str) -> dict:
     return {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": FSDP[fsdp], "state_dict_type": "FULL_STATE_DICT"} | wrap}
 
 
+def wanted(fsdp: str) -> bool:
+    """Is a model of several processes to be in shards, by its recipe or by accelerate's configuration?"""
+    return fsdp != "none" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def take_engine(trainer, shards: bool) -> None:
     """Make sure that the engine that was asked for is the one that trains.
 
@@ -40,8 +45,7 @@ def take_engine(trainer, shards: bool) -> None:
     Raises:
         UserError: FSDP1, or FSDP of a trainer that does not.
     """
-    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or trainer.args.world_size == 1:
+    if not wanted("shard" if trainer.args.fsdp else "none") or trainer.args.world_size == 1:
         return
     if not shards:
         raise UserError("fsdp is for adapters over a frozen base; train this method with DDP (fsdp: none)")

@@ -28,6 +28,7 @@ from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
+from ..support.models import quiet_loading
 from .callbacks import EpochOrder
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .faults import refuse_spoiled_steps
@@ -51,8 +52,7 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
-    shards = False
-    """Can it save a model in shards?"""
+    shards = False  # can it save a model in shards?
     unit = "tokens"
     """What the run's speed is counted in."""
     units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
@@ -123,7 +123,8 @@ class SteadyMixin:
         with whole_checkpoint(target, self.args.should_save) as stage:
             self._stage = stage
             try:
-                super()._save_checkpoint(model, trial)
+                with quiet_loading():
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
             if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
@@ -181,8 +182,7 @@ class TrainerMixin(SteadyMixin):
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
-    _shares: Sequence[list[torch.Tensor]] = ()
-    """The optimizer's parameters, of a model that was in shards before (`sharded.py`)."""
+    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
 
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""

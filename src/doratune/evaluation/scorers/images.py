@@ -18,6 +18,7 @@ from ...checkpoint.merge import wanted_of
 from ...checkpoint.quantized import recorded_quantization
 from ...data.image_sets import place_of
 from ...errors import UserError
+from ...support.devices import device_of
 from ...support.environment import peak_bytes
 from ...support.files import write_json
 from ...support.folders import whole_folder
@@ -160,6 +161,8 @@ def load_both(settings, name: str, head: ImageHead):
     processor = load_processor(name, trusted, folder, head)
     whole = {"trust_remote_code": trusted, "complete": not settings.adapter, "head": head}
     model = load_image_model(name, labels, settings.dtype, quantize, **whole)
+    if quantize == "none":
+        model.to(device_of(settings.device))
     for key in trained.keys() - {"id2label", "label2id", "problem_type"}:  # what else was recorded with the labels
         setattr(model.config, key, trained[key])
     if not settings.adapter:
