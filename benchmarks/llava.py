@@ -30,6 +30,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from doratune.cli.output import keep_freed_memory
 from doratune.comparison.grid import compare
+from doratune.comparison.launch import only_one
 from doratune.comparison.recipe import CompareRecipe
 from doratune.data.image_reader import load_reader
 from doratune.support.environment import environment
@@ -246,7 +247,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args(argv)
     keep_freed_memory()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    with only_one(arguments.output):  # a second start would write the base again while cells read it
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """What is missing of the base and the grid, and the figures."""
     counts = write_data(arguments.output, arguments.questions, arguments.test_items)
     tower = write_tower(arguments.output, counts["images"], arguments.tower_epochs)
     language = arguments.language or str(write_language(arguments.output, arguments.steps))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from easy_images import small_set
 
+from doratune.comparison.launch import only_one
 from doratune.data.image_reader import load_reader
+from doratune.errors import UserError
 from doratune.evaluation.images import sources
 from doratune.evaluation.tasks import load_task
 from doratune.support.image_text import parts_of
@@ -72,3 +74,8 @@ def test_the_grid(bench, built, methods):
     shared = grid.check()
     assert [len(set(grid.lrs_of(method, shared))) for method in methods] == [len(bench.SPREAD)] * len(methods)
     assert shared.eval_size == 200 and grid.score == shared.tasks_protocol == "generate"
+
+
+def test_a_second_start_is_refused(bench, tmp_path):
+    with only_one(tmp_path), pytest.raises(UserError, match="is in use"):
+        bench.main(["--output", str(tmp_path)])
