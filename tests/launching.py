@@ -19,8 +19,8 @@ def torchrun(*words, processes=2, timeout=600, **more):
     return subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, timeout=timeout, env=quiet(**more))
 
 
-def launched(folder, *cases, worker=WORKER):
+def launched(folder, *cases, worker=WORKER, **more):
     """What two processes found in these cases, and where they wrote."""
-    done = torchrun(worker, folder / "found", *cases)
+    done = torchrun(worker, folder / "found", *cases, **more)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "found.0").read_text()), folder

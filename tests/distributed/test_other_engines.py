@@ -2,14 +2,22 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from launching import launched, torchrun
+from safetensors.torch import load_file
+
+STORED = "odd sizes, several files", "bf16 in the files", "tied, Conv1D", "experts beside it", "rank below the processes"
+SUMMED = "tied, Conv1D", "input axis"
+STORED += "head", "input axis", "in bf16"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("launch"), "loaded_in_shards", "checkpoints_of_pytorch", "other_engines")[0]
+    cases = "loaded_in_shards", "own_parts", "memory_of_loading", "checkpoints_of_pytorch", "other_engines"
+    found, folder = launched(tmp_path_factory.mktemp("launch"), *cases, MALLOC_MMAP_THRESHOLD_="65536")  # freed blocks are gone
+    return found | {"folder": folder}
 
 
 def test_a_base_that_transformers_loads_in_shards(found):
@@ -17,6 +25,33 @@ def test_a_base_that_transformers_loads_in_shards(found):
     expected, losses, placed, own, whole = found["loaded_in_shards"]
     assert losses == pytest.approx(expected, abs=1e-6) and placed
     assert own <= 0.51 * whole
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(STORED))
+def test_a_base_of_which_each_process_reads_its_part(found, number, name):
+    """The start is that of a whole base: outputs bit for bit, and the adapter's files; magnitudes that are summed over columns or
+    for the input axis but for the last bit."""
+    same_outputs, share, expected, losses = found["own_parts"][name]
+    assert same_outputs and share <= 0.51
+    assert losses == pytest.approx(expected, abs=2e-5 if "bf16" in name else 2e-6)
+    folders = [found["folder"] / f"stored {number}" / kind for kind in ("parts", "whole")]
+    parts, whole = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    own, of_whole = (json.loads((folder / "doratune.json").read_text()) for folder in folders)
+    assert own["base_norms"] == of_whole["base_norms"] != {} and own["model"] == of_whole["model"]
+    assert parts.keys() == whole.keys()
+    for key in whole:
+        assert (parts[key] - whole[key]).abs().max() <= 2**-22 * (name in SUMMED) * whole[key].abs().max(), key
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
+def test_no_process_holds_more_than_its_part_while_it_loads(found):
+    """Nor until the first step: there its part, and as FSDP2 has it a block that computes, one that is fetched, one that arrives.
+    Loaded whole it is all of the base, and a half more when that is divided."""
+    (loaded, peak, size), (whole, whole_peak, _), said = found["memory_of_loading"]
+    block = size / 12
+    assert loaded < size / 2 + block / 2 and peak < size / 2 + 4 * block
+    assert whole > 0.95 * size and whole_peak > 1.4 * size
+    assert said == ["each process loads its own part of the base alone"] * 2
 
 
 @pytest.mark.parametrize("into", ["sharded", "whole"])

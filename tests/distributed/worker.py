@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -405,6 +406,103 @@ def loaded_in_shards():
     losses = train(model, split=True)
     own = sum(p.to_local().nbytes for p in model.parameters())
     return of_one_process(), losses, placed, own, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def odd():
+    """Sizes that two cannot divide, but the heads'."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 301, "hidden_size": 33, "intermediate_size": 45, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**sizes, head_dim=8, num_key_value_heads=1, pad_token_id=0)).train()
+
+
+STORED = {
+    "odd sizes, several files": (odd, {}, "float32"),
+    "bf16 in the files": (lambda: base().bfloat16(), {}, "float32"),
+    "tied, Conv1D": (lambda: tiny_gpt2().eval(), {}, "float32"),
+    "experts beside it": (mixtral, {"targets": ["q_proj", "o_proj"]}, "float32"),
+    "rank below the processes": (base, {"rank": 1, "targets": "all-linear"}, "float32"),
+    "head": (base, {"targets": ["lm_head", "q_proj"]}, "float32"),
+    "input axis": (base, {"magnitude_axis": "input"}, "float32"),
+    "in bf16": (base, {"targets": "all-linear"}, "bfloat16"),
+}
+
+
+@case
+def own_parts():
+    """Each process reads its own part of a base: the start beside a whole base's, the parts' share of its bytes, losses of both."""
+    from doratune.support.models import load_model
+    from doratune.support.shards import blocks_of, skeleton_of
+
+    found = {}
+    for number, (name, (make, settings, dtype)) in enumerate(STORED.items()):
+        folder = OUT.parent / f"stored {number}"
+        if dist.get_rank() == 0:
+            make().save_pretrained(folder, max_shard_size="30KB")
+        dist.barrier()
+        whole = attached(load_model(str(folder), dtype), **settings)
+        parts = attached(load_model(str(folder), dtype, blocks=blocks_of(skeleton_of(str(folder)))), **settings)
+        share = sum(p.to_local().nbytes for p in parts.parameters()) / sum(p.nbytes for p in whole.parameters())
+        doratune.verify(parts)
+        with torch.no_grad():
+            same = torch.equal(whole(input_ids=ids(0)).logits, parts(input_ids=ids(0)).logits)
+        doratune.save(parts, folder / "parts")
+        if dist.get_rank() == 0:
+            doratune.save(whole, folder / "whole")
+        found[name] = same, share, train(whole, split=False), train(parts, split=True)
+    return found
+
+
+class PeakMemory:
+    """Largest anonymous memory of this process above what it had at first, in bytes; looked at all the time."""
+
+    def __enter__(self):
+        gc.collect()
+        self.start = self.most = self.now()
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    @staticmethod
+    def now():
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+    def watch(self):
+        while not self.end.wait(0.002):
+            self.most = max(self.most, self.now())
+
+    def __exit__(self, *_):
+        self.end.set()
+        self.thread.join()
+        self.bytes = self.most - self.start
+
+
+@case
+def memory_of_loading():
+    """Of a run until its first step, in fp32 from files in bf16: loaded in parts, and whole before it is sharded."""
+    from doratune.training.methods import method_of
+    from doratune.training.recipe import TrainRecipe
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 300}
+
+    def peak(layers, fsdp):
+        folder = OUT.parent / f"{layers} layers"
+        if dist.get_rank() == 0 and not folder.exists():
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).bfloat16().save_pretrained(folder)
+        dist.barrier()
+        method = method_of(TrainRecipe(model=str(folder), data="-", dtype="float32", targets="all-linear", fsdp=fsdp, rank=4))
+        with PeakMemory() as memory:
+            model = method.load(said.append)
+            loaded = memory.most - memory.start
+            method.prepare(model)
+            if fsdp == "none":
+                shard(model)
+        return loaded, memory.bytes, sum(p.numel() * p.element_size() for p in model.parameters())
+
+    said = []
+    for fsdp in ("shard", "none"):
+        peak(1, fsdp)  # what libraries need for themselves
+    return peak(12, "shard"), peak(12, "none"), said
 
 
 @case

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases import Base
+from ..bases import Base, accumulation_dtype
 from ..bases.dense import DenseBase
 from ..errors import UserError
 from ..layers import stored_in
 from ..layers.parts import Expert
-from ..layers.shares import is_share
+from ..layers.shares import as_sum, is_share, own_place
 from ..math.autograd import no_autocast
 
 MODULES, GROUPS, ROWS = 8, 16, 32
@@ -98,25 +98,82 @@ def sampled_rows(count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def row_norms(base: Base, module: nn.Module) -> RowNorms | None:
-    """The means of one module; of batched experts those of the first. None: no numbers there (a meta device, NaN), or a
-    share of them, which the adapter of a sharded model is saved without."""
+def row_norms(base: Base, module: nn.Module) -> RowNorms | OwnRows | None:
+    """The means of one module; of batched experts those of the first. None: no numbers there (a meta device, NaN). Of a share what
+    this process has of them; nothing is sent before they are `known`."""
+    if is_share(W := getattr(module, base.kind.weight_name, None)):
+        return _own_rows(base.kind, W.detach()) if base.writable else None
     if base.kind.stacked:
         base, module = DenseBase(base.kind.expert_kind), Expert(module, 0)
     (count, columns), device = base.shape(module), base.device(module)
-    if device.type == "meta" or not count or is_share(getattr(module, base.kind.weight_name, None)):
+    if device.type == "meta" or not count:
         return None
     groups, tiles = sampled_rows(count), []
     with torch.inference_mode(False), no_autocast(device):
         for _, tile in base.row_tiles(module, torch.cat(groups).to(device)):
             tiles.append(_measured(tile.detach().cpu()))
     norms, rounded, fitting = zip(*tiles, strict=True)
-    means = [_means(torch.cat(each), groups) for each in (norms, rounded)]
+    held = set.intersection(*fitting) if base.writable else set()
+    return _row_norms(torch.cat(norms), torch.cat(rounded), held, columns, groups)
+
+
+def _row_norms(norms: Tensor, rounded: Tensor, held: set[str], columns: int, groups: list[Tensor]) -> RowNorms | None:
+    """From the norms of the sampled rows; held: dtypes that hold all of their numbers."""
+    means = [_means(each, groups) for each in (norms, rounded)]
     if not all(value < float("inf") for each in means for value in each):
         return None
-    held = set.intersection(*fitting) if base.writable else set()
     precision = next((p for p in reversed(EPSILON) if p in held), QUANTIZED)
     return RowNorms(precision, columns, max(map(len, groups)), *means)
+
+
+@dataclass
+class OwnRows:
+    """What this process has of a share's: `sums`, which all processes' add up to the squared norms of the sampled rows, those of W
+    rounded to bf16, and for each dtype how many rows it does not hold."""
+
+    sums: Tensor
+    columns: int
+    groups: list[Tensor]
+
+    def gathered(self) -> RowNorms | None:
+        """Every process asks: some thousand numbers are sent."""
+        values, count = self.sums.full_tensor().cpu(), sum(map(len, self.groups))
+        squares, rounded, lost = values.split([count, count, len(EPSILON)])
+        held = {p for p, rows in zip(EPSILON, lost.tolist(), strict=True) if not rows}
+        return _row_norms(squares.sqrt(), rounded.sqrt(), held, self.columns, self.groups)
+
+
+def known(norms: RowNorms | OwnRows | None) -> RowNorms | None:
+    """The means, of a share from all processes, each of which asks."""
+    return norms.gathered() if isinstance(norms, OwnRows) else norms
+
+
+def _own_rows(kind, W: Tensor) -> OwnRows | None:
+    """Of a share that is split once, by rows, by columns or by experts."""
+    if (place := own_place(W)) is None:
+        return None
+    (along, start), local, shape = place, W.to_local(), W.shape
+    here = True  # is any of it in this process?
+    if kind.stacked:
+        here = len(local) > 0 and (along > 0 or start == 0)
+        local, shape, along = local[0] if here else None, shape[1:], along - 1
+        kind = kind.expert_kind
+    count, columns = kind.matrix(torch.empty(shape, device="meta")).shape
+    groups = sampled_rows(count)
+    doubled = [size * (1 + (dim == along)) for dim, size in enumerate(shape)]
+    by_rows = along >= 0 and kind.matrix(torch.empty(doubled, device="meta")).shape[0] != count
+    squares, lost, done = torch.zeros(2, sum(map(len, groups)), dtype=torch.float64), torch.zeros(len(EPSILON)), 0
+    for group in groups:
+        own = group - start * by_rows
+        own = own[(own >= 0) & (own < kind.matrix(local).shape[0])] if here else own[:0]
+        if len(own):
+            tile = kind.rows(local, own.to(local.device)).cpu()
+            norms, rounded, held = _measured(tile.to(accumulation_dtype(tile.dtype)))
+            places = done + torch.isin(group - start * by_rows, own).nonzero().squeeze(1)
+            squares[0, places], squares[1, places] = norms.square(), rounded.square()
+            lost += torch.tensor([p not in held for p in EPSILON])
+        done += len(group)
+    return OwnRows(as_sum(torch.cat([squares.flatten(), lost.double()]), W), columns, groups)
 
 
 def _measured(tile: Tensor) -> tuple[Tensor, Tensor, set[str]]:
@@ -133,4 +190,4 @@ def _means(norms: Tensor, groups: list[Tensor]) -> tuple[float, ...]:
 def norms_of(module: nn.Module) -> RowNorms | None:
     """`row_norms` of a plain module as it is now; None where it cannot be adapted."""
     base = stored_in(module)
-    return None if base is None else row_norms(base, module)
+    return None if base is None else known(row_norms(base, module))

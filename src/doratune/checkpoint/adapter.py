@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..adapter.attach import BASELINE, adapters, attach_selection, record_of
+from ..adapter.base_norms import known
 from ..adapter.elsewhere import refuse_synchronized
 from ..adapter.foreign import refuse_foreign
 from ..adapter.fresh import unsaved
@@ -244,7 +245,7 @@ def load_weights(model: nn.Module, folder: str | Path, check_base: bool = True) 
     starts = read_starts(Path(folder), layers, record.config)
     check(model, record.config, selection, tensors, where, raw, base, starts)
     if check_base:
-        norms = {name: layer.adapted.base_norms for name, layer in layers.items()}
+        norms = {name: known(layer.adapted.base_norms) for name, layer in layers.items()}
         refuse_apart(recorded_norms(folder), norms.get, OTHER.format(where))
     put(model, tensors)
     put_starts(model, starts)

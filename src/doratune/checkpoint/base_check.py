@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..adapter.base_norms import RowNorms, norms_of, row_norms
+from ..adapter.base_norms import RowNorms, known, norms_of, row_norms
 from ..adapter.fresh import unsaved
 from ..bases.dense import DenseBase
 from ..errors import UserError
@@ -33,7 +33,7 @@ OTHER = "{} was trained on another base"
 def base_norms(layers: dict[str, nn.Module], modules: dict[str, nn.Module], merged: bool) -> dict[str, dict]:
     """What is saved of an attached or merged model: as W is now, where it is a whole plain tensor (it may have been trained or
     edited), else as it was when the adapter was attached."""
-    norms = {name: layer.adapted.base_norms for name, layer in layers.items() if layer.adapted.base_norms is not None}
+    norms = {name: one for name, layer in layers.items() if (one := known(layer.adapted.base_norms)) is not None}
     for name in () if merged else norms:
         base = layers[name].adapted.base
         if base.writable and _is_whole(base, modules[name], norms[name]):

@@ -38,6 +38,8 @@ class FrozenWeight:
     shares: dict
     split: object = None
     """How it is split over processes of which each computes a part (`tensor_parallel.Split`)."""
+    summed: Tensor | None = None
+    """w² as its m started, where that was summed over processes, each of which had columns of W: its bits, for an exact start."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,6 +104,7 @@ class FrozenWeight:
             else:
                 wide = accumulation_dtype(self.dtype)
                 (w2,) = self.total(decomposition.squared_norms(self.row_tiles(), length, self.axis, wide, device))
+                w2 = w2 if self.summed is None else as_summed(w2, self.summed.to(w2))
             directionless = decomposition.directionless(w2.sqrt())
             some = not directionless.is_meta and bool(directionless.any())
             # W is held, so that its address stays its own: another weight there would pass for it
@@ -169,6 +172,11 @@ class FrozenWeight:
         if W is not None and (mine := home._parameters.get(name)) is not None and mine.data_ptr() != W.data_ptr():
             own[home, name] = W
         return stand_in(own) if own else contextlib.nullcontext()
+
+
+def as_summed(w2: Tensor, summed: Tensor) -> Tensor:
+    """The same numbers as they were summed in another order, if they still are the same."""
+    return summed if w2.shape == summed.shape and torch.allclose(w2, summed, rtol=2**-20, atol=0) else w2
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ def shares_of(model: nn.Module) -> dict[tuple[int, str], Share]:
         for group in _groups(module):
             for param in group.fsdp_params:
                 info = param._module_info
+                if param.sharded_param.is_meta:  # loaded since: FSDP2 itself would look at its first forward
+                    param.reset_sharded_param()
                 places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
                 found |= {(id(holder), name): Share(group, param) for holder, name in places}
     return found

@@ -155,17 +155,36 @@ def squared_norms(weight, W: Tensor) -> Tensor:
 
 def first_magnitude(weight, W: Tensor) -> Tensor:
     """m = |W| at the start. Of W in rows only this process's rows, in their places: its share of m is no more, nothing is sent."""
-    from torch.distributed.tensor import Shard
-
     part, local = _own_part(weight, W), W.to_local()
-    mesh, split = part.device_mesh, [dim for dim, placement in enumerate(part.placements) if isinstance(placement, Shard)]
-    if len(split) != 1 or any(placement.is_partial() for placement in part.placements):
-        return part.full_tensor().to(local.device).sqrt()
+    place = own_place(part)
+    if place is None:
+        w2 = part.full_tensor().to(local.device)
+        weight.summed = w2 if any(placement.is_partial() for placement in part.placements) else None
+        return w2.sqrt()
     w = torch.zeros(part.shape, dtype=part.dtype, device=local.device)
-    start = -(-len(w) // mesh.size(split[0])) * mesh.get_local_rank(split[0])
-    own = part.to_local()
+    start, own = place[1], part.to_local()
     w[start : start + len(own)] = own.to(local.device).sqrt()
     return w
+
+
+def own_place(share: Tensor) -> tuple[int, int] | None:
+    """(dimension, first index in it) of this process's part of a tensor that is split once; None: it is split otherwise."""
+    from torch.distributed.tensor import Shard
+
+    mesh, split = share.device_mesh, [dim for dim, placement in enumerate(share.placements) if type(placement) is Shard]
+    if len(split) != 1 or any(not p.is_replicate() for dim, p in enumerate(share.placements) if dim != split[0]):
+        return None
+    along = share.placements[split[0]].dim
+    return along, -(-share.shape[along] // mesh.size(split[0])) * mesh.get_local_rank(split[0])
+
+
+def as_sum(values: Tensor, share: Tensor) -> Tensor:
+    """A tensor that is the sum of what each process has, over those among which `share` is split; nothing is sent yet."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = share.device_mesh
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in share.placements]
+    return DTensor.from_local(values.to(mesh.device_type), mesh, placements, run_check=False)
 
 
 def _own_part(weight, W: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ labels: `class_record` is what has to be known of it, `TrainedClass` that again.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .files import read_json
 from .models import model_path, readable_errors
 from .own_models import own_class, own_library
 
-SETTINGS = ("id2label", "label2id", "problem_type", "visual")
+SETTINGS = ("id2label", "label2id", "problem_type", "reduce_labels", "visual")
 """Of a transformers config: what a head, or an input, of one's own brings along."""
 
 TASKS = {
@@ -47,6 +48,8 @@ class TrainedClass:
 def class_record(model: nn.Module) -> dict | None:
     """Class and settings of a model of transformers or diffusers, as plain data; None for others."""
     cls = getattr(type(model), "plain_class", type(model))
+    if (fsdp := getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)) and issubclass(cls, fsdp):
+        cls = cls.__bases__[1]  # fully_shard puts a class of its own in front
     library = own_library(cls) or cls.__module__.partition(".")[0]
     if library not in ("transformers", "diffusers"):
         return None
@@ -211,7 +214,9 @@ def changed_config(folder: Path, model: nn.Module, other_class: bool) -> dict:
         return {}
     changes = {"architectures": [type(model).__name__]} if other_class else {}
     base = transformers_config(folder)
-    if other_class or any(getattr(base, name, None) != getattr(config, name, None) for name in ("id2label", "visual")):
+    if other_class or any(
+        getattr(base, name, None) != getattr(config, name, None) for name in ("id2label", "reduce_labels", "visual")
+    ):
         for name in SETTINGS:
             if (value := getattr(config, name, None)) is not None:
                 changes[name] = {str(k): v for k, v in value.items()} if name == "id2label" else value

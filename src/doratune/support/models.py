@@ -22,6 +22,7 @@ from .devices import device_of
 from .files import refuse_unreadable
 from .folders import recover, whole_folder
 from .hub import hub_settings
+from .shards import distributed, hand_over
 from .values import check_choice
 
 WHEEL_MODEL = "smollm2-135m-instruct"
@@ -78,6 +79,7 @@ def load_model(
     double_quantization: bool = False,
     trust_remote_code: bool = False,
     device: str | None = None,
+    blocks: dict[str, str] | None = None,
 ):
     """The language model `name` in `dtype`, in evaluation mode; it may read images too.
 
@@ -86,6 +88,7 @@ def load_model(
             quantization_config of transformers as a dict.
         trust_remote_code: run the code that the model's folder or repository brings.
         device: where it is put, as `support.devices` reads it; None: in memory, or where its quantizer puts it.
+        blocks: load this process's part of it alone, divided so (`shards.blocks_of`).
 
     Raises:
         UserError: it cannot be found or read, with the reason; no such device.
@@ -99,11 +102,15 @@ def load_model(
         config.llm_int8_skip_modules = list(dense_parts(name, trust_remote_code))
     if quantized and place is not None and device != "auto":
         settings["device_map"] = {"": place}
+    if blocks:
+        settings |= distributed(blocks)
     with quiet_loading(), readable_errors(name), blocks_apart():
         model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name} lacks {listed(missing, 3)}; transformers would take random weights: copy or download it again")
-    if place is not None and not quantized:
+    if blocks:
+        hand_over(model)
+    elif place is not None and not quantized:
         model.to(place)
     model.eval()
     if quantized:

@@ -7,6 +7,7 @@ full fine-tuning                  OUTPUT/model      all weights in float32, bf16
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from ..config import METHODS
 from ..errors import UserError, listed
 from ..support.folders import whole_folder
 from ..support.models import quiet_loading, torch_dtype
+from ..support.processes import launched
+from .base_blocks import base_blocks
 from .movement import Movement, measure
 from .objectives import Objective, objective_of
 from .recipe import TrainRecipe
@@ -37,9 +40,11 @@ class AdapterMethod:
     def __init__(self, recipe: TrainRecipe, objective: Objective):
         self.recipe, self.objective = recipe, objective
 
-    def load(self) -> nn.Module:
+    def load(self, say: Callable[[str], None] = print) -> nn.Module:
+        """The base; under `fsdp` each process's part of it, where that can be."""
         r = self.recipe
-        return self.objective.load(r.dtype, r.quantize, r.double_quantization)
+        blocks = base_blocks(r, self.objective, say) if launched()[1] > 1 else None
+        return self.objective.load(r.dtype, r.quantize, r.double_quantization, **({"blocks": blocks} if blocks else {}))
 
     def prepare(self, model: nn.Module) -> list[str]:
         """Make the model ready to train, in place; lines to say about it."""
@@ -97,7 +102,7 @@ class FullMethod(AdapterMethod):
             raise UserError("dtype is float16: full fine-tuning under autocast in float16 needs a GPU; set dtype: bfloat16")
         super().__init__(recipe, objective)
 
-    def load(self) -> nn.Module:
+    def load(self, say: Callable[[str], None] = print) -> nn.Module:
         return self.objective.load("float32")
 
     def prepare(self, model: nn.Module) -> list[str]:

@@ -31,6 +31,11 @@ def arguments(fsdp: str) -> dict:
     return {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": FSDP[fsdp], "state_dict_type": "FULL_STATE_DICT"} | wrap}
 
 
+def wanted(fsdp: str) -> bool:
+    """Is a model of several processes to be in shards, by its recipe or by accelerate's configuration?"""
+    return fsdp != "none" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def take_engine(trainer, shards: bool) -> None:
     """Make sure that the engine that was asked for is the one that trains.
 
@@ -40,8 +45,7 @@ def take_engine(trainer, shards: bool) -> None:
     Raises:
         UserError: FSDP1, or FSDP of a trainer that does not.
     """
-    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or trainer.args.world_size == 1:
+    if not wanted("shard" if trainer.args.fsdp else "none") or trainer.args.world_size == 1:
         return
     if not shards:
         raise UserError("fsdp is for adapters over a frozen base; train this method with DDP (fsdp: none)")
@@ -55,8 +59,22 @@ def take_engine(trainer, shards: bool) -> None:
             state.fsdp_plugin.cpu_offload = type(state.fsdp_plugin.cpu_offload)(pin_memory=False)  # which only accelerators have
         state.distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
+    if sharded(trainer.model):
+        trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None  # accelerate would look for classes that have new names now
     if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError("fsdp_version is 1, which flattens W, A, B and m into one vector; set fsdp_version: 2 (fully_shard)")
+
+
+def trained_shares(trainer) -> list[list[Tensor]]:
+    """The optimizer's parameters by group, of a model that is in shards before accelerate takes it; empty of others."""
+    return [list(group["params"]) for group in trainer.optimizer.param_groups] if sharded(trainer.model) else []
+
+
+def put_back(trainer, shares: list[list[Tensor]]) -> None:
+    """Give the optimizer `trained_shares` again: accelerate tells parameters apart by address, and empty shares have none."""
+    if shares:
+        for group, parameters in zip(_plain(trainer.optimizer).param_groups, shares, strict=True):
+            group["params"] = parameters
 
 
 def finite(parameters) -> bool:

@@ -28,6 +28,7 @@ from ..support.outputs import refuse_inputs
 from ..support.processes import agree, connect, is_first, launched, part_at_exit, refuse_strangers
 from ..support.yaml_text import to_yaml
 from .alarms import Alarms
+from .base_blocks import whole_base
 from .callbacks import Clock, StopOnSignal, TokenProgress, beside_the_bar
 from .checkpoints import last_checkpoint
 from .faults import restarted
@@ -87,7 +88,9 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     watch = [Alarms(aside), *objective.watchers(tokenizer, aside, checkpoint)]
     set_seed(recipe.seed)
     method = method_of(recipe, objective)
-    model = model or method.load()
+    if model is not None and recipe.fsdp != "none":
+        say(whole_base("the caller loaded it"))
+    model = model or method.load(say)
     for note in objective.compare(model, tokenizer, rows, eval_rows):
         say(note)
     if hasattr(score, "check"):

@@ -11,7 +11,7 @@ stop at the first loss that is not finite or at layers that do not train, length
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from .half import scale_loss
 from .idle import IdleWatch
 from .movement import magnitude_moved
 from .rng import load_rng_state
-from .sharded import finite, load_optimizer, save_optimizer, take_engine
+from .sharded import finite, load_optimizer, put_back, save_optimizer, take_engine, trained_shares
 from .token_loss import TokenLoss
 
 
@@ -52,8 +52,7 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
-    shards = False
-    """Can it save a model in shards?"""
+    shards = False  # can it save a model in shards?
     unit = "tokens"
     """What the run's speed is counted in."""
     units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
@@ -183,6 +182,8 @@ class TrainerMixin(SteadyMixin):
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
+    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
+
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
@@ -223,7 +224,12 @@ class TrainerMixin(SteadyMixin):
             cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             settings = {k: v for k, v in settings.items() if k not in ("params", "model", "optimizer_dict")}
             self.optimizer = cls(groups, **settings)
+        self._shares = trained_shares(self)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        put_back(self, self._shares)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not sharded(self.model):

@@ -2,6 +2,7 @@
 
     language_modeling.py      the next token of text
     image_classification.py   the class of an image
+    semantic_segmentation.py  the class of each pixel
     dreambooth.py             a thing from a few images, in a text-to-image pipeline
     vl_bart.py                answers about images and video, captions: several tasks in one run
 
@@ -56,6 +57,10 @@ class Objective:
     def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False) -> nn.Module:
         """The recipe's model, for these examples, in evaluation mode."""
         raise NotImplementedError
+
+    def skeleton(self) -> nn.Module | None:
+        """The recipe's model on the meta device, where `load(blocks=…)` loads one process's part of it; None: it loads all."""
+        return None
 
     def compare(self, model: nn.Module, processor, rows, eval_rows) -> list[str]:
         """Hold the examples against the model; lines to say.

@@ -19,12 +19,17 @@ class LanguageModeling(Objective):
         rows, eval_rows, self.kind = read_examples(self.recipe, processor, say, counts)
         return rows, eval_rows
 
-    def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False):
+    def load(self, dtype: str, quantize: str = "none", double_quantization: bool = False, blocks: dict[str, str] | None = None):
         from ...support.models import load_model
 
         r = self.recipe
         device = "cpu" if r.device == "cpu" else None  # else the Trainer puts it on its process's card
-        return load_model(r.model, dtype, quantize, double_quantization, r.trust_remote_code, device)
+        return load_model(r.model, dtype, quantize, double_quantization, r.trust_remote_code, device, blocks)
+
+    def skeleton(self):
+        from ...support.shards import skeleton_of
+
+        return skeleton_of(self.recipe.model, self.recipe.trust_remote_code)
 
     def compare(self, model, processor, rows, eval_rows) -> list[str]:
         from ...data.limits import check_tokens
