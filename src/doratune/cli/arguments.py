@@ -29,6 +29,9 @@ T = TypeVar("T")
 _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)+")
 """Names with commas between them: no regular expression that could mean anything else."""
 
+_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+"""Endings of data files that are no YAML, for who gives the data in the recipe's place, as other commands take it."""
+
 
 def parse(
     cls: type[T], argv: list[str], command: str, example: str, recipe: bool = False, words: str | None = None
@@ -62,7 +65,15 @@ def parse(
         values[words] = [*loose, *values[words]]
     settings = cls(**values)
     check_values(settings)
+    _check_named(settings)
     return settings, as_json
+
+
+def _check_named(settings) -> None:
+    """Refuse an empty text where the setting has a name by default, such as a folder's."""
+    for field in dataclasses.fields(settings):
+        if getattr(settings, field.name) == "" and isinstance(field.default, str) and field.default:
+            raise UserError(f"{field.name} is empty; give --{field.name} VALUE, or leave it out for {field.default}")
 
 
 def _parser(cls: type, command: str, example: str, recipe: bool, words: str | None):
@@ -102,6 +113,8 @@ def _values(argv: list[str], fields) -> Iterator[tuple[str, Any]]:
     """(setting, value) of each recipe and flag, in the order in which they count."""
     for argument in argv:
         name, equals, value = argument.removeprefix("--").partition("=")
+        if name == "config" and not value:
+            raise UserError("--config has no value; give --config RECIPE.yaml")
         if name == "config":
             yield from _settings_of(Path(value), fields).items()
         elif name in fields and equals:
@@ -130,6 +143,8 @@ def _settings_of(path: Path, fields) -> dict:
     Raises:
         UserError: not readable, or with a key that is no setting.
     """
+    if "data" in fields and path.suffix.lower() in _TABLES and path.is_file():
+        raise UserError(f"{path} is a file of data, where a recipe is expected; give --data {path}")
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; expected lines of the form key: value")
@@ -196,13 +211,15 @@ def _one_word_lists(argv: list[str], fields) -> list[str]:
             words = [value] if equals else []
             while rest and not rest[0].startswith("--"):
                 words.append(rest.pop(0))
-            value = words[0] if len(words) == 1 and words[0].startswith("[") else _yaml_list(words, str(field.type))
-            equals = "="
+            value = (
+                words[0] if len(words) == 1 and words[0].startswith("[") else _yaml_list(words, str(field.type)) if words else ""
+            )
+            equals = "=" if words else ""  # none: `_values` says so
         elif field and "list[" in str(field.type):
             words = [value] if equals else []
             while rest and not rest[0].startswith("--"):
                 words.append(rest.pop(0))
-            equals = "=" if words else ""
+            equals = "=" if words else ""  # none: `_values` says so
             value = words[0] if len(words) == 1 else _yaml_list(words, "list[str]") if words else ""
             value = f"[{value}]" if _NAMES.fullmatch(value) else value
         out.append(name + equals + value)

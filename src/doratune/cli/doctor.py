@@ -12,7 +12,7 @@ import shutil
 import sys
 
 from .description import CommandLine, answer
-from .output import print_json, say, say_help
+from .output import print_json, refuse_in_one_line, say, say_help
 
 WHAT = "Look at Python, torch, the devices and the packages of every extra. Exit status 2 where something has to be mended."
 
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("doratune doctor", description=WHAT, epilog="example: doratune doctor", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="the same as JSON on the last line")
     say_help(parser)
+    refuse_in_one_line(parser)
     as_json = parser.parse_args(argv).json
     from ..support.tables import aligned
 

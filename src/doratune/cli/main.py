@@ -180,8 +180,8 @@ def show_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
-"""Loggers of packages that, while they load, tell of parts of their own that are not here; training loads them all."""
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval")
+"""Loggers of packages that, while they load or run, tell of their own parts; training loads most of them."""
 
 
 VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")

@@ -6,7 +6,9 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from ..errors import UserError
 from ..support.allocator import keep_freed_memory as keep_freed_memory
 
 
@@ -20,6 +22,15 @@ def say_help(parser) -> None:
     parser.print_help = lambda file=None: print(parser.format_help(), end="", file=file)
 
 
+def refuse_in_one_line(parser) -> None:
+    """Let what an argparse parser refuses be one line, as everywhere, instead of its usage and a line."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; {parser.prog} --help shows what there is")
+
+    parser.error = refuse
+
+
 def say_next(*commands: Sequence[str]) -> None:
     """The last line of a report: what can be run next, as one would type it."""
     say("next: " + " | ".join(shlex.join(["doratune", *map(str, words)]) for words in commands))
@@ -31,13 +42,21 @@ def print_json(value) -> None:
 
 
 def progress(label: str, total: int):
-    """(advance, close) of a progress bar with items a second, on standard error."""
+    """(advance, close) of a progress bar with items a second, on standard error; where `total` is not known yet (0), from the first
+    item on."""
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=total, desc=label, unit="item", file=sys.stderr, dynamic_ncols=True)
+    settings = {"total": total or None, "desc": label, "unit": "item", "file": sys.stderr, "dynamic_ncols": True}
+    bars = [tqdm(**settings)] if total else []
+
+    def advance(count: int = 1):
+        if not bars:
+            bars.append(tqdm(**settings))
+        bars[0].update(count)
 
     def close(whole: bool = True):
-        bar.n = total if whole else bar.n
-        bar.close()
+        for bar in bars:
+            bar.n = total if whole and total else bar.n
+            bar.close()
 
-    return bar.update, close
+    return advance, close

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..data.files import read_examples
 from ..data.instruction import prompt_of
 from ..errors import UserError
+from ..support.absent import no_file
 from ..support.text import lines, read_text
 
 TEMPLATES = ("auto", "chat", "instruction", "plain")
@@ -36,7 +37,7 @@ def read_prompts(path: Path) -> list[dict]:
                 raise UserError(f"{path}: item {number} {problem}")
         return items
     if not path.is_file():
-        raise UserError(f"{path}: no such file of prompts")
+        raise UserError(f"{path}: {no_file(path, 'file of prompts')}")
     try:
         text = read_text(path)
     except UnicodeDecodeError:

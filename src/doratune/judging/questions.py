@@ -16,6 +16,7 @@ from pathlib import Path
 from ..data.files import read_examples
 from ..data.published import download
 from ..errors import UserError, listed
+from ..support.absent import no_folder
 from ..support.files import replacing
 from ..support.models import cache_folder
 from ..support.text import lines, read_text
@@ -77,7 +78,7 @@ def load_bench(folder: str | Path | None = None, limit: int | None = None, base_
     """
     place = Path(folder) if folder is not None else _published(base_url)
     if not place.is_dir():
-        raise UserError(f"{place}: no such folder; give one that holds {', '.join(FILES)}")
+        raise UserError(f"{place}: {no_folder(place)}; give one that holds {', '.join(FILES)}")
     references = _references(place / "reference_answer_gpt-4.jsonl")
     questions = _questions(place / "question.jsonl", references)
     return Bench(_first(questions, limit), _prompts(place / "judge_prompts.jsonl"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError, listed
+from ..support.absent import no_folder
 from ..support.files import read_json
 from ..support.hub import no_answer
 from ..support.pipelines import ADAPTER_RECORD, INDEX
@@ -52,7 +53,7 @@ def parcel(folder: str | Path) -> Parcel:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give an adapter or model folder")
+        raise UserError(f"{folder}: {no_folder(folder)}; give an adapter or model folder")
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json", INDEX, ADAPTER_RECORD)):
         inner = [name for name in ("adapter", "model") if (folder / name).is_dir()]
         hint = f"; did you mean {folder / inner[0]}?" if inner else ""

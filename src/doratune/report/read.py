@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..checkpoint.adapter import TENSORS
 from ..errors import UserError
+from ..support.absent import no_folder
 from ..support.files import open_tensors, read_json
 from ..support.yaml_text import read_yaml
 
@@ -79,7 +80,7 @@ def expand(folder: Path) -> list[Path]:
         UserError: there is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a run of doratune train")
+        raise UserError(f"{folder}: {no_folder(folder)}; give the folder of a run of doratune train")
     cells = sorted(cell for cell in (folder / "cells").glob("*") if cell.is_dir())
     if cells:
         return cells

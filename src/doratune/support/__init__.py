@@ -1,5 +1,6 @@
 """What every part needs: files, models, the machine, tables, text and YAML, settings that are declared and checked once.
 
+absent.py        what a path is instead of the file or folder that is needed
 files.py         files that are whole or absent
 folders.py       folders that are one generation, the old one or the new one
 durable.py       what both stand on: locked staging names, syncing, an exchange in one act

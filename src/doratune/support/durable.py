@@ -185,7 +185,9 @@ def preparing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}: {error.filename or path}); give another place") from None
+        where = error.filename or path
+        reason = f"{where} is a file" if isinstance(error, FileExistsError) else f"{error.strerror}: {where}"
+        raise UserError(f"{path} cannot be written ({reason}); give another place") from None
 
 
 def mode_like(path: Path, model: Path, default: int) -> None:

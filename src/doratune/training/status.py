@@ -22,6 +22,7 @@ import yaml
 from transformers import TrainerCallback
 
 from ..errors import UserError
+from ..support.absent import no_folder
 from ..support.files import read_json, write_json
 from ..support.processes import is_first
 from ..support.yaml_text import read_yaml
@@ -103,7 +104,7 @@ def runs_in(folder: Path) -> list[RunEntry]:
         UserError: no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder that holds runs")
+        raise UserError(f"{folder}: {no_folder(folder)}; give the folder that holds runs")
     return sorted((entry_of(run) for run in _folders(folder)), key=lambda entry: entry.changed)
 
 

@@ -120,11 +120,10 @@ class SteadyMixin:
             if isinstance(one, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(one).__name__, one.state())
         target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_checkpoint(target, self.args.should_save) as stage:
+        with whole_checkpoint(target, self.args.should_save) as stage, quiet_loading():
             self._stage = stage
             try:
-                with quiet_loading():
-                    super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
             if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
@@ -176,7 +175,6 @@ class TrainerMixin(SteadyMixin):
     """LoRA+: learning rate of B over that of A."""
     magnitude_decay: float = 0.0
     """Weight decay of δ in m = m₀·exp(δ)."""
-
     whole_lr_ratio: float = 1.0
     """Learning rate of the modules that are trained whole (also_train) as a multiple of the trainer's."""
     check_base: bool = True

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError, near_misses
+from ...support.absent import no_file
 from .compressed import COMPRESSIONS, opened
 
 LINE_BYTES = 1 << 26
@@ -67,7 +68,7 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
         UserError: no such file, no permission, a broken archive, or what the container refuses.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such data file")
+        raise UserError(f"{path}: {no_file(path, 'data file')}")
     container = container_of(path) or _built_in()[".json"]
     with opened(path) as stream:
         yield from container.read(path, stream)
