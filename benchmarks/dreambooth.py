@@ -17,22 +17,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from easy_vqa_set import COLOURS, SHAPES, classes, data_folder, image_path, questions_of
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from vision import COLOURS, SHAPES, classes
 
 import doratune
 from doratune.cli.output import keep_freed_memory
 from doratune.comparison.statistics import over_seeds
 from doratune.data.image_sets import LabelledImage
-from doratune.errors import UserError
 from doratune.report.page import build
 from doratune.support.environment import environment
 from doratune.support.files import read_json, write_json
@@ -59,12 +57,9 @@ SIZES = {
 
 def images(split: str) -> list[tuple[Path, str, str]]:
     """(path, shape, colour) of the images whose questions tell both."""
-    spec = importlib.util.find_spec("easy_vqa")
-    if spec is None or not spec.origin:
-        raise UserError("easy-vqa is not installed; run: pip install easy-vqa")
-    data = Path(spec.origin).parent / "data" / split
-    told = classes(json.loads((data / "questions.json").read_text(encoding="utf-8")))
-    return [(data / "images" / f"{image}.png", *names) for image, names in told.items()]
+    data = data_folder()
+    told = classes(questions_of(data, split))
+    return [(Path(image_path(data, split, image)), *names) for image, names in told.items()]
 
 
 def tokenizer(folder: Path):

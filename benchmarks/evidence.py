@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-
+from doratune.analysis.points import Line, Point, regression
 from doratune.support.tables import markdown, placed
 
 PAPER = {"full": -0.62, "lora": +0.83, "dora": -0.31}
@@ -40,11 +39,11 @@ def movement(found: dict) -> str:
         means = [sum(p[key] for p in last) / len(last) for key in ("magnitude", "direction")]
         steps = sorted({p["step"] for p in points})
         method = Path(run).name.split("-")[0]
-        low, high = interval(points)
+        low, high = line_of(points).interval
         cells = [method, f"{PAPER[method]:+.2f}", f"{line['correlation']:+.2f} [{low:+.2f}, {high:+.2f}]"]
         modules = sorted({p["module"] for p in points})
-        cells += [", ".join(f"{m} {correlation([p for p in points if p['module'] == m]):+.2f}" for m in modules)]
-        cells += [f"{correlation([p for p in points if p['layer'] > 0]):+.2f}", f"{line['slope']:+.3g}"]
+        cells += [", ".join(f"{m} {line_of([p for p in points if p['module'] == m]).correlation:+.2f}" for m in modules)]
+        cells += [f"{line_of([p for p in points if p['layer'] > 0]).correlation:+.2f}", f"{line['slope']:+.3g}"]
         rows.append([*cells, str(line["points"]), ", ".join(map(str, steps)), *(f"{mean:.3g}" for mean in means)])
     head = [
         "method",
@@ -59,6 +58,12 @@ def movement(found: dict) -> str:
         "ΔD at the end",
     ]
     return markdown(head, rows)
+
+
+def line_of(points: list[dict]) -> Line:
+    return regression(
+        [Point(f"{p['layer']} {p['module']}", p["layer"], p["module"], p["step"], p["magnitude"], p["direction"]) for p in points]
+    )
 
 
 def evaluation(found: dict) -> str:
@@ -98,21 +103,6 @@ def evaluation(found: dict) -> str:
     ]
     parts += ["`doratune` and `peft_batches` take the items in batches, `doratune_one` and `peft_one` one at a time."]
     return "\n\n".join(parts)
-
-
-def correlation(points: list[dict]) -> float:
-    """Pearson's, of ΔD and ΔM."""
-    return float(np.corrcoef([p["direction"] for p in points], [p["magnitude"] for p in points])[0, 1])
-
-
-def interval(points: list[dict], resamples: int = 2000) -> tuple[float, float]:
-    """Of the correlation, by drawing weights (all checkpoints of one together) with replacement."""
-    weights: dict[tuple, list[dict]] = {}
-    for p in points:
-        weights.setdefault((p["layer"], p["module"]), []).append(p)
-    groups, random = list(weights.values()), np.random.default_rng(0)
-    drawn = [correlation([p for i in random.integers(len(groups), size=len(groups)) for p in groups[i]]) for _ in range(resamples)]
-    return tuple(np.quantile(drawn, (0.025, 0.975)))
 
 
 def tables(results: Path) -> dict[str, str]:

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
+from easy_vqa_set import COLOURS, SHAPES, classes, data_folder, image_path, questions_of
 
 from doratune.cli.output import keep_freed_memory
 from doratune.comparison.grid import compare
 from doratune.comparison.recipe import CompareRecipe
-from doratune.errors import UserError
 from doratune.evaluation.evaluate import after_training
 from doratune.support.environment import environment
 from doratune.support.files import replacing, write_json
@@ -33,46 +30,19 @@ from doratune.support.folders import whole_folder
 from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
-SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 RATES = {"full": 1e-3, "lora": 5e-3, "dora": 5e-3, "magnitude": 2e-2}
-SPREAD = (0.3, 1.0, 3.0)
+SPREAD = (0.3, 1.0, 3.0, 9.0)
 """Of a sweep: factors on each method's rate."""
-
-
-def classes(questions: Iterable[tuple[str, str, int]]) -> dict[int, tuple[str, str]]:
-    """Image → (shape, colour), as far as its questions tell both: an answer that names one, a yes to a question that does, or a no
-    to one that denies it."""
-    shapes: dict[int, set[str]] = {}
-    colours: dict[int, set[str]] = {}
-    for question, answer, image in questions:
-        words = question.strip("?").split()
-        said = [answer]
-        if answer in ("yes", "no"):
-            denies = bool({"no", "not"} & set(words))
-            said = words if (answer == "yes") != denies else []
-        for names, told in ((SHAPES, shapes), (COLOURS, colours)):
-            told.setdefault(image, set()).update(word for word in said if word in names)
-    both = [image for image in shapes if len(shapes[image]) == len(colours[image]) == 1]
-    return {image: (*shapes[image], *colours[image]) for image in sorted(both)}
-
-
-def data_folder() -> Path:
-    """Where the package keeps its images and questions."""
-    spec = importlib.util.find_spec("easy_vqa")
-    if spec is None or not spec.origin:
-        raise UserError("easy-vqa is not installed; run: pip install easy-vqa")
-    return Path(spec.origin).parent / "data"
 
 
 def write_tables(output: Path) -> dict[str, int]:
     """colours.csv and figures.csv (path, label, split): each has one half of the training images, and all test images."""
     data, rows, counts = data_folder(), {"colours": [], "figures": []}, {}
     for split in ("train", "test"):
-        told = classes(json.loads((data / split / "questions.json").read_text(encoding="utf-8")))
+        told = classes(questions_of(data, split))
         counts[split] = len(told)
         for place, (image, (shape, colour)) in enumerate(told.items()):
-            path = data / split / "images" / f"{image}.png"
+            path = image_path(data, split, image)
             if split == "test" or place % 2 == 0:
                 rows["colours"].append((path, colour, split))
             if split == "test" or place % 2 == 1:

@@ -20,12 +20,13 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from vision import classes, data_folder, write_start
+from easy_vqa_set import classes, data_folder, image_path, questions_of, words_of
+from vision import write_start
 
 from doratune.cli.main import main as doratune
 from doratune.cli.output import keep_freed_memory
@@ -38,7 +39,7 @@ from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
 RATES = {"full": 5e-4, "lora": 3e-3, "dora": 3e-3}
-SPREAD = (0.3, 1.0, 3.0)
+SPREAD = (0.3, 1.0, 3.0, 9.0)
 """Of a sweep: factors on each method's rate."""
 TASKS = ("vqa", "nlvr", "caption", "tvqa")
 SCORED = ("vqa", "nlvr", "tvqa")
@@ -49,13 +50,13 @@ CHECKPOINTS = 4
 
 def items_of(split: str, output: Path, most: int) -> dict[str, list[dict]]:
     """At most so many items of each task, of the images whose questions tell shape and colour."""
-    data, draw = data_folder() / split, random.Random(0)
-    questions = json.loads((data / "questions.json").read_text(encoding="utf-8"))
+    data, draw = data_folder(), random.Random(0)
+    questions = questions_of(data, split)
     told = classes(questions)
     images = list(told)
 
     def path(image: int) -> str:
-        return str(data / "images" / f"{image}.png")
+        return image_path(data, split, image)
 
     asked = [{"task": "vqa", "image": path(i), "question": q, "answer": a} for q, a, i in questions]
     captions = [
@@ -73,7 +74,7 @@ def items_of(split: str, output: Path, most: int) -> dict[str, list[dict]]:
         "vqa": asked,
         "nlvr": pairs,
         "caption": captions,
-        "tvqa": list(films(told, data, output / f"films_{split}", draw, most)),
+        "tvqa": list(films(told, data / split, output / f"films_{split}", draw, most)),
     }
     return {task: draw.sample(items, min(most, len(items))) for task, items in lists.items()}
 
@@ -114,9 +115,10 @@ def write_tower(output: Path, epochs: float) -> Path:
     """The image tower's folder: a small ResNet that tells the 24 classes of the training images."""
     run = output / "tower"
     if not (run / "metrics.json").is_file():
-        told = classes(json.loads((data_folder() / "train" / "questions.json").read_text(encoding="utf-8")))
+        data = data_folder()
+        told = classes(questions_of(data, "train"))
         with replacing(output / "classes.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            rows = [(data_folder() / "train" / "images" / f"{i}.png", f"{colour} {shape}") for i, (shape, colour) in told.items()]
+            rows = [(image_path(data, "train", i), f"{colour} {shape}") for i, (shape, colour) in told.items()]
             csv.writer(file).writerows([("path", "label"), *rows])
         write_start("resnet", output / "start-tower")
         settings = {"objective": "image_classification", "method": "full", "lr": 2e-3, "epochs": epochs, "batch_size": 32}
@@ -126,18 +128,6 @@ def write_tower(output: Path, epochs: float) -> Path:
 
 def recipe(run: Path, **settings) -> TrainRecipe:
     return TrainRecipe(output=str(run), overwrite=True, tensorboard=False, dtype="float32", **settings)
-
-
-def words_of(texts: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the set's words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.train_from_iterator([*texts, *(f"{task}:" for task in TASKS)], trainers.WordLevelTrainer(special_tokens=special))
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def write_bart(output: Path, steps: int) -> Path:
@@ -151,7 +141,7 @@ def write_bart(output: Path, steps: int) -> Path:
         for text in (*item.get("answers", ()), f"{item.get('question', '')} {item.get('answer', '')}".strip())
         if text
     ]
-    tokenizer = words_of(texts)
+    tokenizer = words_of([*texts, *(f"{task}:" for task in TASKS)])
     torch.manual_seed(0)
     sizes = {"d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "max_position_embeddings": 64, "dropout": 0.0}
     sizes |= {

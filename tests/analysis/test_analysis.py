@@ -293,8 +293,25 @@ def test_regression_of_known_points():
     points = [Point("", 0, "", 0, 3.0 - 2.0 * x, x) for x in (0.0, 1.0, 4.0)]
     line = regression(points)
     assert (line.slope, line.intercept, line.correlation) == pytest.approx((-2.0, 3.0, -1.0))
+    assert line.interval is None  # of one weight
     with pytest.raises(UserError, match="without enough spread"):
         regression(points[:2])
+
+
+def test_the_interval_of_a_correlation_is_over_weights():
+    """Checkpoints of a weight are no new evidence; as many weights again are."""
+    from doratune.analysis.points import Point, regression
+
+    def correlation(weights, copies=1):
+        x = torch.randn(weights, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        x[:, 1] = 0.6 * x[:, 0] + 0.8 * x[:, 1]
+        return regression([Point(f"w{i}", 0, "", step, *pair) for step in range(copies) for i, pair in enumerate(x.tolist())])
+
+    line, twice, more = correlation(40), correlation(40, copies=2), correlation(400)
+    assert line.interval[0] < line.correlation < line.interval[1]
+    assert twice.interval == pytest.approx(line.interval)
+    fisher = 2 * 1.96 / 397**0.5 * (1 - more.correlation**2)  # of 400 independent pairs
+    assert more.interval[1] - more.interval[0] == pytest.approx(fisher, rel=0.15)
 
 
 def run_of(folder, method, tiny_folder, steps=(2, 4)):

@@ -4,10 +4,8 @@ import importlib.util
 import json
 import shutil
 
-import numpy as np
 import pytest
 
-from doratune.analysis.points import Point, regression
 from doratune.errors import UserError
 from doratune.support.tables import placed
 
@@ -41,17 +39,6 @@ def test_a_changed_figure_changes_the_page(evidence, pytestconfig, tmp_path):
     path.write_text(json.dumps(found))
     evidence.main(tmp_path)
     assert "+0.12" in (tmp_path / "docs" / "evidence.md").read_text()
-
-
-def test_the_correlation_is_the_analysis(evidence):
-    random = np.random.default_rng(0)
-    pairs = [(x, 0.5 * x + y) for x, y in random.normal(size=(30, 2))]
-    points = [{"layer": i, "module": "q", "direction": d, "magnitude": g} for i, (d, g) in enumerate(pairs)]
-    expected = regression([Point("", p["layer"], "q", 0, p["magnitude"], p["direction"]) for p in points]).correlation
-    assert evidence.correlation(points) == pytest.approx(expected)
-    low, high = evidence.interval(points, 300)
-    assert -1 <= low < expected < high <= 1
-    assert evidence.interval(points * 2, 300) == pytest.approx((low, high))  # checkpoints of a weight are no new evidence
 
 
 def test_a_page_without_its_place_is_a_line(tmp_path):

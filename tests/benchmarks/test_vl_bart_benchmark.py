@@ -2,11 +2,10 @@
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from easy_images import small_set
 
 from doratune.data.visual_tasks import load_visual_items
 from doratune.support.vl_bart import visual_input
@@ -20,15 +19,7 @@ def bench(pytestconfig, tmp_path_factory):
     spec = importlib.util.spec_from_file_location("vl_bart_benchmark", pytestconfig.rootpath / "benchmarks" / "vl_bart.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for split in ("train", "test"):
-        (folder / split / "images").mkdir(parents=True)
-        questions = []
-        for image in range(30):
-            shape, colour = ("circle", "triangle")[image % 2], ("red", "blue", "teal")[image % 3]
-            Image.new("RGB", (8, 8), colour).save(folder / split / "images" / f"{image}.png")
-            questions += [[f"what is the {colour} shape?", shape, image], ["what color is the shape?", colour, image]]
-        (folder / split / "questions.json").write_text(json.dumps(questions))
-    patch.setattr(module, "data_folder", lambda: folder)
+    patch.setattr(module, "data_folder", lambda: small_set(folder))
     yield module
     patch.undo()
 
@@ -58,4 +49,4 @@ def test_bart_and_the_grid(bench, sweep, tmp_path):
     grid = bench.grid_of(arguments, bart, tmp_path / "tower", 120)
     shared = grid.check()
     assert shared.objective == "vl_bart" and shared.max_steps == 4 * shared.save_steps
-    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {3 if sweep else 1}
+    assert {len(grid.lrs_of(method, shared)) for method in grid.methods} == {len(bench.SPREAD) if sweep else 1}

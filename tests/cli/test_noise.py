@@ -1,6 +1,8 @@
 """Standard error holds what doratune says; what other packages tell their own developers while they load is left out."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,6 +34,35 @@ def test_only_our_own_line(words, status, tmp_path):
     assert len(lines) == bool(status) and all(line.startswith(f"doratune {words[0]}: ") for line in lines), lines
 
 
+COMMANDS = """
+from doratune.cli.main import main, quiet_others
+quiet_others()
+small = ["--model", MODEL, "--batch_size", "4", "--dtype", "float32"]
+train = ["train", "--data", "items.json", *small, "--max_steps", "2", "--save_steps", "1", "--tensorboard", "false"]
+print([
+    main(["init", "items.json", "--model", MODEL, "--memory", "0.1", "--device", "cpu"]),
+    main([*train, "--output", "full", "--method", "full", "--checkpointing", "reentrant"]),
+    main([*train, "--output", "run", "--rank", "2", "--checkpointing", "non-reentrant"]),
+    main(["generate", "--adapter", "run/adapter", "--prompt", "Is 2 even?", "--max_new_tokens", "2", "--temperature", "1"]),
+    main(["merge", "--adapter", "run/adapter", "--output", "merged"]),
+    main(["export", "--adapter", "run/adapter", "--to", "lora", "--rank", "2", "--output", "lora"]),
+    main(["data", "items.json", "--model", "merged", "--max_length", "4"]),
+])
+"""
+
+
+def test_bars_and_lines_of_a_way_through_the_commands_are_ours(tmp_path, tiny_folder):
+    """Also where they use what other packages warn of: gradient checkpointing, sampling, a saved model in one file."""
+    items = [{"instruction": f"Is {i} even?", "input": "", "output": "true"} for i in range(12)]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    command = [sys.executable, "-c", COMMANDS.replace("MODEL", repr(str(tiny_folder)))]
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.stdout.splitlines()[-1] == "[2, 0, 0, 0, 0, 0, 0]", run.stdout[-2000:] + run.stderr[-2000:]
+    pieces = [piece.replace("\x1b[A", "").strip() for piece in re.split(r"[\r\n]", run.stderr)]
+    ours = re.compile(r"doratune init: memory is |(merging|layers|default|run|ΔM and ΔD|.*answers?)?:? *\d+%\|")
+    assert [piece for piece in pieces if piece and not ours.match(piece)] == []
+
+
 def test_who_asks_for_warnings_gets_them(tmp_path):
     code = "import warnings; from doratune.cli.main import quiet_others; quiet_others(); warnings.warn('mine', FutureWarning)"
     for options, shown in (((), False), (("-W", "always"), True)):
@@ -41,8 +72,6 @@ def test_who_asks_for_warnings_gets_them(tmp_path):
 
 def test_settings_are_said_once_and_only_those_that_were_chosen(tmp_path, tiny_folder, capsys, monkeypatch):
     """An error in the data stands below a few lines, not below all the settings that there are."""
-    import json
-
     import yaml
 
     from doratune.cli.main import main

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from doratune.cli.arguments import parse
+from doratune.cli.evaluate import EvaluateSettings
 from doratune.comparison.cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
 from doratune.comparison.collect import Result, collect
-from doratune.comparison.grid import _record, _words, choose
+from doratune.comparison.grid import _record, _words, base_command, choose
 from doratune.comparison.recipe import CompareRecipe
 from doratune.comparison.statistics import paired_bootstrap
 from doratune.comparison.summary import summarize
@@ -113,6 +114,30 @@ def test_a_cells_command_says_its_recipe(settings, tmp_path):
         words = shlex.split(shown(command(cell, one, shared)))[2:]
         read, _ = parse(TrainRecipe, words, "train", "", recipe=True)
         assert dataclasses.asdict(read) == dataclasses.asdict(recipe_of(cell, one, shared))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"images": "some pictures/"},
+        {"prompt": "template"},
+        {"prompt": "published"},
+        {"tasks": ["a b.json", "c, d.json"]},
+        {"device": "cpu", "dtype": "float32"},
+        {"trust_remote_code": True, "quantize": "nf4"},
+        {"tasks_limit": 7, "tasks_batch_size": 3, "mirror": "http://x/{y}"},
+    ],
+)
+def test_the_base_is_scored_as_the_cells_are(settings):
+    """What the words mean to doratune evaluate is how a run of the recipe scores its result."""
+    one = grid({"tasks_protocol": "generate"} | settings, score="generate")
+    shared = one.check()
+    read, _ = parse(EvaluateSettings, base_command(shared)[1:], "evaluate", "")
+    same = ("model", "dtype", "device", "quantize", "images", "mirror", "trust_remote_code")
+    assert [getattr(read, name) for name in same] == [getattr(shared, name) for name in same]
+    scored = (read.task, read.limit, read.batch_size, read.protocol)
+    assert scored == (shared.tasks, shared.tasks_limit, shared.tasks_batch_size, "generate")
+    assert read.prompt == ("template" if shared.prompt == "template" else "plain")
 
 
 @pytest.fixture(scope="module")

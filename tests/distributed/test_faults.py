@@ -206,7 +206,8 @@ def count():
     return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
 
 left = pathlib.Path(sys.argv[1]) / os.environ["RANK"]
-atexit.register(lambda: left.write_text(f"{distributed.is_initialized()} {before} {count()}"))  # the first registered is the last to run
+# the first registered is the last to run
+atexit.register(lambda: left.write_text(f"{distributed.is_initialized()} {before} {count()}"))
 status = main(sys.argv[2:])
 before = count() > 0
 sys.exit(status)

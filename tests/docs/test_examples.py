@@ -21,11 +21,13 @@ WITH_EXAMPLES = [page for page in PAGES if marks(page)]
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch, tiny_folder):
-    """A folder as the pages assume it: a model `my-model`, instruction data `my.jsonl`."""
+    """A folder as the pages assume it: a model `my-model`, instruction data `my.jsonl`, preference pairs `pairs.json`."""
     shutil.copytree(tiny_folder, tmp_path / "my-model")
     towns = {"Norway": "Oslo", "Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo", "Cuba": "Havana", "Chad": "N'Djamena"}
     items = [{"instruction": f"Which town is the capital of {land}?", "input": "", "output": town} for land, town in towns.items()]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    pairs = [{"prompt": item["instruction"], "chosen": item["output"], "rejected": "No town."} for item in items]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

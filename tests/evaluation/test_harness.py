@@ -9,6 +9,7 @@ from conftest import tiny_llama
 
 import doratune
 from doratune.cli.main import main
+from doratune.support.packages import install_line
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 TASK = """
@@ -26,11 +27,12 @@ metric_list:
 """
 
 
-@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
-def test_without_the_package_there_is_one_line(tiny_folder, tmp_path, capsys):
+def test_without_the_package_there_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else there(name, *rest))
     words = ["evaluate", "--model", str(tiny_folder), "--output", str(tmp_path / "out")]
     assert main([*words, "--task", "lm_eval:hellaswag"]) == 2
-    assert "task lm_eval:hellaswag needs lm-eval; run: pip install lm-eval" in capsys.readouterr().err
+    assert f"task lm_eval:hellaswag needs lm-eval; run: {install_line('lm_eval')}\n" in capsys.readouterr().err
     assert main([*words, "--task", "[lm_eval:hellaswag, boolq]"]) == 2
     assert "task mixes lm_eval:hellaswag and boolq" in capsys.readouterr().err
 

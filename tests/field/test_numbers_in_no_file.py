@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pictures import FAMILIES, FURTHER
 
 import doratune
 from doratune import AdapterConfig
@@ -188,3 +189,50 @@ def test_detach_gives_the_head_back(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     doratune.attach(model, AdapterConfig(rank=2))
     assert "classifier: newly initialized" in str(doratune.verify(model))
+
+
+def of_parts(kind, folder):
+    """The folder of a model made of parts, whose vocabulary grew by four before it was saved: its config says where
+    each part's came from. Returns (it, rows)."""
+    from transformers import AutoConfig, VisionEncoderDecoderModel
+
+    parts = folder / "parts"
+    if kind == "vision-encoder-decoder":
+        pieces = str(vit(parts / "tower")), str(decoder(parts / "language"))
+        model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(*pieces)
+        language = model.decoder
+        language.resize_token_embeddings(64)
+    else:
+        model, _ = (FAMILIES | FURTHER)[kind]()
+        language = model.get_decoder()
+        language.save_pretrained(parts)
+        model.config.text_config = AutoConfig.from_pretrained(parts)
+        assert model.config.text_config._name_or_path == str(parts)
+        model.resize_token_embeddings(len(language.get_input_embeddings().weight) + 4)
+    model.save_pretrained(folder / "whole")
+    return folder / "whole", len(language.get_input_embeddings().weight)
+
+
+def decoder(folder):
+    from transformers import BertConfig, BertLMHeadModel
+
+    BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, add_cross_attention=True, **SMALL)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])
+@pytest.mark.parametrize("kind", [*FAMILIES, *FURTHER, "vision-encoder-decoder"])
+def test_a_model_of_parts_is_judged_by_its_own_files(kind, copied, tmp_path):
+    """Not by those that a part was once made of; what it lacks itself is still said."""
+    import transformers
+
+    folder, rows = of_parts(kind, tmp_path)
+    auto = transformers.VisionEncoderDecoderModel if "decoder" in kind else transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(folder)
+    assert list((tmp_path / "parts").glob("**/*.safetensors"))
+    report = doratune.inspect(doratune.attach(copy.deepcopy(model) if copied else model, AdapterConfig(rank=2)))
+    assert "trained whole" not in str(report)
+    grown = auto.from_pretrained(folder)
+    (grown.decoder if "decoder" in kind else grown).resize_token_embeddings(rows + 3)
+    report = str(doratune.inspect(doratune.attach(copy.deepcopy(grown) if copied else grown, AdapterConfig(rank=2))))
+    assert f"resized from {rows} to {rows + 3} rows" in report

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 import doratune
 from doratune.cli.main import main
 from doratune.data.image_sets import LabelledImage
-from doratune.support.image_models import load_classifier, load_processor
+from doratune.support.image_models import load_image_model, load_processor
 from doratune.training.image_rows import pixels_of
 from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
@@ -125,7 +125,7 @@ def test_in_bfloat16_and_in_full(kind, bases, photos, tmp_path):
 
 def test_statistics_of_the_base_are_held_under_an_adapter(bases, photos, tmp_path):
     """ResNet's running means are in no adapter's file: what was trained would not be what is loaded."""
-    model = load_classifier(str(bases["resnet"]), list(COLOURS))
+    model = load_image_model(str(bases["resnet"]), list(COLOURS))
     before = {name: b.clone() for name, b in model.named_buffers()}
     places = {"model": str(bases["resnet"]), "data": str(photos), "output": str(tmp_path / "run")}
     how = {"objective": "image_classification", "targets": "all-layers", "rank": 2, "dtype": "float32", "max_steps": 2}
@@ -141,8 +141,8 @@ def test_a_head_of_the_same_size_but_other_labels_is_new(tmp_path, photos):
     labels = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
     base = image_model("vit", tmp_path / "base", **labels)
     old = AutoModelForImageClassification.from_pretrained(base)
-    new = load_classifier(str(base), list(COLOURS))
-    same = load_classifier(str(base), ["cat", "dog", "bird"])
+    new = load_image_model(str(base), list(COLOURS))
+    same = load_image_model(str(base), ["cat", "dog", "bird"])
     assert torch.equal(old.classifier.weight, same.classifier.weight)
     assert not torch.equal(old.classifier.weight, new.classifier.weight)
     body = [name for name, _ in old.named_parameters() if not name.startswith("classifier")]

@@ -1,6 +1,5 @@
 """Runs that are watched: the best checkpoint, an early stop, answers to fixed prompts, warnings, trackers, where each run is."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -130,15 +129,6 @@ def test_what_is_refused_is_said_before_the_training(flags, message, run, capsys
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert (status, metrics) == (2, {}) and message in error
     assert not (run.folder / "run" / "adapter").exists()
-
-
-@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
-def test_a_tracker_that_is_not_installed_is_one_line(tracker, run, capsys):
-    if importlib.util.find_spec(tracker) is not None:
-        pytest.skip(f"{tracker} is installed")
-    status, _ = run("run", "--report_to", tracker)
-    assert status == 2 and f"report_to is {tracker}, which is not installed; run: pip install" in capsys.readouterr().err
-    assert not (run.folder / "run").exists()
 
 
 def test_answers_to_fixed_prompts_change_nothing_in_the_training(run, capsys):

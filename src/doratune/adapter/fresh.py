@@ -7,9 +7,10 @@ Frozen and unsaved they are lost: the adapter was trained over numbers that nobo
     header   the files it came from (`support/headers.py`): a vocabulary with another number of rows there was resized; where no
              mark is left (a deep copy), a parameter that is not there, while nearly all others are, was drawn at random
 
-Only what is certain is reported: quantized storages, constants beside other modules (which a loader sets again), and what
-transformers itself takes for no loss are left alone. A model that was built from its config alone is all random, and that is its
-user's wish. Cost: names, and the header of a file.
+A part of a model (the language model of one that sees) has a config that says where it came from once; what the whole model's
+files hold is judged by those alone. Only what is certain is reported: quantized storages, constants beside other modules (which a
+loader sets again), and what transformers itself takes for no loss are left alone. A model that was built from its config alone is
+all random, and that is its user's wish. Cost: names, and the header of a file.
 """
 
 from __future__ import annotations
@@ -34,18 +35,27 @@ MOST = 0.8
 def fresh_parameters(model: nn.Module) -> dict[str, str]:
     """Name (one for each place) → why no file holds it."""
     found: dict[int, str] = {}
-    for root in model.modules():
+    held: set[int] = set()
+    for root in model.modules():  # the whole before its parts
         if hasattr(root, "config") and hasattr(root, "init_weights"):  # a model that from_pretrained may have loaded
-            found |= {key: reason for key, reason in _of_root(root).items() if key not in found}
+            header = header_of(root.config)
+            new = _of_root(root, header)
+            found |= {key: reason for key, reason in new.items() if key not in found and key not in held}
+            held |= _held(root, header) if header else set()
     return {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found}
 
 
-def _of_root(root: nn.Module) -> dict[int, str]:
+def _held(root: nn.Module, header: Header) -> set[int]:
+    """id of each parameter that the files hold, with whatever number of rows."""
+    files = Keys(root, header.files)
+    return {id(p) for name, p in root.named_parameters() if files.find(name)}
+
+
+def _of_root(root: nn.Module, header: Header | None) -> dict[int, str]:
     """id of a parameter → why, for one model of transformers."""
     adapter = {id(p) for m in root.modules() if isinstance(m, Adapted) for p in own_parameters(m).values()}
     own = {name: p for name, p in root.named_parameters() if _plain(p) and id(p) not in adapter}
     marked = any(getattr(p, MARK, False) for p in own.values())
-    header = header_of(root.config)
     found = {}
     if marked:
         new = {name: p for name, p in own.items() if not getattr(p, MARK, False)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -29,12 +30,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Least squares of ΔM on ΔD over all points, and Pearson's correlation (Fig. 2)."""
+    """Least squares of ΔM on ΔD over all points, and Pearson's correlation (Fig. 2).
+
+    `interval` is the correlation's, of 95 %: weights are drawn with replacement, each with all its checkpoints, which are no
+    observations of their own. None where there are fewer than three weights."""
 
     slope: float
     intercept: float
     correlation: float
     points: int
+    interval: tuple[float, float] | None = None
 
 
 def layer_number(name: str) -> int:
@@ -70,4 +75,23 @@ def regression(points: list[Point]) -> Line:
     slope = (x * y).sum() / x.square().sum()
     correlation = (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
     intercept = pairs[:, 1].mean() - slope * pairs[:, 0].mean()
-    return Line(slope.item(), intercept.item(), correlation.item(), len(points))
+    return Line(slope.item(), intercept.item(), correlation.item(), len(points), _interval([p.name for p in points], pairs))
+
+
+def _interval(names: list[str], pairs: Tensor, draws: int = 2000) -> tuple[float, float] | None:
+    """Of the correlation, from how often each draw takes each weight; pairs: (points, 2)."""
+    order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    if (count := len(order)) < 3:
+        return None
+    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    times = times[:, [order[name] for name in names]]  # draws × points
+    x, y = pairs.unbind(1)
+    shares = times / times.sum(1, keepdim=True)
+    x, y = x - (shares @ x)[:, None], y - (shares @ y)[:, None]
+    xx, yy, xy = ((shares * product).sum(1) for product in (x * x, y * y, x * y))
+    values = (xy / (xx * yy).sqrt())[(xx > 0) & (yy > 0)]
+    if not len(values):
+        return None
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -59,8 +59,10 @@ def _line_of(measurement: Measured, line: Line | None) -> str:
     if shares := {when: _mean(shares.values()) for when, shares in measurement.gradients.items() if shares}:
         told = ", ".join(f"{100 * shares[when]:.3g} % at the {when}" for when in ("base", "end") if when in shares)
         words += f"; magnitude's share of the gradient {told}"
-    shown = "none (too little spread)" if line is None else f"{line.correlation:+.2f} (slope {line.slope:+.3g})"
-    return f"{words}; correlation of ΔD and ΔM {shown}"
+    if line is None:
+        return f"{words}; correlation of ΔD and ΔM none (too little spread)"
+    interval = "" if line.interval is None else " [{:+.2f}, {:+.2f}]".format(*line.interval)
+    return f"{words}; correlation of ΔD and ΔM {line.correlation:+.2f}{interval} (slope {line.slope:+.3g})"
 
 
 def _mean(values) -> float:

@@ -1,5 +1,5 @@
-"""The base model of a result, of the class that was trained on it: a language model, a classifier of images with its labels, or a
-class of our own.
+"""The base model of a result, of the class that was trained on it: a language model, an image model with a head for the result's
+labels, or a class of our own.
 
 A language model is loaded as everywhere (`support/models.py`), quantized or not. That it is another class is read from the
 adapter's record, the trained model's config, or its own; a head that only the result holds is drawn, and loading the adapter puts
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..support.image_models import is_classifier, labels_of, load_classifier
+from ..support.image_heads import head_of
+from ..support.image_models import labels_of, load_image_model
 from ..support.model_folders import SETTINGS, TrainedClass, architecture_of, folder_config, transformers_config
 from ..support.models import load_model, model_path
 from ..support.own_models import is_own
@@ -47,10 +48,11 @@ def load_base(
 
         visual = VisualInput.of(transformers_config(Path(model_path(name)), want))
         return load_vl_bart(name, visual, dtype, quantize, trust_remote_code=trust_remote_code)
-    if not class_name or not is_classifier(class_name):
+    if (head := head_of(class_name)) is None:
         return load_model(name, dtype, quantize, trust_remote_code=trust_remote_code)
     labels = labels_of(transformers_config(Path(model_path(name)), want))
-    return load_classifier(name, labels, dtype, quantize, trust_remote_code=trust_remote_code, complete=not want.class_name)
+    settings = {"trust_remote_code": trust_remote_code, "complete": not want.class_name, "head": head}
+    return load_image_model(name, labels, dtype, quantize, **settings)
 
 
 def _trained_class(folder: Path) -> TrainedClass:

@@ -27,7 +27,8 @@ from ..publishing.card import write_merged_card
 from ..support.examples import candidates
 from ..support.files import read_json
 from ..support.folders import new_folder, refuse_existing
-from ..support.image_models import is_classifier, load_processor
+from ..support.image_heads import head_of
+from ..support.image_models import load_processor
 from ..support.model_folders import class_record
 from ..support.models import load_tokenizer, quiet_loading
 from .adapter import OWN, load
@@ -118,19 +119,21 @@ def dequantize(model) -> None:
 
 @torch.no_grad()
 def logits(model, inputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """A row for each position, or for each image."""
+    """A row for each position of a text, for each image, or for each pixel."""
     on_device = ({name: t.to(model.device) for name, t in one.items()} for one in inputs)
-    return torch.cat([model(**one).logits.flatten(0, -2).float().cpu() for one in on_device])
+    outputs = (model(**one).logits for one in on_device)
+    rows = (scores.movedim(1, -1) if scores.dim() == 4 else scores for scores in outputs)  # of pixels: (N, C, H, W)
+    return torch.cat([scores.flatten(0, -2).float().cpu() for scores in rows])
 
 
 def _processor(model, base: str):
     """What is saved beside a model of this class."""
-    return load_processor(base) if is_classifier(class_record(model)["class"]) else load_reader(base)
+    return load_processor(base) if head_of(class_record(model)["class"]) else load_reader(base)
 
 
 def _inputs(model, base: str) -> list[dict[str, torch.Tensor]]:
-    """Sentences, or for a classifier of images an input made from its config."""
-    if is_classifier(class_record(model)["class"]):
+    """Sentences, or for an image model an input made from its config."""
+    if head_of(class_record(model)["class"]):
         return [next(candidates(model))]
     tokenizer = load_tokenizer(base)
     return [{"input_ids": tokenizer(sentence, return_tensors="pt")["input_ids"]} for sentence in SENTENCES]

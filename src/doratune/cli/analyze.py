@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, say
 
 EXAMPLE = "doratune analyze runs/dora runs/lora --modules q_proj v_proj"
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
         raise UserError("runs is not set; give doratune analyze RUN, or several")
     if twice := {name for name in settings.runs if settings.runs.count(name) > 1}:
         raise UserError(f"runs names {', '.join(sorted(twice))} twice; name each run once")
+    refuse_missing({"gradient_data": settings.gradient_data}, {"runs": settings.runs})
     output = Path(settings.output)
     refuse_inputs(output, {"the model": settings.model, "the data": settings.gradient_data}, settings.runs)
     refuse_existing(output, settings.overwrite)

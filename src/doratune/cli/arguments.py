@@ -199,8 +199,11 @@ def _one_word_lists(argv: list[str], fields) -> list[str]:
             value = words[0] if len(words) == 1 and words[0].startswith("[") else _yaml_list(words, str(field.type))
             equals = "="
         elif field and "list[" in str(field.type):
-            if not equals and rest and not rest[0].startswith("--"):
-                equals, value = "=", rest.pop(0)
+            words = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                words.append(rest.pop(0))
+            equals = "=" if words else ""
+            value = words[0] if len(words) == 1 else _yaml_list(words, "list[str]") if words else ""
             value = f"[{value}]" if _NAMES.fullmatch(value) else value
         out.append(name + equals + value)
     return out

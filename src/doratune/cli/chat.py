@@ -10,6 +10,7 @@ from typing import Literal
 from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, say_next
 from .repeated import gathered
 
@@ -57,10 +58,11 @@ def main(argv: list[str]) -> int:
     settings, _ = parse(ChatSettings, gathered(argv, "adapter"), "chat", EXAMPLE)
     keep_freed_memory()
     from ..errors import UserError
-    from ..generation.adapters import BASE, NamedAdapters
+    from ..generation.adapters import BASE, NamedAdapters, named
     from ..generation.conversation import Conversation
     from ..generation.sampling import Sampling
 
+    refuse_missing({}, {"adapter": list(named(settings.adapter).values())})
     sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
     adapters = NamedAdapters(
         settings.model,

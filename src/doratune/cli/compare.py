@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune compare recipes/compare_demo.yaml --output runs/compare"
@@ -15,6 +16,9 @@ def main(argv: list[str]) -> int:
 
     grid, as_json = parse(CompareRecipe, argv, "compare", EXAMPLE, recipe=True)
     keep_freed_memory()
+    shared = grid.check()
+    if not grid.dry_run:
+        refuse_missing({"data": shared.data, "eval_data": shared.eval_data, "tasks": shared.tasks})
     from pathlib import Path
 
     from ..comparison.grid import compare

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..support.fields import with_settings_of
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import print_json, say
 
 EXAMPLE = "doratune data my.jsonl --model my-model --max_length 1024 --test test.jsonl --fix clean.jsonl"
@@ -84,6 +85,7 @@ def _check(settings: DataCheck) -> None:
         raise UserError("data is not set; give a file: doratune data FILE --model M")
     if not settings.model:
         raise UserError("model is not set; give --model M, whose tokenizer and chat template decide what is seen")
+    refuse_missing({"data": settings.data, "test": settings.test})
     if settings.fix:
         refuse_inputs(settings.fix, {"the data": settings.data, "the test set": settings.test})
         if not settings.fix.endswith(".jsonl"):

@@ -11,6 +11,7 @@ from ..evaluation.metrics import NAMES
 from ..support.devices import Device
 from ..support.values import choices, number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say
 
 EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol paper"
@@ -29,12 +30,13 @@ class EvaluateSettings:
             images, as a folder by class, a table of paths and labels, or an .npz file; of a VL-BART: NAME:FOLDER of vqa,
             gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c (docs/vl_bart.md); a file may hold items of your
             own, in a format of training data, whose last answer is the right one
-            lm_eval:NAME is a task of lm-eval (pip install lm-eval)
+            lm_eval:NAME is a task of lm-eval (pip install 'doratune[harness]')
         lm_eval_path: a folder with task files of lm-eval of your own
         metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right
         pattern: of the metric regex, for items without a pattern of their own
         function: of the metric function: FILE.py:NAME, called with (output, item), gives 0 to 1; the file's code is run
         data_format: of your own items; default by their keys
+        images: of your own items: folder that images' names begin in; default: as the adapter was trained, else beside the file
         prompt: of your own items: plain, template (the tokenizer's), or auto: as the adapter was trained, else template if it can
         protocol: generate (the model writes), likelihood (the most probable answer), both, paper (the published evaluation), or all
         beams: of generate; default 1, greedy; paper has 4
@@ -50,7 +52,8 @@ class EvaluateSettings:
         trust_remote_code: run the Python code that the model's folder or repository brings
         overwrite: replace an output folder that doratune wrote
         columns: your file's names of fields: of your own items those of their format ({prompt: query}), of a table of labelled
-            images {image: NAME, label: NAME, split: NAME} (docs/vision.md)
+            images {image: NAME, label: NAME, split: NAME}, of one of masks {image: NAME, mask: NAME, split: NAME} (docs/vision.md)
+        reduce_labels: of masks: is 0 of no class, and 1 the first; default as the model was trained
         bad_items: of images and video: stop at an item that cannot be used, or skip and count it
         image_tower: of VL-BART: the image model whose features it reads; default as it was trained
         features: of VL-BART: folder of the files of features, which are made where they are not there
@@ -75,6 +78,7 @@ class EvaluateSettings:
     pattern: str | None = None
     function: str | None = None
     data_format: str = choices("auto", ("auto", *names_of_formats()))
+    images: str | None = None
     prompt: Literal["auto", "plain", "template"] = "auto"
     protocol: Literal["generate", "likelihood", "both", "paper", "all"] = "both"
     beams: int | None = number(None, least=1)
@@ -90,6 +94,7 @@ class EvaluateSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    reduce_labels: bool | None = None
     bad_items: Literal["stop", "skip"] = "stop"
     image_tower: str | None = None
     features: str = "features"
@@ -129,6 +134,7 @@ def main(argv: list[str]) -> int:
     if not settings.task:
         raise UserError("task is not set; give --task boolq, a list '[boolq, piqa]', or a .json file")
     names = [settings.task] if isinstance(settings.task, str) else settings.task
+    refuse_missing({"task": names}, {"adapter": settings.adapter})
     refuse_existing(Path(settings.output), settings.overwrite)
     baseline = bool(settings.adapter) and baselines.is_baseline(settings.adapter)
     name = settings.model or (baselines.base_model_of if baseline else base_model_of)(settings.adapter)
@@ -200,16 +206,25 @@ def _score_harness(settings: EvaluateSettings, name: str, tasks: list[str], as_j
 
 def _own_task(settings: EvaluateSettings):
     """How items of a user's own task are read: as the settings say, or as the adapter's run read its training data."""
+    from pathlib import Path
+
     from ..data import DataSettings
+    from ..data.image_sources import folders_of
     from ..evaluation.own_items import OwnTask
     from ..support.outputs import run_of
     from ..support.yaml_text import read_yaml
 
-    prompt = settings.prompt
-    for run in run_of(settings.adapter) if prompt == "auto" else ():
+    prompt, images = settings.prompt, settings.images
+    if images is not None:
+        folders_of(images, "")  # refuses what is no folder, before a model is loaded
+    for run in run_of(settings.adapter):
         recorded = read_yaml(run / "recipe.yaml")
-        prompt = "template" if isinstance(recorded, dict) and recorded.get("prompt") == "template" else "plain"
-    reading = DataSettings(data_format=settings.data_format, columns=settings.columns)
+        recorded = recorded if isinstance(recorded, dict) else {}
+        if prompt == "auto":
+            prompt = "template" if recorded.get("prompt") == "template" else "plain"
+        if images is None and isinstance(folder := recorded.get("images"), str) and Path(folder).is_dir():
+            images = folder
+    reading = DataSettings(data_format=settings.data_format, columns=settings.columns, images=images)
     return OwnTask(tuple(settings.metrics), settings.pattern, settings.function, reading, prompt)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say, say_next
 from .repeated import gathered
 
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> int:
 
     if (settings.prompts is None) == (settings.prompt is None):
         raise UserError("give one of --prompts FILE and --prompt TEXT")
+    refuse_missing({"prompts": settings.prompts}, {"adapter": list(named(settings.adapter).values())})
     output = Path(settings.output) if settings.output else None
     if output is not None:
         folders = list(named(settings.adapter).values())

@@ -16,6 +16,7 @@ from ..support.devices import Device
 from ..support.fields import with_settings_of
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import print_json, say, say_next
 
 EXAMPLE = "doratune init --model my-model --data my.jsonl --memory 24 --output recipe.yaml"
@@ -116,6 +117,7 @@ def _check(settings: InitSettings) -> None:
         raise UserError("model is not set; give --model M: a hub id, a folder, or smollm2-135m-instruct")
     if not settings.data:
         raise UserError("data is not set; give --data FILE, a folder or a hub id")
+    refuse_missing({"data": settings.data})
     output = Path(settings.output)
     refuse_inputs(output, {"the model": settings.model, "the data": settings.data})
     if output.suffix not in (".yaml", ".yml"):

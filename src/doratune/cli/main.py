@@ -184,11 +184,18 @@ TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers of packages that, while they load, tell of parts of their own that are not here; training loads them all."""
 
 
+VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")
+"""Where packages read, while they load, from which level on they speak."""
+
+
 def quiet_others() -> None:
-    """Leave out what other packages say to their own developers, unless Python was asked for warnings (-W, PYTHONWARNINGS)."""
+    """Leave out what other packages say to their own developers, unless Python was asked for warnings (-W, PYTHONWARNINGS) or the
+    package's own variable says what it tells."""
     if sys.warnoptions:
         return
     warnings.simplefilter("ignore", FutureWarning)
+    for variable in VERBOSITIES:
+        os.environ.setdefault(variable, "error")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 

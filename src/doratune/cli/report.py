@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, say
 
 EXAMPLE = "doratune report runs/dora runs/lora --output report.html"
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
 
     from ..report.page import build
 
+    refuse_missing({}, {"runs": settings.runs})
     facts = build(
         [Path(run) for run in settings.runs],
         Path(settings.output),

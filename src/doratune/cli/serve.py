@@ -10,6 +10,7 @@ from typing import Literal
 from ..support.devices import Device
 from ..support.values import number
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, say
 from .repeated import gathered
 
@@ -56,9 +57,10 @@ class ServeSettings:
 def main(argv: list[str]) -> int:
     settings, _ = parse(ServeSettings, gathered(argv, "adapter"), "serve", EXAMPLE)
     keep_freed_memory()
-    from ..generation.adapters import NamedAdapters
+    from ..generation.adapters import NamedAdapters, named
     from ..serving.server import address_of, bound, key, listen
 
+    refuse_missing({}, {"adapter": list(named(settings.adapter).values())})
     api_key = key()
     with bound(settings.host, settings.port, api_key) as sock:
         loading = settings.dtype, settings.quantize, settings.trust_remote_code

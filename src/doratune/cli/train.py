@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .arguments import parse
+from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune train recipes/commonsense.yaml --model my-llama-7b --rank 8 --output runs/r8"
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
 
     recipe, as_json = parse(TrainRecipe, argv, "train", EXAMPLE, recipe=True)
     recipe.check()
+    refuse_missing({"data": recipe.data, "eval_data": recipe.eval_data, "tasks": recipe.tasks})
     if recipe.processes > 1 and launched()[1] == 1:
         return launch(recipe.processes, ["train", *argv])
     keep_freed_memory()

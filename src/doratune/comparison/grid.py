@@ -73,6 +73,7 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
             raise UserError(f"no cell of {output} finished; see {output / 'logs'}")
         problems += strangers(grid, {*sweep(grid, shared), *finals(grid, shared, lrs)})
         problems += look_inside(grid, shared, results, say)
+        notes += [note for note in [base_note(output / "base", grid.score)] if note]
         summary = summarize(grid, shared, results, lrs, [*notes, *problems])
         write_json(output / "compare.json", summary.to_dict())
     return summary
@@ -131,12 +132,7 @@ class Stages:
         scorer = scorer_of(self.shared.objective)
         if not self.shared.tasks or (folder / "results.json").is_file() or (scorer and not scorer.scores_bases):
             return
-        r = self.shared
-        words = ["evaluate", "--model", r.model, "--task", f"[{', '.join(r.tasks)}]", "--protocol", r.tasks_protocol]
-        words += ["--dtype", r.dtype, "--batch_size", str(r.tasks_batch_size), "--output", str(folder), "--overwrite"]
-        words += ["--limit", str(r.tasks_limit)] if r.tasks_limit else []
-        words += ["--quantize", r.quantize] if r.quantize != "none" else []
-        words += ["--mirror", r.mirror] if r.mirror else []
+        words = [*base_command(self.shared), "--output", str(folder), "--overwrite"]
         self.launch([("base", words, self.log("base"))], lambda name, status: self.ended(name, status))
 
     def run(self, cells: list[Cell]) -> None:
@@ -179,6 +175,28 @@ class Stages:
             self.say(f"{name} failed with status {status}: {_last_line(Path(self.log(name)))} ({self.log(name)})")
         else:
             self.say(f"{name} finished")
+
+
+def base_command(shared: TrainRecipe) -> list[str]:
+    """The words that score the base model as the cells are scored after their training."""
+    prompt = "template" if shared.prompt == "template" else "plain"
+    words = ["evaluate", "--model", shared.model, "--task", to_yaml(shared.tasks, flow=True), "--protocol", shared.tasks_protocol]
+    words += ["--dtype", shared.dtype, "--batch_size", str(shared.tasks_batch_size), "--prompt", prompt, "--device", shared.device]
+    words += ["--limit", str(shared.tasks_limit)] if shared.tasks_limit else []
+    words += ["--quantize", shared.quantize]
+    words += ["--mirror", shared.mirror] if shared.mirror else []
+    words += ["--images", shared.images] if shared.images else []
+    return words + (["--trust_remote_code", "true"] if shared.trust_remote_code else [])
+
+
+def base_note(folder: Path, protocol: str) -> str:
+    """A line about what the base model scored, and what its tasks' most frequent answers would; nothing where it was not scored."""
+    try:
+        results = [r for r in read_json(folder / "results.json", "delete it")["results"] if r["protocol"] == protocol]
+        accuracy, majority = (100 * sum(r[key] for r in results) / len(results) for key in ("accuracy", "majority"))
+    except (UserError, KeyError, TypeError, ZeroDivisionError):
+        return ""
+    return f"base model, {protocol}: {accuracy:.1f} %; the most frequent answer: {majority:.1f} %"
 
 
 def remains(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> bool:

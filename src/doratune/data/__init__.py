@@ -8,6 +8,8 @@ documents.py           published files of JSON: lists and values, held against w
 visual_tasks/          questions about images and video, captions: published files, one's own
 visual_features/       what they look at, as features of an image tower, in one file
 image_sets/            labelled images: folders by class, tables of paths and labels, .npz
+mask_sets.py           images with masks: two folders, a table of paths
+masks.py               one mask: the class number of each pixel
 settings.py            how items are read and what is learned
 loading.py             items of one or several sources, checked
 conversation.py        conversations in one form: roles, tool calls, order

@@ -19,7 +19,8 @@ import os
 import struct
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UserError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+T = TypeVar("T")
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm", ".avif")
 """How the names of image files end, in a folder of them."""
@@ -46,6 +48,24 @@ def open_image(source: str | os.PathLike | bytes, where: str = "") -> Image.Imag
     Raises:
         UserError: a file that is missing, empty, no image, truncated, too large, or of pixels that have no 8-bit meaning.
     """
+    return decoded(source, where, _picture)
+
+
+def _picture(image: Image.Image, name: str) -> Image.Image:
+    """What a decoded image shows, in RGB."""
+    grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS)
+    if grey:
+        with _quietly():
+            image = _of_eight_bits(image)
+    return _rgb(upright(image), name)
+
+
+def decoded(source: str | os.PathLike | bytes, where: str, read: Callable[[Image.Image, str], T]) -> T:
+    """What `read` makes of a decoded image and its name for messages; its file is closed behind it.
+
+    Raises:
+        UserError: a file that is missing, empty, no image, truncated or too large; what `read` raises.
+    """
     from PIL import Image, UnidentifiedImageError
 
     data = isinstance(source, bytes)
@@ -60,10 +80,7 @@ def open_image(source: str | os.PathLike | bytes, where: str = "") -> Image.Imag
             _refuse_pages(image, name)
         with image:
             image.load()
-            grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS)
-            with _quietly():
-                upright = _upright(_of_eight_bits(image) if grey else image)
-            return _rgb(upright, name)
+            return read(image, name)
     except UnidentifiedImageError:
         dicom = stream.getvalue()[128:132] == b"DICM"
         fix = "write its window of values as PNG first" if dicom else "convert or remove it"
@@ -143,12 +160,13 @@ def _refuse_pages(image, name: str) -> None:
         raise UserError(f"{name}: a TIFF of {frames} pages, of which none is the image; write the one that counts to a file")
 
 
-def _upright(image):
+def upright(image: Image.Image) -> Image.Image:
     """The picture as its camera was held; metadata that nobody can read turns nothing."""
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(image)
+        with _quietly():
+            return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, OSError, TypeError, KeyError, struct.error):
         return image
 

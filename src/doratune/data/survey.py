@@ -81,7 +81,7 @@ def survey(
             found.sizes.append(TokenCount(len(example.ids), sum(example.answer)))
             found.fits[_fit(example, max_length, too_long, tokenizer.bos_token_id)] += 1
         question = kind.question(item, settings)
-        found.odd += [placed(f"{item.where} {note}", item) for note in kind.notes(item, settings)]
+        found.odd += [placed(f"{item.where} {note}", item) for note in kind.odd(item, settings)]
         tokens = tuple(tuple(example.ids) for _, example in parts)
         first, before = seen.setdefault(hash(tokens), item), asked.setdefault(hash(question), item)
         met = test.met_by(question) if test is not None else None

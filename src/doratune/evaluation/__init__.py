@@ -8,7 +8,7 @@ seen.py         what was written about images and video, by the tasks' published
 metrics.py      exact match, F1, ROUGE, JSON, a pattern, a function of one's own
 tasks.py        tasks by name or file, chance and majority level
 kinds/          what an item asks and when its answer is right: commonsense, arithmetic, Orca-Math, questions about images
-scorers/        models that are no language models: classes of images
+scorers/        models that are no language models: classes of images, of pixels
 benchmarks/     published benchmarks of questions about images: their files, their answer files
 answers.py      the score of an answer file
 numbers.py      numbers in a text

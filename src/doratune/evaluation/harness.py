@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval by name, `lm_eval:hellaswag`: its prompts, its metrics, over a model that is loaded here.
 
-The package is not ours and not asked for by any extra: `pip install lm-eval`. Its tasks fetch their data from the hub. Cost: the
-harness's own, one request after the other in batches.
+The package comes with the extra `harness`. Its tasks fetch their data from the hub, or as a task file of your own says.
+Cost: the harness's own, one request after the other in batches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..errors import UserError, listed, near_misses
 from ..support.environment import peak_bytes
 from ..support.files import write_json
 from ..support.folders import whole_folder
+from ..support.packages import install_line
 from ..support.tables import aligned
 
 PREFIX = "lm_eval:"
@@ -35,7 +36,7 @@ def harness_tasks(names: Sequence[str]) -> list[str]:
         other = next(name for name in names if not name.startswith(PREFIX))
         raise UserError(f"task mixes {PREFIX}{own[0]} and {other}; score lm-eval's tasks by a command of their own")
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"task {PREFIX}{own[0]} needs lm-eval; run: pip install lm-eval")
+        raise UserError(f"task {PREFIX}{own[0]} needs lm-eval; run: {install_line('lm_eval')}")
     return own
 
 

@@ -1,7 +1,8 @@
 """The images of items: in their prompts, and as what the model gets beside them.
 
-An item says where its image is by `image` and the folders in `image_folders`; None is a question without one. The prompt of
-an item with the key `image` is a turn in the model's chat template; any other item's is its text. Cost: each image is
+An item of a user's own names its images as its format does. Any other says where its image is by `image` and the folders in
+`image_folders`; None is a question without one. The prompt of such an item with the key `image` is a turn in the model's chat
+template; without it, it is its text. Cost: each image is
 decoded twice, once for the length of its prompt, once for its pixels.
 """
 
@@ -13,14 +14,17 @@ import torch
 
 from ..data.image_sources import ImageSource, source_of
 from ..errors import UserError
+from .own_items import OwnItem
 
 
 def sources(item: Mapping) -> list[ImageSource]:
-    """The item's images.
+    """The item's images, in the order of its prompt.
 
     Raises:
         UserError: a value that names none.
     """
+    if isinstance(item, OwnItem):
+        return item.sources()
     return [] if item.get("image") is None else [source_of(item["image"], item.get("image_folders", ()))]
 
 
@@ -51,7 +55,8 @@ def prompt_tokens(tokenizer, text: str, item: Mapping) -> list[int]:
 
 def image_inputs(tokenizer, items: Sequence[Mapping], ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the model gets beside the tokens (B, T) of these items, on their device; nothing of items of text."""
-    if not any("image" in item for item in items):
+    images = [sources(item) for item in items]
+    if not any(images) and not any("image" in item for item in items):
         return {}
-    inputs = tokenizer.types(ids) | tokenizer.inputs([sources(item) for item in items])
+    inputs = tokenizer.types(ids) | tokenizer.inputs(images)
     return {name: value.to(ids.device) for name, value in inputs.items()}

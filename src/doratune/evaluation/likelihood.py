@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from .generate import left_pad
+from .images import image_inputs
 from .kinds import kind_of
 from .kinds.commonsense import CONTINUATION
 
@@ -33,7 +34,8 @@ def likelihood(model, tokenizer, items: Sequence[dict], batch_size: int, done: C
     scored: dict[tuple[int, tuple], torch.Tensor] = {}
     for start in range(0, len(work), batch_size):
         batch = work[start : start + batch_size]
-        for (index, stem, _), logits in zip(batch, _last_logits(model, tokenizer, batch)):
+        asked = [items[index] for index, _, _ in batch]
+        for (index, stem, _), logits in zip(batch, _last_logits(model, tokenizer, batch, asked)):
             if not torch.isfinite(logits[-len(stem) - 1 :].amax(-1)).all():  # a single -inf is a choice of the model's own
                 raise UserError(f"the model's scores of item {index + 1} are NaN or infinite; try dtype float32, or train it again")
             wanted = [a for a in plans[index][0] if tuple(a[:-1]) == stem[: len(a) - 1]]
@@ -54,7 +56,7 @@ def _continuations(item: dict, tokenizer) -> list[list[int]]:
     return [tokenizer(kind.continuation(c), add_special_tokens=False)["input_ids"] for c in kind.choices(item)]
 
 
-def _last_logits(model, tokenizer, batch) -> torch.Tensor:
+def _last_logits(model, tokenizer, batch, items: Sequence[dict]) -> torch.Tensor:
     """Logits of the positions that predict the continuation, (rows, longest stem + 1, vocabulary)."""
     ids, mask = left_pad([row for _, _, row in batch], tokenizer.pad_token_id, model.device)
     keep = max(len(stem) for _, stem, _ in batch) + 1
@@ -62,6 +64,10 @@ def _last_logits(model, tokenizer, batch) -> torch.Tensor:
     extra = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if "position_ids" in accepted else {}
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
+    if images := image_inputs(tokenizer, items, ids):
+        extra |= images
+        if any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "base_model", None))):
+            extra.pop("position_ids", None)  # it computes positions of its own from its images
     return model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -keep:]
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 from ..data import DataSettings
 from ..data.encode import encode_one, prompt_ids
 from ..data.formats import DataFormat, format_named, format_of, unknown_item
+from ..data.image_sources import ImageSource
 from ..data.loading import renamed
 from ..errors import UserError
 from .metrics import METRICS, check_metrics, function_at, valid_pattern
@@ -49,20 +50,22 @@ class OwnTask:
 
 
 class OwnItem(dict):
-    """An item with its format, its right answer, and the metrics of its task.
+    """An item with its format, its right answer, and the metrics of its task; `source` is the file that it stands in.
 
     Raises:
-        UserError: it is of no format, has no right answer, or choices that hold none.
+        UserError: it is of no format, has no right answer, choices that hold none, or an image that its format does not read.
     """
 
-    def __init__(self, raw: Mapping, task: OwnTask, metrics: dict[str, Callable], where: str):
+    def __init__(self, raw: Mapping, task: OwnTask, metrics: dict[str, Callable], where: str, source: str = ""):
         super().__init__(raw)
-        self.task, self.metrics, self.where = task, metrics, where
+        self.task, self.metrics, self.where, self.source = task, metrics, where, source
         self.offered = offered(raw, where)
         if self.offered and "answer" in raw:
             self["answer"] = right_choice(raw["answer"], self.offered, where)
         self.kind = self._format()
         self.kind.check(self, where, task.reading)
+        if unseen := self.kind.unseen(self):
+            raise UserError(f"{where} {unseen[0]}")
         self.gold = self.kind.gold(self, task.reading).strip()
         if self.offered:
             self.gold = right_choice(self.gold, self.offered, where)
@@ -84,6 +87,10 @@ class OwnItem(dict):
         if kind is None:
             raise UserError(unknown_item(self, self.where))
         return kind
+
+    def sources(self) -> list[ImageSource]:
+        """The images of the prompt, in order."""
+        return self.kind.sources(self, self.task.reading)
 
     def tokens(self, tokenizer) -> list[int]:
         """The prompt: all that stands in front of the last answer."""
@@ -142,7 +149,10 @@ def own_items(items: Sequence[Mapping], task: OwnTask, name: str) -> list[OwnIte
     check_metrics(names, task.function)
     metrics = {metric: METRICS.get(metric) or function_at(task.function) for metric in names}
     places = (getattr(item, "where", f"{name}: item {number}") for number, item in enumerate(items, 1))
-    return [OwnItem(_renamed(item, task.reading), task, metrics, where) for item, where in zip(items, places)]
+    return [
+        OwnItem(_renamed(item, task.reading), task, metrics, where, getattr(item, "source", ""))
+        for item, where in zip(items, places)
+    ]
 
 
 def _renamed(item: Mapping, reading: DataSettings) -> dict:

@@ -66,13 +66,21 @@ SHARES = {
     "recall": "recall",
     "f1": "F1",
     "yes_share": "share of yes",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
 }
 """Figures of single kinds of items, and what a table calls them."""
 
 
+def own_shares(result: dict) -> list[str]:
+    """The figures that a task's kind of items has beyond those of every kind, with their names."""
+    known = ((words, result.get(key)) for key, words in SHARES.items())
+    return [f"{words} {100 * share:.1f} %" for words, share in known if isinstance(share, int | float)]
+
+
 def own_figures(result: dict) -> str:
-    """One line about the figures that a task's kind of items has beyond those of every kind; empty where it has none."""
-    parts = [f"{words} {100 * result[key]:.1f} %" for key, words in SHARES.items() if key in result]
+    """One line about `own_shares`; empty where there are none."""
+    parts = own_shares(result)
     return f"{result['task']}: {', '.join(parts)}" if parts else ""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..data import DEMO, facts, published
 from ..data.files import read_examples
+from ..data.image_sources import folders_of
 from ..errors import UserError, near_misses
 from .benchmarks import benchmark_items, benchmark_of, benchmarks
 from .kinds import TaskKind, kind_of, kinds
@@ -56,14 +57,17 @@ def load_task(task: str, mirror: str | None = None, limit: int | None = None, ow
     items, own = read_examples(path)[:limit], own or OwnTask()
     if task not in NAMES and is_own(items, own, lambda item: _problem(item) is None):
         return name, own_items(items, own, str(path))
-    return name, _checked([_placed(item, n, path) for n, item in enumerate(items, 1)], str(path))
+    return name, _checked([_placed(item, n, path, own.reading.images) for n, item in enumerate(items, 1)], str(path))
 
 
-def _placed(item: dict, number: int, path: Path) -> dict:
-    """The item; of one with an image, also its place, and the folders in which the image may lie."""
+def _placed(item: dict, number: int, path: Path, images: str | None) -> dict:
+    """The item; of one with an image, also its place, and the folders in which the image may lie.
+
+    images: the folder of the settings, where they name one."""
     if "image" not in item:
         return item
-    return dict(item) | {"where": f"{path}: item {number}", "image_folders": [str(path.parent), str(path.parent / "images")]}
+    folders = folders_of(images, str(path)) + ([] if images else [str(path.parent / "images")])
+    return dict(item) | {"where": f"{path}: item {number}", "image_folders": folders}
 
 
 def _checked(items: list[dict], where: str) -> list[dict]:

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ..errors import UserError
 from ..support.files import read_json, replacing
+from ..support.image_heads import head_of
 from ..support.own_models import is_own
 from ..support.pipelines import is_pipeline, is_pipeline_adapter
 from ..support.tables import markdown, placed
@@ -159,8 +160,8 @@ def _class_of(folder: Path) -> tuple[str, dict[int, str]]:
             name, labels = read_json(folder / "config.json", "a model folder needs it")["architectures"][0], {}
         if is_own(name):
             return name, {}
-        if "ForImageClassification" in name:
-            return "AutoModelForImageClassification", labels
+        if (head := head_of(name)) is not None:
+            return head.auto, labels
     return "AutoModelForCausalLM", {}
 
 

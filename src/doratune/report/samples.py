@@ -18,7 +18,7 @@ from .read import Run, Warn, read_items
 
 SHOWN = 6
 PIXELS = 240
-"""Longest side of an image on the page."""
+"""Height of an image on the page, at most; it may be three times as wide, as a row of pictures is."""
 KINDS = {
     (False, True): "learned",
     (True, False): "lost",
@@ -110,8 +110,14 @@ def _sample_set(run: Run, task: str, protocol: str, warn: Warn) -> SampleSet | N
         )
         by_kind[sample.kind].append(sample)
     counts = {kind: len(samples) for kind, samples in by_kind.items() if samples}
-    chosen = [replace(sample, image=picture(sample.image, warn)) for sample in _chosen(list(by_kind.values()))]
+    chosen = [replace(sample, image=picture(_placed(sample.image, run), warn)) for sample in _chosen(list(by_kind.values()))]
     return SampleSet(run.name, task, protocol, counts, (start, end), chosen)
+
+
+def _placed(image: str | None, run: Run) -> str | None:
+    """The path of a sample's image, which may lie beside the records."""
+    beside = run.after.folder / image if isinstance(image, str) and run.after.folder else None
+    return str(beside) if beside is not None and beside.is_file() else image
 
 
 def picture(place: str | None, warn: Warn) -> str | None:
@@ -123,7 +129,7 @@ def picture(place: str | None, warn: Warn) -> str | None:
     except (UserError, ImportError) as error:
         warn(f"{place} is not shown beside its sample: {str(error).removeprefix(place).lstrip(': ')}")
         return None
-    image.thumbnail((PIXELS, PIXELS))
+    image.thumbnail((3 * PIXELS, PIXELS))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

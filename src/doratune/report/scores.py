@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..evaluation.summary import own_shares
 from .read import Run, Scores, number
 from .tables import Table, TableCell, percent
 
@@ -79,6 +80,7 @@ def _cell(result: dict) -> TableCell:
     published = result.get("published")
     if isinstance(published, list) and published and isinstance(published[0], dict) and number(published[0].get("accuracy")):
         below.append(f"published {percent(published[0]['accuracy'])}")
+    below += own_shares(result)
     interval = (low, right / total, high)
     return TableCell(percent(right / total), _between(low, high), " · ".join(below), interval, number(result.get("chance")))
 

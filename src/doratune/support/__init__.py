@@ -6,8 +6,9 @@ durable.py       what both stand on: locked staging names, syncing, an exchange 
 outputs.py       an output that is, holds or lies in an input is refused
 processes.py     several processes of one launch: who writes, and who agrees
 models.py        loading models and tokenizers
+image_models.py   image models with a head for labels of one's own, their processors
+image_heads/      the heads: a class for each image, a class for each pixel
 shards.py        models of which each process loads its own part
-image_models.py   classifiers of images: their labels, their processors
 own_models.py    classes of models that are ours
 vl_bart.py       BART that reads visual features in front of its text
 image_towers.py   image models as makers of features

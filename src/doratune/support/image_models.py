@@ -1,4 +1,4 @@
-"""Image classifiers of transformers and their image processors, for labels of one's own.
+"""Image models of transformers with a head for labels of one's own, and their image processors.
 
 A folder's head is kept where it was trained on these labels. Else a new one is drawn: also where it merely has as many outputs as
 there are labels now, which `from_pretrained` alone would take for trained and an adapter would then leave frozen. What is new has
@@ -15,6 +15,8 @@ from torch import nn
 
 from ..errors import UserError, listed
 from .hub import hub_settings
+from .image_heads import ImageHead, head_of, image_heads
+from .image_heads.classification import HEAD as CLASSIFICATION
 from .models import model_path, one_dtype, quantization, quiet_loading, readable_errors, torch_dtype
 
 PROCESSOR = "preprocessor_config.json"
@@ -23,11 +25,11 @@ _MOST_NEW = 0.1
 _MARK = "_is_hf_initialized"
 
 
-def load_processor(name: str, trust_remote_code: bool = False, folder: Path | None = None):
+def load_processor(name: str, trust_remote_code: bool = False, folder: Path | None = None, head: ImageHead | None = None):
     """The image processor of a model: it resizes and normalizes as the model was pretrained.
 
     Args:
-        folder: of an adapter that has its own.
+        folder: of an adapter that has its own. head: that the model is to have, for the message where it can have none.
 
     Raises:
         UserError: the model has none, or it cannot be read.
@@ -41,43 +43,28 @@ def load_processor(name: str, trust_remote_code: bool = False, folder: Path | No
         except OSError as error:
             if PROCESSOR not in str(error):
                 raise
-            _config(name, trust_remote_code)  # no model of images: that is said instead
+            _config(name, head, trust_remote_code)  # no model of images: that is said instead
             raise UserError(
                 f"{name} has no {PROCESSOR}, which says how its images are prepared; copy it from the model it was made of"
             ) from None
 
 
-def is_classifier(class_name: str) -> bool:
-    """Is this a class of image classifiers?"""
-    return "ForImageClassification" in class_name
-
-
-def is_image_body(model_type: str) -> bool:
-    """Can a classifier of images be made of a model of this type, and no language model?"""
-    from transformers.models.auto import modeling_auto as known
-
-    return (
-        model_type in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-        and model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
-
-
 def labels_of(config) -> list[str]:
-    """The labels of a classifier's outputs, in order."""
+    """The labels of a head's outputs, in order."""
     return [str(config.id2label[i]) for i in sorted(config.id2label)]
 
 
-def pretrained_labels(name: str, trust_remote_code: bool = False) -> list[str]:
-    """The labels of a model's own head; none where it has no head for images.
+def pretrained_labels(name: str, head: ImageHead, trust_remote_code: bool = False) -> list[str]:
+    """The labels of a model's own head; none where it has no such head.
 
     Raises:
-        UserError: no image classifier can be made of it.
+        UserError: no model with such a head can be made of it.
     """
-    config = _config(name, trust_remote_code)
-    return labels_of(config) if any(map(is_classifier, config.architectures or ())) else []
+    config = _config(name, head, trust_remote_code)
+    return labels_of(config) if any(head_of(own) is head for own in config.architectures or ()) else []
 
 
-def load_classifier(
+def load_image_model(
     name: str,
     labels: Sequence[str],
     dtype: str | torch.dtype = "float32",
@@ -85,28 +72,27 @@ def load_classifier(
     double_quantization: bool = False,
     trust_remote_code: bool = False,
     complete: bool = False,
+    head: ImageHead = CLASSIFICATION,
 ) -> nn.Module:
-    """The image classifier `name` in evaluation mode, with one output for each label.
+    """The image model `name` in evaluation mode, its head with one output for each label.
 
     Args:
         complete: refuse a model that lacks its head too: nothing would be loaded over it.
 
     Raises:
-        UserError: it cannot be found or read, is no image model, or lacks more than a head.
+        UserError: it cannot be found or read, can have no such head, or lacks more than a head.
     """
-    from transformers import AutoModelForImageClassification
-
-    config, path = _config(name, trust_remote_code), model_path(name)
+    config, path = _config(name, head, trust_remote_code), model_path(name)
     dtype = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     own = labels_of(config) == list(labels)
     same_size = not own and config.num_labels == len(labels)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = head.problem_type or config.problem_type
     settings = quantization(quantize, dtype, double_quantization) | {"trust_remote_code": trust_remote_code} | _hub(path)
     if storage := settings.get("quantization_config"):
-        storage.llm_int8_skip_modules = _heads(config, trust_remote_code)
+        storage.llm_int8_skip_modules = _beside_the_body(config, head, trust_remote_code)
     with quiet_loading(), readable_errors(name):
-        model, info = AutoModelForImageClassification.from_pretrained(
+        model, info = head.auto_class().from_pretrained(
             path, config=config, dtype=dtype, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
         )
     _refuse_lacking(model, info["missing_keys"], name, complete)
@@ -118,26 +104,32 @@ def load_classifier(
     return model
 
 
-def _config(name: str, trust_remote_code: bool):
+def _config(name: str, head: ImageHead | None, trust_remote_code: bool):
+    """The config of `name`, which a model with this head, or with any, can be made of."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
     path = model_path(name)
     with readable_errors(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_hub(path))
-    if config.model_type not in KNOWN and "AutoModelForImageClassification" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(f"{name} is a {config.model_type}, of which there is no image classifier; give a ViT, Swin, ResNet …")
+    heads = (head,) if head else image_heads()
+    if not any(one.fits(config.model_type) or one.auto in (getattr(config, "auto_map", None) or {}) for one in heads):
+        first = heads[0]
+        raise UserError(f"{name} is a {config.model_type}, of which there is no {first.shown}; give {first.examples}")
     return config
 
 
-def _heads(config, trust_remote_code: bool) -> list[str]:
-    """What stands beside the body: it stays dense in a quantized base, where a new head is trained."""
-    from transformers import AutoModelForImageClassification
-
+def _beside_the_body(config, head: ImageHead, trust_remote_code: bool) -> list[str]:
+    """The head's modules: they stay dense in a quantized base, where a new head is trained."""
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
-    beside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+        model = head.auto_class().from_config(config, trust_remote_code=trust_remote_code)
+    beside = [(name, child) for name, child in model.named_children() if name != _body_of(model)]
     return [name for name, child in beside if next(child.parameters(), None) is not None]
+
+
+def _body_of(model: nn.Module) -> str:
+    """The name of the part that the head stands on; models over any backbone have it under that name."""
+    prefix = model.base_model_prefix
+    return prefix if prefix and hasattr(model, prefix) else "backbone"
 
 
 def _hub(path: str) -> dict:
@@ -146,7 +138,7 @@ def _hub(path: str) -> dict:
 
 def _refuse_lacking(model: nn.Module, missing, name: str, complete: bool) -> None:
     """Raise where more than a head is new, or anything of a model that has to be complete."""
-    body = f"{model.base_model_prefix}."
+    body = f"{_body_of(model)}."
     sizes = {key: p.numel() for key, p in model.named_parameters() if key.startswith(body)}
     new = sorted(missing if complete else (key for key in missing if key in sizes))
     if (complete and new) or sum(sizes.get(key, 0) for key in new) > _MOST_NEW * sum(sizes.values()):

@@ -23,7 +23,7 @@ from .files import read_json
 from .models import model_path, readable_errors
 from .own_models import own_class, own_library
 
-SETTINGS = ("id2label", "label2id", "problem_type", "visual")
+SETTINGS = ("id2label", "label2id", "problem_type", "reduce_labels", "visual")
 """Of a transformers config: what a head, or an input, of one's own brings along."""
 
 TASKS = {
@@ -214,7 +214,9 @@ def changed_config(folder: Path, model: nn.Module, other_class: bool) -> dict:
         return {}
     changes = {"architectures": [type(model).__name__]} if other_class else {}
     base = transformers_config(folder)
-    if other_class or any(getattr(base, name, None) != getattr(config, name, None) for name in ("id2label", "visual")):
+    if other_class or any(
+        getattr(base, name, None) != getattr(config, name, None) for name in ("id2label", "reduce_labels", "visual")
+    ):
         for name in SETTINGS:
             if (value := getattr(config, name, None)) is not None:
                 changes[name] = {str(k): v for k, v in value.items()} if name == "id2label" else value

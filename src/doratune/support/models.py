@@ -227,7 +227,7 @@ def contiguous_head(model):
 
 
 class quiet_loading:
-    """transformers' loading bar and notes off, for models that load in a second."""
+    """transformers' own bars and notes off, where models are read or written."""
 
     def __enter__(self):
         from transformers.utils import logging

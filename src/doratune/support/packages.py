@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 NAME = "doratune"
 
-MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist"}
+MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn", "pytest-xdist": "xdist", "mlflow-skinny": "mlflow"}
 """Distributions whose module has another name."""
 
 

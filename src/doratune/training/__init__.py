@@ -1,20 +1,24 @@
 """Training on transformers.Trainer and accelerate: recipe → data → Trainer with our mixin → adapter.
 
 recipe.py        TrainRecipe: every setting
-objectives/      what is learned: text, classes of images, a thing in images; one file each
+objectives/      what is learned: text, classes of images and of pixels, a thing in images; one file each
 examples.py      its data: read, split, tokenized, counted
 dreambooth.py    a few images of one thing, and of its class: settings, prompts, images
 latents.py       images as a denoiser reads them
 denoising.py     the loss of a text-to-image pipeline
 painting.py      images that a pipeline draws in a run: samples, images of a class
+image_objective.py   what objectives of images share
 image_rows.py    images as a model reads them
 visual_rows.py   questions about what is seen, as VL-BART reads them
 task_order.py    batches of one task each, by the tasks' sizes
+mask_rows.py     images with masks as a model reads them; the loss of pixels
+mask_scores.py   IoU, pixel accuracy
 class_scores.py   accuracy, balanced accuracy, AUROC
 streaming.py     its data, read while the run goes on
 packing.py       examples in one row, where the model keeps them apart
 train.py         one training run
-watching.py      when a run logs, evaluates, saves and stops; trackers
+watching.py      when a run logs, evaluates, saves and stops
+trackers.py      TensorBoard, W&B, MLflow, Trackio: begun, told, ended
 alarms.py        warnings: a loss or an m that does not move, an evaluation that worsens
 samples.py       answers to fixed prompts while it trains
 status.py        where a run is; the runs of a folder

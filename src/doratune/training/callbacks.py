@@ -16,7 +16,6 @@ from ..errors import UserError
 from ..support.environment import peak_bytes
 from ..support.files import read_json
 from ..support.processes import largest
-from .movement import magnitude_moved
 
 
 class TokenProgress(ProgressCallback):
@@ -31,14 +30,14 @@ class TokenProgress(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.logged, self.started, self.tokens_before = {}, time.perf_counter(), state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
             figures = {"loss": "loss", "lr": "learning_rate", "|g|": "grad_norm"}
             self.logged = {short: f"{float(logs[name]):.3g}" for short, name in figures.items() if name in logs}
-            if model is not None and (moved := magnitude_moved(model)) is not None:
-                self.logged["|Δm|"] = f"{100 * moved:.2g} %"
+            if "magnitude_moved" in logs:
+                self.logged["|Δm|"] = f"{100 * logs['magnitude_moved']:.2g} %"
         if "eval_loss" in logs:
             shares = {"eval_token_accuracy": "of tokens", "eval_accuracy": "right"}
             right = "".join(f", {100 * logs[name]:.1f} % {what}" for name, what in shares.items() if name in logs)

@@ -55,7 +55,7 @@ def read_examples(
             recipe.data, recipe.mirror, unusable=unusable, settings=recipe.reading(), weights=recipe.data_weights, seed=recipe.seed
         )
         say(recognition(kind, recipe.data_format))
-        if odd := [f"{item.where} {note}" for item in items for note in kind.notes(item, recipe.reading())]:
+        if odd := [f"{item.where} {note}" for item in items for note in kind.odd(item, recipe.reading())]:
             say(f"warning: {len(odd)} items are odd; the first: {odd[0]}; doratune data shows all")
         items, eval_items, eval_kind = *_split(items, recipe), kind
     if recipe.eval_data:

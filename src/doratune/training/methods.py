@@ -21,7 +21,7 @@ from ..baselines.config import METHODS as BASELINES
 from ..config import METHODS
 from ..errors import UserError, listed
 from ..support.folders import whole_folder
-from ..support.models import torch_dtype
+from ..support.models import quiet_loading, torch_dtype
 from ..support.processes import launched
 from .base_blocks import base_blocks
 from .movement import Movement, measure
@@ -122,7 +122,8 @@ class FullMethod(AdapterMethod):
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         with whole_folder(folder, key="config.json") as temporary:
-            model.save_pretrained(temporary)
+            with quiet_loading():
+                model.save_pretrained(temporary)
         return []
 
     def scored(self, model: nn.Module) -> nn.Module:

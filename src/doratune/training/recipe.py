@@ -12,6 +12,7 @@ from typing import Literal
 from ..baselines.config import METHODS as BASELINES
 from ..baselines.config import BaselineConfig
 from ..config import METHODS, AdapterConfig
+from ..data.masks import MaskSettings
 from ..data.settings import DataSettings
 from ..data.visual_features.settings import FeatureSettings
 from ..errors import UserError
@@ -37,6 +38,7 @@ def methods() -> list[str]:
 @with_settings_of(VisualSettings, after="double_quantization")
 @with_settings_of(DreamBoothSettings, after="eval_size")
 @with_settings_of(FeatureSettings, after="expected")
+@with_settings_of(MaskSettings, after="expected")
 class TrainRecipe:
     """Settings of `doratune train`.
 
@@ -45,9 +47,9 @@ class TrainRecipe:
         data: file (.json, .jsonl, .csv, .tsv, .parquet, also .gz or .zst), folder, published name (commonsense_170k) or hub id
             (owner/name:split), or a list of them; x[:N] takes N items
         output: folder of the run
-        objective: what is learned: language_modeling, image_classification (a class of each image; docs/vision.md), vl_bart
-            (questions about images and video, captions; docs/vl_bart.md), or dreambooth (a thing from a few images, in a
-            text-to-image pipeline; docs/text_to_image.md)
+        objective: what is learned: language_modeling, image_classification (a class of each image; docs/vision.md),
+            semantic_segmentation (a class of each pixel; docs/vision.md), vl_bart (questions about images and video, captions;
+            docs/vl_bart.md), or dreambooth (a thing from a few images, in a text-to-image pipeline; docs/text_to_image.md)
         source: where the settings come from (for the reader)
         expected: the result to expect (for the reader)
         data_weights: how often the items of each source are seen: 2 is twice, 0.5 a half of them; default 1 each

@@ -1,4 +1,4 @@
-"""Loss and accuracy of an evaluation as means over tokens: the same at every batch size and number of processes.
+"""Loss and accuracy of an evaluation as means over tokens, or over pixels: the same at every batch size and number of processes.
 
 transformers averages the batches' means, so that a short answer in a batch of its own counts as much as a page. Here each example
 gives the sum of its tokens' losses, their number, and how many of them are the model's most probable ones; what distributed
@@ -30,11 +30,12 @@ class TokenLoss:
         """Count one batch.
 
         Args:
-            loss: the batch's loss. outputs: the model's, or None. labels: (N, T) of tokens; any others are not counted.
+            loss: the batch's loss. outputs: the model's, or None. labels: (N, T) of tokens, (N, H, W) of pixels; no others count.
             gather: brings (N, 3) together from all processes, without repeated examples.
         """
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
             return
+        labels = labels.flatten(1)
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         parts = self._of_logits(loss, logits, labels)
         if parts is None:  # another loss than the tokens' cross entropy: a batch's own mean, spread over its tokens

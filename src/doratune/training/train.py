@@ -40,7 +40,8 @@ from .result import finish, measured
 from .resume import already_trained, check_same
 from .sharded import arguments as fsdp_arguments
 from .status import RunStatus
-from .watching import trackers_of, watchers, watching_arguments
+from .trackers import ending_trackers, trackers_of, watch_trackers
+from .watching import watchers, watching_arguments
 
 
 class Interrupted(Exception):
@@ -100,7 +101,8 @@ def train(recipe: TrainRecipe, say=print, model=None, tokenizer=None, score=None
     agree(lambda: _begin(recipe, run, folder is None))
     trainer, clock = build_trainer(method, model, tokenizer, rows, eval_rows, checkpoint, watch)
     _say_engine(trainer, recipe, say)
-    with RunStatus(run.output) as status:
+    watch_trackers(trainer, aside)
+    with RunStatus(run.output) as status, ending_trackers(trainer):
         trainer.add_callback(status)
         _train_to_the_end(trainer, model, checkpoint)
         metrics = _leave(method, trainer, clock, model, tokenizer, counts, say, score)

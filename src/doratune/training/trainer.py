@@ -28,11 +28,13 @@ from ..checkpoint.adapter import load_weights, save
 from ..data.packing import without_mask
 from ..errors import UserError
 from ..layers.shares import sharded
+from ..support.models import quiet_loading
 from .callbacks import EpochOrder
 from .checkpoints import STATE, damage, remove_old, whole_checkpoint
 from .faults import refuse_spoiled_steps
 from .half import scale_loss
 from .idle import IdleWatch
+from .movement import magnitude_moved
 from .rng import load_rng_state
 from .sharded import finite, load_optimizer, put_back, save_optimizer, take_engine, trained_shares
 from .token_loss import TokenLoss
@@ -50,8 +52,7 @@ class SteadyMixin:
     _stage: Path | None = None
     """Where a checkpoint is being written."""
     _token_loss: TokenLoss | None = None
-    shards = False
-    """Can it save a model in shards?"""
+    shards = False  # can it save a model in shards?
     unit = "tokens"
     """What the run's speed is counted in."""
     units_in: Callable[[dict], int | None] = staticmethod(lambda inputs: None)
@@ -122,7 +123,8 @@ class SteadyMixin:
         with whole_checkpoint(target, self.args.should_save) as stage:
             self._stage = stage
             try:
-                super()._save_checkpoint(model, trial)
+                with quiet_loading():
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
             if self.args.should_save and Path(self.state.best_model_checkpoint or "").parent == stage:
@@ -180,8 +182,7 @@ class TrainerMixin(SteadyMixin):
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
 
-    _shares: Sequence[list[torch.Tensor]] = ()
-    """The optimizer's parameters, of a model that was in shards before (`sharded.py`)."""
+    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
 
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
@@ -201,6 +202,11 @@ class TrainerMixin(SteadyMixin):
         loss = super().training_step(*args, **kwargs)
         self._idle.after_backward()
         return loss
+
+    def log(self, logs, *args, **kwargs):
+        """A line with a loss says how far m has moved, too: in the log, the progress and the trackers."""
+        moved = magnitude_moved(self.model) if "loss" in logs else None
+        super().log(logs if moved is None else logs | {"magnitude_moved": moved}, *args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The trainer's own optimizer class over our parameter groups."""

@@ -1,37 +1,21 @@
-"""A run that is watched: when it logs, evaluates, saves and stops, which checkpoint it takes, and where its figures go.
+"""A run that is watched: when it logs, evaluates, saves and stops, and which checkpoint it takes.
 
-The best checkpoint and the early stop are transformers' own (`load_best_model_at_end`, EarlyStoppingCallback), as are the trackers.
+The best checkpoint and the early stop are transformers' own (`load_best_model_at_end`, EarlyStoppingCallback).
 What comes here: figures at every step of a short run, and an evaluation and a checkpoint after the last step of any.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..errors import UserError
-from ..support.packages import install_line
-from .recipe import TRACKERS, TrainRecipe
+from .recipe import TrainRecipe
+from .trackers import trackers_of
 
 LOGS, MOST_STEPS = 20, 10
 """Lines of the log that a short run has at least, and steps between two at most."""
-
-
-def trackers_of(recipe: TrainRecipe) -> list[str]:
-    """What TrainingArguments' `report_to` is given.
-
-    Raises:
-        UserError: a tracker whose package is not installed.
-    """
-    wanted = [name for name in TRACKERS if name in recipe.report_to or (name == "tensorboard" and recipe.tensorboard)]
-    for name in wanted:
-        if importlib.util.find_spec(name) is None:
-            off = " or --tensorboard false" if name == "tensorboard" else ""
-            raise UserError(f"report_to is {name}, which is not installed; run: {install_line(name)}{off}")
-    return wanted
 
 
 def watching_arguments(recipe: TrainRecipe, evaluated: bool) -> dict:
@@ -60,9 +44,7 @@ def watching_arguments(recipe: TrainRecipe, evaluated: bool) -> dict:
 
 def watchers(recipe: TrainRecipe) -> list[TrainerCallback]:
     """What decides in a run when to log and when to stop."""
-    callbacks: list[TrainerCallback] = [LogOften(recipe.log_steps)]
-    if recipe.best_by != "none":
-        callbacks.append(LastIsEvaluated())
+    callbacks: list[TrainerCallback] = [LogOften(recipe.log_steps), LastIsEvaluated()]
     if recipe.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping))
     return callbacks
@@ -80,9 +62,10 @@ class LogOften(TrainerCallback):
 
 
 class LastIsEvaluated(TrainerCallback):
-    """The last step is evaluated and saved, whatever it is a multiple of."""
+    """The last step is evaluated, whatever it is a multiple of, and saved where the best is looked for; by epochs it is anyway."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True
+            control.should_save |= args.load_best_model_at_end
         return control

@@ -25,6 +25,7 @@ from ...errors import UserError, listed, near_misses
 
 if TYPE_CHECKING:
     from ..encode import Encoded
+    from ..image_sources import ImageSource
     from ..settings import DataSettings
 
 
@@ -50,6 +51,8 @@ class DataFormat:
     """Names of other formats whose items it takes as well: a data set may mix conversations with images and without."""
     learns = True
     """Is it what `doratune train` learns from?"""
+    sees = False
+    """Does it read the images that an item names?"""
 
     def fields(self) -> tuple[str, ...]:
         """Every name that `columns` may map."""
@@ -75,6 +78,15 @@ class DataFormat:
         """(name, tokens) of what a model sees of the item: one part, but for pairs."""
         return [("", self.encode(item, tokenizer, settings))]
 
+    def odd(self, item: Mapping, settings: DataSettings) -> list[str]:
+        """What is odd about an item that can be used: of any format, and its own `notes`."""
+        return [*self.unseen(item), *self.notes(item, settings)]
+
+    def unseen(self, item: Mapping) -> list[str]:
+        """A line where the item names an image, and a model that learns it is not shown any."""
+        named = not self.sees and any(item.get(key) for key in ("image", "images"))
+        return [f"has an image, which {self.name} data does not show; make it messages or conversations"] if named else []
+
     def notes(self, item: Mapping, settings: DataSettings) -> list[str]:
         """What is odd about an item that can be used."""
         return []
@@ -82,6 +94,14 @@ class DataFormat:
     def question(self, item: Mapping, settings: DataSettings) -> str:
         """What the item asks, without its answer, to compare items by."""
         raise NotImplementedError
+
+    def sources(self, item: Mapping, settings: DataSettings) -> list[ImageSource]:
+        """The images in front of a checked item's last answer, in order.
+
+        Raises:
+            UserError: a value that names none.
+        """
+        return []
 
     def asking(self, text: str) -> dict:
         """An item that asks this; what stands for the answer is of no meaning.

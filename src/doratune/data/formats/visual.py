@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import UserError
 from .. import chat, conversation
-from ..image_sources import folders_of, named_images, source_of
+from ..image_sources import ImageSource, folders_of, named_images, source_of
 from . import DataFormat
 from .messages import Messages
 from .sharegpt import ShareGPT
@@ -33,6 +33,7 @@ class Visual(DataFormat):
     optional = ("tools", "system")
     inner = ("role", "content", "tool_calls", "from", "value")
     takes = ("chat", "sharegpt")
+    sees = True
 
     def recognizes(self, item: Mapping) -> bool:
         return super().recognizes(item) or any(
@@ -81,9 +82,14 @@ class Visual(DataFormat):
             raise UserError(
                 f"it has an image, and {tokenizer.name_or_path or 'the model'} reads text alone; take a model of images and text"
             )
-        folders = folders_of(settings.images, getattr(item, "source", ""))
-        sources = [source_of(value, folders) for value in images]
-        return chat.encode(messages, tokenizer, settings, conversation.tools_of(item.get("tools"), "it"), images=sources)
+        tools = conversation.tools_of(item.get("tools"), "it")
+        return chat.encode(messages, tokenizer, settings, tools, images=_sources(images, item, settings))
+
+    def sources(self, item: Mapping, settings) -> list[ImageSource]:
+        messages, images = self.conversation(item, "it", settings)
+        last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        count = sum(message["content"].count(chat.MARK) for message in messages[:last])
+        return _sources(images[:count], item, settings)
 
     def notes(self, item: Mapping, settings) -> list[str]:
         return conversation.odd(self.conversation(item, "it", settings)[0], settings)
@@ -98,6 +104,11 @@ class Visual(DataFormat):
     def gold(self, item: Mapping, settings) -> str:
         answers = [m for m in self.conversation(item, "it", settings)[0] if m["role"] == "assistant"]
         return answers[-1]["content"]
+
+
+def _sources(images: Sequence, item: Mapping, settings) -> list[ImageSource]:
+    folders = folders_of(settings.images, getattr(item, "source", ""))
+    return [source_of(value, folders) for value in images]
 
 
 def _content_keys(item: Mapping) -> list[tuple[str, tuple[str, ...]]]:

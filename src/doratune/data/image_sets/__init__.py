@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import UserError, listed
 from ..images import image_of_array, open_image
@@ -28,6 +28,8 @@ from ..images import image_of_array, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
+Opens = TypeVar("Opens", bound=Any)
+"""An item with `open()`."""
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """Split → what folders, arrays and cells call it."""
 _AT_ONCE = 1024
@@ -141,21 +143,40 @@ def load_images(
     Raises:
         UserError: nothing there, no layout that is known, no such split, no image.
     """
-    whole, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
-    path, split = place_of(whole)
-    if not path.exists():
-        raise UserError(f"{source}: no such images; give {_known()}")
+    path, request, first = requested(source, use, columns, unusable, _known(), ("image", "label", "split"))
     layout = next((one for one in layouts() if one.suits(path)), None)
     if layout is None:
         raise UserError(f"{path}: no layout of labelled images has such a file; give {_known()}")
-    unknown = [name for name in columns or {} if name not in ("image", "label", "split")]
-    if unknown:
-        raise UserError(f"columns names {unknown[0]!r}; a table of images has image, label, split")
-    found = layout.read(path, Request(split or use, bool(split), columns or {}, unusable))
-    if not found.items:
+    images = layout.read(path, request)
+    refuse_none(source, images.items, unusable)
+    return replace(images, source=source, items=images.items[:first])
+
+
+def requested(
+    source: str, use: str, columns: Mapping[str, str] | None, unusable: list[str] | None, known: str, fields: Sequence[str]
+) -> tuple[Path, Request, int | None]:
+    """(path, what is wanted of it, how many of the first images) of a source as it is written.
+
+    Args:
+        known: what a source may be, for messages. fields: the columns of a table.
+
+    Raises:
+        UserError: nothing there, or a column that such a table does not have.
+    """
+    whole, first = (m[1], int(m[2])) if (m := re.fullmatch(r"(.+)\[:(\d+)\]", source)) else (source, None)
+    path, split = place_of(whole)
+    if not path.exists():
+        raise UserError(f"{source}: no such images; give {known}")
+    if unknown := [name for name in columns or {} if name not in fields]:
+        raise UserError(f"columns names {unknown[0]!r}; a table of images has {', '.join(fields)}")
+    return path, Request(split or use, bool(split), columns or {}, unusable), first
+
+
+def refuse_none(source: str, items: Sequence[Any], unusable: list[str] | None) -> None:
+    """Raise where a source holds no image at all, or none that can be used."""
+    if not items:
         reason = f"; the first: {unusable[0]}" if unusable else ""
         raise UserError(f"{source} holds no image{' that can be used' if unusable else ''}{reason}")
-    return replace(found, source=source, items=found.items[:first])
 
 
 def place_of(source: str) -> tuple[Path, str]:
@@ -194,9 +215,9 @@ def in_order(names: set[str]) -> list[str]:
 
 
 def usable(
-    items: Sequence[LabelledImage], unusable: list[str] | None = None, advance: Callable[[int], None] = lambda n: None
-) -> list[LabelledImage]:
-    """Those images that can be opened: each file is decoded once, in threads, and forgotten again.
+    items: Sequence[Opens], unusable: list[str] | None = None, advance: Callable[[int], None] = lambda n: None
+) -> list[Opens]:
+    """Those items that can be opened: each file is decoded once, in threads, and forgotten again.
 
     Args:
         unusable: takes a line for each image that cannot be read, and the image is left out; None: the first stops.
@@ -205,7 +226,7 @@ def usable(
         UserError: the first that cannot be read.
     """
 
-    def problem(item: LabelledImage) -> str | None:
+    def problem(item: Opens) -> str | None:
         try:
             item.open()
         except UserError as error:

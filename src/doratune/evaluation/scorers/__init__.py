@@ -1,6 +1,8 @@
 """What scores models that no protocol of text scores, one file an objective of training.
 
     image_classification.py   classes of images
+    semantic_segmentation.py  classes of pixels
+    images.py                 what both share: models, tasks, files
     vl_bart.py                answers about images and video, captions
 
 A scorer knows which classes of transformers it scores, so that `doratune evaluate` need not be told; `tasks` of a recipe go to that

@@ -10,72 +10,44 @@ the score does not depend on the batch size. Cost: one forward an image; each fi
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...adapter.attach import record_of
-from ...checkpoint.adapter import load
-from ...checkpoint.merge import wanted_of
-from ...checkpoint.quantized import recorded_quantization
-from ...data.image_sets import LabelledImage, load_images, place_of, usable
+from ...data.image_sets import LabelledImage, load_images, usable
 from ...errors import UserError, listed
-from ...support.environment import peak_bytes
-from ...support.files import write_json
-from ...support.folders import whole_folder
-from ...support.image_models import (
-    PROCESSOR,
-    is_classifier,
-    is_image_body,
-    labels_of,
-    load_classifier,
-    load_processor,
-    pretrained_labels,
-)
+from ...support.image_heads.classification import HEAD
+from ...support.image_models import labels_of
 from ...support.tables import aligned
 from ...training.class_scores import class_scores
-from ...training.image_rows import ImageCollator, ImageRows, dtype_of
-from ...training.objectives.image_classification import of_known_classes, refuse_unfit
-from ..evaluate import refuse_spoiled
-from . import Scorer
+from ...training.image_rows import ImageCollator, ImageRows, dtype_of, refuse_unfit
+from ...training.objectives.image_classification import of_known_classes
+from .images import PROTOCOL, ImageScorer
 
-PROTOCOL = "likelihood"
 PROBABILITIES = 100
 """The most classes of which an image's record holds all probabilities."""
 
-ImageTask = tuple[str, list[LabelledImage]]
 
-
-class ClassScorer(Scorer):
+class ClassScorer(ImageScorer):
     objective = "image_classification"
-    protocols = (PROTOCOL,)
+    head = HEAD
 
-    def scores(self, class_name: str, model_type: str) -> bool:
-        return is_classifier(class_name) or is_image_body(model_type)
+    def look(self, source: str, settings) -> None:
+        load_images(source, "test", settings.columns, [])
 
-    def after_training(self, recipe, say, progress):
-        return ScoredImages(recipe, say, progress)
+    def read(self, source: str, model, processor, limit: int | None, settings, unusable: list[str] | None) -> list[LabelledImage]:
+        images = load_images(source, "test", settings.columns, unusable)
+        items = usable(of_known_classes(images, labels_of(model.config), unusable)[:limit], unusable)
+        if not items:
+            raise UserError(f"{source} holds no image that can be used; the first: {(unusable or ['none'])[0]}")
+        return items
 
-    def evaluate(self, settings, model: str, say, progress) -> dict:
-        refuse_text_settings(settings)
-        tasks = _names([settings.task] if isinstance(settings.task, str) else settings.task)
-        classifier, processor, facts = load_both(settings, model)
-        unusable: list[str] | None = [] if settings.bad_items == "skip" else None
-        read = [
-            (name, read_task(source, labels_of(classifier.config), settings.limit, settings.columns, unusable))
-            for name, source in tasks.items()
-        ]
-        if unusable:
-            say(f"{len(unusable)} unusable images skipped (the first: {unusable[0]})")
-        output = Path(settings.output)
-        return score_images(classifier, processor, read, settings.batch_size, output, unusable, progress) | {"method": facts}
+    def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path, progress) -> tuple[dict, list]:
+        return _score_task(model, processor, name, items, batch_size, progress)
 
     def show(self, summary: dict) -> str:
         head = ["task", "right/total", "accuracy", "balanced", "AUROC", "chance", "majority", "s", "images/s"]
@@ -88,111 +60,6 @@ class ClassScorer(Scorer):
             speed = [f"{r['seconds']:.0f}", f"{r['items_per_second']:.1f}"]
             rows.append([r["task"], f"{r['right']}/{r['total']}", accuracy, balanced, auroc, *shares, *speed])
         return "\n".join([*aligned(head, rows), f"peak memory {summary['peak_bytes'] / 2**30:.2f} GiB"])
-
-
-class ScoredImages:
-    """Scores the model that a training run ends with, into OUTPUT/scores/after; what cannot be read is seen before the training."""
-
-    def __init__(self, recipe, say, progress):
-        self.recipe, self.say, self.progress = recipe, say, progress
-        self.names, self.tasks, self.unusable = _names(recipe.tasks), [], None
-        for source in self.names.values():
-            load_images(source, "test", recipe.columns, [])
-
-    def check(self, model, processor) -> None:
-        recipe, labels = self.recipe, labels_of(model.config)
-        self.unusable = [] if recipe.bad_items == "skip" else None
-        self.tasks = [
-            (name, read_task(source, labels, recipe.tasks_limit, recipe.columns, self.unusable))
-            for name, source in self.names.items()
-        ]
-
-    def __call__(self, model, processor) -> None:
-        folder = Path(self.recipe.output) / "scores" / "after"
-        size = self.recipe.tasks_batch_size
-        summary = score_images(model, processor, self.tasks, size, folder, self.unusable, self.progress)
-        self.say(SCORER.show(summary))
-
-
-def refuse_text_settings(settings) -> None:
-    """Raise for settings of `doratune evaluate` that mean nothing for images."""
-    if settings.protocol not in ("both", "all", PROTOCOL):
-        raise UserError(f"protocol is {settings.protocol}, but a class of an image is not written; set protocol: {PROTOCOL}")
-    for name in ("beams", "max_new_tokens"):
-        if (value := getattr(settings, name)) is not None:
-            raise UserError(f"{name} is {value}, which is for models that write; a classifier of images does not: drop it")
-
-
-def _names(sources: Sequence[str]) -> dict[str, str]:
-    """Name → source of each task.
-
-    Raises:
-        UserError: two of one name.
-    """
-    names: dict[str, str] = {}
-    for source in sources:
-        path, split = place_of(re.sub(r"\[:\d+\]$", "", source))
-        name = "-".join(filter(None, (path.stem or "images", split)))
-        if name in names:
-            raise UserError(f"two tasks are called {name!r}; rename one of their files or folders")
-        names[name] = source
-    return names
-
-
-def read_task(source: str, labels: list[str], limit: int | None, columns, unusable: list[str] | None = None) -> list[LabelledImage]:
-    """The images of a task whose labels the model has, each looked at.
-
-    Raises:
-        UserError: see `load_images`, `usable` and `of_known_classes`; none is left.
-    """
-    images = load_images(source, "test", columns, unusable)
-    items = usable(of_known_classes(images, labels, unusable)[:limit], unusable)
-    if not items:
-        raise UserError(f"{source} holds no image that can be used; the first: {(unusable or ['none'])[0]}")
-    return items
-
-
-def load_both(settings, name: str):
-    """(the classifier with the settings' adapter, its image processor, (base model, method, rank))."""
-    recorded = recorded_quantization(settings.adapter) if settings.adapter else None
-    quantize = (recorded or "none") if settings.quantize == "recorded" else settings.quantize
-    trusted, own = settings.trust_remote_code, pretrained_labels(name, settings.trust_remote_code)
-    labels, folder = own, None
-    if settings.adapter:
-        folder = Path(settings.adapter) if (Path(settings.adapter) / PROCESSOR).is_file() else None
-        record = wanted_of(Path(settings.adapter)).settings.get("id2label") or {}
-        labels = [str(record[i]) for i in sorted(record, key=int)] or own
-    if not labels:
-        raise UserError(f"{name} has no head that tells classes of images, and no adapter brings one; train it first")
-    processor = load_processor(name, trusted, folder)
-    model = load_classifier(name, labels, settings.dtype, quantize, trust_remote_code=trusted, complete=not settings.adapter)
-    if not settings.adapter:
-        return model, processor, (name, None, None)
-    config = record_of(load(model, settings.adapter, check_base=settings.check_base)).config
-    return model, processor, (name, config.method, config.rank)
-
-
-def score_images(model, processor, tasks: Sequence[ImageTask], batch_size: int, output: Path | None, unusable, progress) -> dict:
-    """Score a classifier that is loaded: {"results": […], "averages": [], "peak_bytes": …}, and the same as files.
-
-    Raises:
-        UserError: parameters or scores that are NaN or infinite, or images that the model does not take.
-    """
-    refuse_spoiled(model)
-    was_training = model.training
-    model.eval()
-    scored = [(name, *_score_task(model, processor, name, items, batch_size, progress)) for name, items in tasks]
-    model.train(was_training)
-    summary = {"results": [result for _, result, _ in scored], "averages": [], "peak_bytes": peak_bytes()}
-    if unusable is not None:
-        summary["unusable"] = unusable
-    if output is not None:
-        with whole_folder(output, key="results.json") as folder:
-            for name, _, records in scored:
-                with open(folder / f"{name}.{PROTOCOL}.jsonl", "w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_json(folder / "results.json", summary)
-    return summary
 
 
 def _score_task(model, processor, name: str, items: list[LabelledImage], batch_size: int, progress) -> tuple[dict, list[dict]]:

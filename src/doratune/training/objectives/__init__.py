@@ -2,6 +2,7 @@
 
     language_modeling.py      the next token of text
     image_classification.py   the class of an image
+    semantic_segmentation.py  the class of each pixel
     dreambooth.py             a thing from a few images, in a text-to-image pipeline
     vl_bart.py                answers about images and video, captions: several tasks in one run
 
