@@ -1,4 +1,7 @@
-"""Merging a model that is larger than the memory of the process: shard by shard."""
+"""Merging a model that is larger than the memory of the process: shard by shard.
+
+The limit is on data (RLIMIT_DATA), to which a mapped file counts: 53 MB for the largest shard, and 41 for what is merged in it.
+"""
 
 import json
 import os
@@ -73,7 +76,7 @@ def test_a_model_larger_than_the_memory_is_merged(tmp_path):
                 layer.magnitude.mul_(1.3)
         doratune.save(model, tmp_path / "adapter")
         words = ["merge", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
-        command = [sys.executable, "-c", LIMITED, 230 * MEGABYTE, *words, "--check", "false"]
+        command = [sys.executable, "-c", LIMITED, 120 * MEGABYTE, *words, "--check", "false"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=quiet())
         assert done.returncode == 0, done.stderr[-3000:]
         assert int(done.stdout.split()[1]) < size

@@ -25,6 +25,7 @@ from ..layers import kind_of
 from ..layers.layouts import layer_at
 from ..layers.registry import Registry
 from ..publishing.card import CARD, write_merged_card
+from ..support.allocator import blocks_apart
 from ..support.files import open_tensors, read_json, shard_files, write_json, write_tensors
 from ..support.folders import new_folder
 from ..support.headers import Keys
@@ -63,6 +64,7 @@ class Plan:
         return prefix + key if lacks else key
 
 
+@blocks_apart()
 def merge_checkpoint(
     base: str,
     adapter: str | Path,

@@ -51,6 +51,7 @@ class SteadyMixin:
 
     _stage: Path | None = None
     """Where a checkpoint is being written."""
+    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
     _token_loss: TokenLoss | None = None
     shards = False  # can it save a model in shards?
     unit = "tokens"
@@ -107,6 +108,7 @@ class SteadyMixin:
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Transformers makes it when the optimizer is there, wherever that came from."""
+        put_back(self, self._shares)
         refuse_spoiled_steps(self)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -179,9 +181,6 @@ class TrainerMixin(SteadyMixin):
     """Learning rate of the modules that are trained whole (also_train) as a multiple of the trainer's."""
     check_base: bool = True
     """Is a checkpoint of another base refused when the training is resumed?"""
-
-    _shares: Sequence[list[torch.Tensor]] = ()  # the optimizer's parameters, of a model that was in shards before
-
     idle_layers: str = "stop"
     """What happens at adapted layers that do not train (`idle.py`): stop, or warn."""
 
@@ -224,10 +223,6 @@ class TrainerMixin(SteadyMixin):
             self.optimizer = cls(groups, **settings)
         self._shares = trained_shares(self)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        put_back(self, self._shares)
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not sharded(self.model):
