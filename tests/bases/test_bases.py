@@ -333,6 +333,24 @@ def test_a_weight_repacked_for_cpu(axis):
         assert relative({**{k: p.grad for k, p in own.items()}, "x": x.grad}[key], gradient) < 3e-2, key
 
 
+def test_a_repacked_weight_is_not_unpacked_by_attaching(tmp_path):
+    """Whoever asks such a model for its state has its blocks' scales in another order: nobody here does."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=storage).eval()
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        before = model(tokens).logits
+        doratune.attach(model, doratune.AdapterConfig(rank=2, targets="all-linear"))
+        assert torch.equal(model(tokens).logits, before)
+        doratune.verify(model)
+        assert torch.equal(model(tokens).logits, before)
+
+
 def test_a_quantized_transformer_trains_and_merges():
     """A tiny Llama in nf4: the exact start, a few steps, and the merged 16-bit model."""
     bnb = pytest.importorskip("bitsandbytes")
