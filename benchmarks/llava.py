@@ -222,7 +222,7 @@ def grid_of(arguments: argparse.Namespace, base: Path) -> CompareRecipe:
         },
         methods=arguments.methods,
         seeds=list(range(arguments.seeds)),
-        method_lrs={m: [RATES[m] * f for f in SPREAD] for m in arguments.methods},
+        method_lrs={m: [float(f"{RATES[m] * f:.3g}") for f in SPREAD] for m in arguments.methods},
         score="generate",
         analyze=["q_proj", "v_proj"],
         output=str(output / "grid"),

@@ -97,7 +97,7 @@ def grid_of(arguments: argparse.Namespace, base: Path) -> CompareRecipe:
         methods=methods,
         variants={"magnitude": {"method": "dora", "targets": [], "magnitude_only": "all-layers"}},
         seeds=list(range(arguments.seeds)),
-        method_lrs={m: [RATES[m] * f for f in SPREAD] if arguments.sweep else [RATES[m]] for m in methods},
+        method_lrs={m: [float(f"{RATES[m] * f:.3g}") for f in SPREAD] if arguments.sweep else [RATES[m]] for m in methods},
         score="likelihood",
         output=str(arguments.output / "grid"),
     )  # fmt: skip

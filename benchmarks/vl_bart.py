@@ -200,7 +200,7 @@ def grid_of(arguments: argparse.Namespace, base: Path, tower: Path, rows: int) -
         methods=list(RATES),
         variants={"lora": {"method": "lora"} | whole, "dora": {"method": "dora"} | whole},
         seeds=list(range(arguments.seeds)),
-        method_lrs={m: [rate * f for f in SPREAD] if arguments.sweep else [rate] for m, rate in RATES.items()},
+        method_lrs={m: [float(f"{rate * f:.3g}") for f in SPREAD] if arguments.sweep else [rate] for m, rate in RATES.items()},
         score="generate",
         analyze=["q_proj", "v_proj"],
         output=str(output / "grid"),
