@@ -261,7 +261,7 @@ def test_a_model_that_does_not_fit_is_one_line(monkeypatch, tmp_path, capsys):
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "-1"], "threads holds -1"),
         (["--host_rounds", "0"], "host_rounds is 0"),
-        (["--arms"], "arms is empty"),
+        (["--arms"], "--arms has no value"),
         (["--device", "tpu"], "device is 'tpu'; expected one of auto, cpu, cuda"),
         (["--kernel", "cutlass"], "kernel is 'cutlass'"),
         (["--targets", "wq", "--what", "memory"], "wq"),

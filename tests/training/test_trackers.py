@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ def place(tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        for name, module in list(sys.modules.items()):  # read when it was imported, perhaps by another test
+            if name.partition(".")[0] == "trackio" and "TRACKIO_DIR" in vars(module):
+                patch.setattr(module, "TRACKIO_DIR", folder / "trackio")
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         patch.setenv("MLFLOW_TRACKING_URI", (folder / "mlruns").as_uri())
         yield folder
