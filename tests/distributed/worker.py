@@ -421,7 +421,6 @@ STORED = {
     "tied, Conv1D": (lambda: tiny_gpt2().eval(), {}, "float32"),
     "experts beside it": (mixtral, {"targets": ["q_proj", "o_proj"]}, "float32"),
     "rank below the processes": (base, {"rank": 1, "targets": "all-linear"}, "float32"),
-    "head": (base, {"targets": ["lm_head", "q_proj"]}, "float32"),
     "input axis": (base, {"magnitude_axis": "input"}, "float32"),
     "in bf16": (base, {"targets": "all-linear"}, "bfloat16"),
 }
