@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 STORED = "odd sizes, several files", "bf16 in the files", "tied, Conv1D", "experts beside it", "rank below the processes"
 SUMMED = "tied, Conv1D", "input axis"
-STORED += "input axis", "in bf16"
+STORED += "head", "input axis", "in bf16"
 
 
 @pytest.fixture(scope="module")

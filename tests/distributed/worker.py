@@ -421,6 +421,7 @@ STORED = {
     "tied, Conv1D": (lambda: tiny_gpt2().eval(), {}, "float32"),
     "experts beside it": (mixtral, {"targets": ["q_proj", "o_proj"]}, "float32"),
     "rank below the processes": (base, {"rank": 1, "targets": "all-linear"}, "float32"),
+    "head": (base, {"targets": ["lm_head", "q_proj"]}, "float32"),
     "input axis": (base, {"magnitude_axis": "input"}, "float32"),
     "in bf16": (base, {"targets": "all-linear"}, "bfloat16"),
 }
@@ -439,7 +440,8 @@ def own_parts():
             make().save_pretrained(folder, max_shard_size="30KB")
         dist.barrier()
         whole = attached(load_model(str(folder), dtype), **settings)
-        parts = attached(load_model(str(folder), dtype, blocks=blocks_of(skeleton_of(str(folder)))), **settings)
+        blocks = blocks_of(skeleton_of(str(folder)))
+        parts, again = (attached(load_model(str(folder), dtype, blocks=blocks), **settings) for _ in range(2))
         share = sum(p.to_local().nbytes for p in parts.parameters()) / sum(p.nbytes for p in whole.parameters())
         doratune.verify(parts)
         with torch.no_grad():
@@ -447,7 +449,8 @@ def own_parts():
         doratune.save(parts, folder / "parts")
         if dist.get_rank() == 0:
             doratune.save(whole, folder / "whole")
-        found[name] = same, share, train(whole, split=False), train(parts, split=True)
+        doratune.verify(again)  # and no forward before the optimizer is made: it would leave the root's parameters whole
+        found[name] = same, share, train(whole, split=False), train(again, split=True)
     return found
 
 
