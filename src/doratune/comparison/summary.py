@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..support.tables import aligned
 from ..training.recipe import TrainRecipe
-from .cells import ranks_of
+from .cells import Rates, ranks_of
 from .collect import Result
 from .recipe import CompareRecipe
 from .statistics import Difference, Estimate, over_seeds, paired_bootstrap, paired_difference
@@ -122,12 +122,12 @@ class Summary:
         return dataclasses.asdict(self) | {"tables": tables, "curves": self.curves()}
 
 
-def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], lrs: dict[str, float], notes: list[str]) -> Summary:
+def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], chosen: Rates, notes: list[str]) -> Summary:
     """Rows and pairs of the finished cells."""
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         groups.setdefault(result.cell.configuration, []).append(result)
-    rows = {key: _row(key, lrs[key[0]], group, grid.confidence) for key, group in groups.items()}
+    rows = {key: _row(key, chosen[key[:2]], group, grid.confidence) for key, group in groups.items()}
     pairs = [
         Pair(rows[a].name, rows[b].name, score, difference)
         for a, b in _pairs(grid, shared, groups)
@@ -154,6 +154,7 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
         "environment": results[0].metrics.get("environment"),
         "unit": results[0].metrics.get("unit", "tokens"),
     }
+    lrs = {f"{m} r{rank}" if rank and grid.sweep_ranks == "every" else m: lr for (m, rank), lr in chosen.items()}
     return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
 
 
