@@ -14,7 +14,7 @@ import yaml
 from doratune.cli.main import main
 from doratune.comparison.cells import Cell, command, finals, rates, sweep
 from doratune.comparison.recipe import CompareRecipe
-from doratune.comparison.statistics import over_seeds, paired_bootstrap, paired_difference
+from doratune.comparison.statistics import holm, over_seeds, paired_bootstrap, paired_difference
 from doratune.errors import UserError
 
 
@@ -166,6 +166,27 @@ def test_the_paired_bootstrap_finds_a_difference_and_no_other():
     assert np.mean(false) < 0.15
     with pytest.raises(ValueError, match="different items"):
         paired_bootstrap(a, {"t": a["t"][:, :9]}, 100)
+
+
+def test_p_values_are_corrected_for_their_number():
+    """Holm's own arithmetic: the smallest of four times 4, the next times 3 …, never below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_smallest_visible_difference_is_found_four_times_in_five():
+    """By simulation: true differences of that size, on seeds with that spread."""
+    random, seeds, spread = np.random.default_rng(3), 5, 0.02
+    sizes, shown = [], []
+    for _ in range(400):
+        noise = random.normal(0, spread, seeds)
+        size = paired_difference(spread * np.array([-1.2, -0.4, 0.0, 0.4, 1.2]), [0.0] * seeds).visible()
+        sizes.append(size)
+        shown.append(paired_difference(size + noise, [0.0] * seeds).shown)
+    assert 0.7 < np.mean(shown) < 0.9
+    found = paired_difference([1.0, 1.1, 1.3], [1.2, 1.3, 1.4])
+    assert found.visible(10) > found.visible(2) > found.visible() > 0
 
 
 def test_pairing_removes_what_both_share():
