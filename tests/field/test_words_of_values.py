@@ -66,6 +66,16 @@ def test_in_the_files_of_an_adapter_and_of_prompts(value, tmp_path, tiny_folder,
         said = capsys.readouterr()
         line = (said.err or said.out).strip()
         assert line and not PYTHON.search(line.replace(str(tmp_path), "")), line
-    with pytest.raises(doratune.UserError, match="adapter_config.json") as error:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    )
+    (tmp_path / "own" / "doratune.json").write_text(json.dumps({"adapter": value}))
+    assert main(["inspect", "--adapter", str(tmp_path / "own"), *model]) == 2
+    line = capsys.readouterr().err
+    assert f"doratune.json has {kind_in_words(value)} under 'adapter'" in line and not PYTHON.search(
+        line.replace(str(tmp_path), "")
+    )
+    with pytest.raises(doratune.UserError, match=r"adapter_config\.json") as error:
         doratune.load(doratune.support.models.load_model(str(tiny_folder)), tmp_path / "adapter")
     assert kind_in_words(value) in str(error.value) and not PYTHON.search(str(error.value).replace(str(tmp_path), ""))
