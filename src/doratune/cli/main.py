@@ -185,7 +185,7 @@ def show_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval", "ray", "uvicorn")
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval", "ray._private", "uvicorn")
 """Loggers of packages that, while they load or run, tell of their own parts; training loads most of them."""
 
 
