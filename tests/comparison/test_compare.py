@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,9 +310,11 @@ def test_a_part_of_the_grid_on_ray(whole, setup, capsys):
     output = setup / "ray"
     words = ["compare", str(setup / "grid.yaml"), "--output", str(output), "--launcher", "ray", "--cell_cpus", "1"]
     words += ["--analyze", "[]", "--methods", "[lora]", "--lrs", "[0.01]"]
-    script = f"import sys; from doratune.cli.main import main; sys.exit(main({words!r}))"
+    script = f"import sys; from doratune.cli.main import main, quiet_others; quiet_others(); sys.exit(main({words!r}))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-2000:]
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", run.stderr)]
+    assert [piece for piece in pieces if piece and not piece.startswith("ray cells: ")] == [], "other packages' lines"
     (there,) = figures(output)["rows"]
     (here,) = (row for row in figures(whole)["rows"] if row["method"] == "lora")
     assert all(there[key] == here[key] for key in ("method", "rank", "seeds", "lr", "trainable"))

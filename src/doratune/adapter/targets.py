@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..directions import direction_for
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, listed, near_misses, with_article
 from ..layers import kind_of
 from ..layers.layouts import is_experts, layout_problem, named_layers
 from ..layers.wrappers import named_modules, named_parameters
@@ -160,7 +160,8 @@ def _select(pattern: Pattern, setting, model, modules, config: AdapterConfig, le
         if is_experts(modules[name]) and (problem := layout_problem(modules[name])):
             problems.append(f"{name}: {problem}")
             continue
-        problem = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else reason(name, kind, found)
+        unknown = f"is {with_article(type(modules[name]).__name__)}, which has no adapter"
+        problem = unknown if kind is None else reason(name, kind, found)
         if problem:
             inner = sorted({n.split(".")[-1] for n, m in modules.items() if n.startswith(name + ".") and kind_of(m)})
             problems.append(f"{name}: {problem}" + (f" (its layers: {', '.join(inner)})" if inner and kind is None else ""))
