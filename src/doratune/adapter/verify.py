@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
-from ..layers.fsdp import resharded
+from ..layers.fsdp import reshard
 from ..layers.shares import at_hand, gathered, tree_at_hand
 from ..layers.wrappers import module_at, named_parameters, unwrapped
 from ..support.examples import candidates, flat_tensors
@@ -116,7 +116,7 @@ def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor
         report.notes.append("running was not checked: give verify an example of the model's input")
     else:
         _run_own(model, report)
-    resharded(model)
+    reshard(model)
     return report
 
 

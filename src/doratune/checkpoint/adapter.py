@@ -29,6 +29,7 @@ from ..directions import direction_of
 from ..errors import UserError, kind_in_words, listed
 from ..formats import recognized
 from ..formats.names import COMPONENTS
+from ..layers.fsdp import reshard
 from ..layers.layouts import layer_at, named_layers
 from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
@@ -237,6 +238,7 @@ def load_weights(model: nn.Module, folder: str | Path, check_base: bool = True) 
         UserError: as `load`.
     """
     record, model, where = record_of(model), unwrapped(model), str(folder)
+    reshard(model)
     config, raw, tensors = read_folder(Path(folder))
     _, raw, tensors = plain_names(model, config, raw, tensors, where)
     layers = dict(adapters(model))
