@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
 CASTS, FACTORS, ACTIVATIONS, LOGITS, TEMPORARIES = "casts", "factors", "activations", "logits", "temporaries"
+IMAGES = "images"
 
 TERMS = {
     WEIGHTS: "the base model's parameters and buffers, as they are stored",
@@ -29,7 +30,8 @@ TERMS = {
     GRADIENTS: "of what is trained, in its dtype",
     OPTIMIZER: "its state",
     ACTIVATIONS: "what the layers keep for the backward",
-    LOGITS: "what has an entry for each word of the vocabulary: logits, their float32 copies and gradients",
+    LOGITS: "what has an entry for each word of the vocabulary, or for each class of a pixel: logits, their float32 copies and gradients",
+    IMAGES: "the images of the batch and their masks, as the model is given them",
     TEMPORARIES: "all else that is alive at the peak: gradients of activations, dequantized weights, a recomputed layer",
 }
 """Term → what it holds."""
@@ -49,13 +51,13 @@ class AllocationLog(TorchDispatchMode):
     """Watches the operations inside its block; tensors from before belong to it once they are named (`own`).
 
     Args:
-        vocabulary: the last dimension of what counts as logits.
+        vocabulary: the size of dimension `dim` of what counts as logits.
         least: numbers that it must have at least (the vocabulary's own tables have fewer columns than tokens have rows).
     """
 
-    def __init__(self, vocabulary: int, least: int = 0):
+    def __init__(self, vocabulary: int, least: int = 0, dim: int = -1):
         super().__init__()
-        self.vocabulary, self.least = vocabulary, least
+        self.vocabulary, self.least, self.dim = vocabulary, least, dim
         self.storages: list[Allocation] = []
         self.operations = 0
         self._alive: dict[int, tuple[weakref.ref, Allocation]] = {}
@@ -121,7 +123,7 @@ class AllocationLog(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed), entry
 
     def _kind(self, func, args, t: Tensor) -> str:
-        if t.dim() and t.shape[-1] == self.vocabulary and t.numel() >= max(self.least, self.vocabulary + 1):
+        if t.dim() > max(0, self.dim) and t.shape[self.dim] == self.vocabulary and t.numel() >= max(self.least, self.vocabulary + 1):
             return LOGITS
         if func is torch.ops.aten._to_copy.default and (source := self._entry(args[0])) and source.kind in (WEIGHTS, ADAPTERS):
             return CASTS

@@ -12,7 +12,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     storage = s.quantize if s.quantize != "none" else s.dtype
     rank = "" if s.method in ("full", "series", "parallel", "prefix") else f" rank {s.rank}"
     devices = f"{s.processes} x {s.device}" + (f", fsdp {s.fsdp}" if s.fsdp != "none" else "")
-    head = f"{s.model}: {s.method}{rank}, {storage}, {s.batch_size} x {s.max_length} tokens, on {devices}"
+    head = f"{s.model}: {s.method}{rank}, {storage}, {plan.batch}, on {devices}"
     rows = [
         (name, gib(size), f"{100 * size / total:.1f} %", MEANING[name])
         for name, size in sorted(plan.terms.items(), key=lambda term: -term[1])
@@ -28,7 +28,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     if plan.fits is False:
         out.append(f"cheapest change after which it fits: {plan.change or 'none of those that are tried; see docs/planning.md'}")
     if plan.seconds is not None:
-        out.append(f"time at {s.tokens_per_second:g} tokens/s: {plan.seconds / 3600:.2f} hours")
+        out.append(f"time at {s.tokens_per_second:g} {plan.unit}/s: {plan.seconds / 3600:.2f} hours")
     return out
 
 
