@@ -2,6 +2,8 @@
 
 settings.py        the settings of a run, and of the devices
 architecture.py    a model of a config without memory, as a recipe adapts it
+workloads/         what a step works on, one file an objective: model, batch, loss
+whole_numbers.py   fake tensors whose whole numbers are real
 stand_ins.py       layers that allocate what adapted and quantized ones do
 log.py             every allocation of a piece of work, and what it is for
 step.py            one training step, traced

@@ -33,6 +33,7 @@ from ..training.visual import freeze_vision
 from .stand_ins import Adapter, PackedLinear, stand_in_of
 from .workloads import Workload, refuse_others, workload_of
 
+
 def config_of(name: str, trust_remote_code: bool = False):
     """The config of a model; weights are not asked for.
 
@@ -122,7 +123,11 @@ def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
     if recipe.quantize != "none":
         for name in packed_layers(built):
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, PackedLinear(model.get_submodule(name), recipe.quantize, recipe.double_quantization))
+            setattr(
+                model.get_submodule(parent),
+                own,
+                PackedLinear(model.get_submodule(name), recipe.quantize, recipe.double_quantization),
+            )
     if recipe.method in BASELINES:
         baselines.attach(model, recipe.baseline())
         return model.train()

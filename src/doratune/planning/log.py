@@ -30,7 +30,7 @@ TERMS = {
     GRADIENTS: "of what is trained, in its dtype",
     OPTIMIZER: "its state",
     ACTIVATIONS: "what the layers keep for the backward",
-    LOGITS: "what has an entry for each word of the vocabulary, or for each class of a pixel: logits, their float32 copies and gradients",
+    LOGITS: "what has an entry for each word of the vocabulary, or class of a pixel: logits, float32 copies, gradients",
     IMAGES: "the images of the batch and their masks, as the model is given them",
     TEMPORARIES: "all else that is alive at the peak: gradients of activations, dequantized weights, a recomputed layer",
 }
@@ -123,7 +123,11 @@ class AllocationLog(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed), entry
 
     def _kind(self, func, args, t: Tensor) -> str:
-        if t.dim() > max(0, self.dim) and t.shape[self.dim] == self.vocabulary and t.numel() >= max(self.least, self.vocabulary + 1):
+        if (
+            t.dim() > max(0, self.dim)
+            and t.shape[self.dim] == self.vocabulary
+            and t.numel() >= max(self.least, self.vocabulary + 1)
+        ):
             return LOGITS
         if func is torch.ops.aten._to_copy.default and (source := self._entry(args[0])) and source.kind in (WEIGHTS, ADAPTERS):
             return CASTS

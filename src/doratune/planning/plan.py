@@ -122,7 +122,9 @@ class Planner:
         step, uncounted, batch = self._steps[key]
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
         terms = {name: size for name, size in terms.items() if size}
-        return MemoryPlan(settings, terms, self.capacity, step.moment, step.trained, uncounted, batch=batch, unit=self.workload.unit)
+        return MemoryPlan(
+            settings, terms, self.capacity, step.moment, step.trained, uncounted, batch=batch, unit=self.workload.unit
+        )
 
     def _without_step(self, built: Architecture, reason: str) -> MemoryPlan:
         """What can be said of a model whose step cannot be traced."""

@@ -35,7 +35,7 @@ OWN = ("image_size", "image_count", "classes")
 """Settings of a plan that only some workloads have a use for."""
 
 
-class Scores(NamedTuple):
+class ScoreShape(NamedTuple):
     """Which tensors have an entry for each answer: `count` of them along dimension `dim`, and `least` numbers in all."""
 
     count: int
@@ -63,7 +63,9 @@ class Workload:
         self.recipe, self.config, self.of_training = recipe, config, objective_of(recipe)
         for name in OWN:
             if name not in self.uses and (value := getattr(recipe, name, None)) not in (None, 1):
-                raise UserError(f"{name} is {value}, and {recipe.model} has no use for it under objective {recipe.objective}; drop it")
+                raise UserError(
+                    f"{name} is {value}, and {recipe.model} has no use for it under objective {recipe.objective}; drop it"
+                )
 
     @classmethod
     def takes(cls, config: Any) -> bool:
@@ -111,9 +113,9 @@ class Workload:
         given = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
         return own(forward(**given), inputs["labels"], num_items_in_batch=inputs["num_items_in_batch"])
 
-    def scores(self, model: nn.Module, examples: int, length: int, answer: int | None) -> Scores:
+    def scores(self, model: nn.Module, examples: int, length: int, answer: int | None) -> ScoreShape:
         """What the log is to count as logits."""
-        return Scores(int(model.config.get_text_config().vocab_size), examples * (answer or length))
+        return ScoreShape(int(model.config.get_text_config().vocab_size), examples * (answer or length))
 
     def units(self, settings: PlanSettings) -> int:
         """Of a batch, for the time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...support.image_heads.classification import HEAD
-from . import Scores
+from . import ScoreShape
 from .images import ImageWorkload
 
 
@@ -14,7 +14,7 @@ class ClassificationWorkload(ImageWorkload):
     head = HEAD
 
     def scores(self, model, examples, length, answer):
-        return Scores(len(self.labels()), 2**62)  # a row of them an image: less than what else has as many columns
+        return ScoreShape(len(self.labels()), 2**62)  # a row of them an image: less than what else has as many columns
 
 
 WORKLOAD = ClassificationWorkload

@@ -1,8 +1,8 @@
 """Text with images: models of transformers under AutoModelForImageTextToText, trained as `docs/vision_language.md` says.
 
-`image_count` pictures stand in each example; their tokens are a part of its length, as in training. How many they are is asked of the
-model itself: the features that it makes of what its image processor makes of a photograph. Cost: a pass of the image tower without
-numbers.
+`image_count` pictures stand in each example; their tokens are a part of its length, as in training. How many they are is asked of
+the model itself: the features that it makes of what its image processor makes of a photograph. Cost: a pass of the image tower
+without numbers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class ImageTextWorkload(TextWorkload):
             )
         self.least_length = self.tokens + 1
         ids = inputs["input_ids"]
-        mark = next((getattr(self.config, name) for name in ("image_token_id", "image_token_index") if hasattr(self.config, name)), 0)
+        mark = next(
+            (getattr(self.config, name) for name in ("image_token_id", "image_token_index") if hasattr(self.config, name)), 0
+        )
         ids[:, 1 : 1 + self.tokens] = mark
         accepted = inspect.signature(model.forward).parameters
         kinds = {name: (ids == mark).long() for name in TYPES if name in accepted}
@@ -99,7 +101,8 @@ def _tokens(model: nn.Module, pictures: dict[str, Tensor], name: str) -> int:
 
 
 def _unknown(name: str) -> str:
-    return f"how many tokens an image of {name} has is not known without its image processor; put preprocessor_config.json beside config.json"
+    lacks = f"how many tokens an image of {name} has is not known without its image processor"
+    return f"{lacks}; put preprocessor_config.json beside config.json"
 
 
 WORKLOAD = ImageTextWorkload

@@ -1,7 +1,7 @@
 """Image models with a head for labels: a batch of images at the size at which the model's processor hands them over.
 
-The head is new where the config names no class with such a head, or `classes` (`class_names`) asks for other labels; it is then trained
-whole beside any adapter. Cost: building on the meta device, twice for a head of another size.
+The head is new where the config names no class with such a head, or `classes` (`class_names`) asks for other labels; it is then
+trained whole beside any adapter. Cost: building on the meta device, twice for a head of another size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class ImageWorkload(Workload):
     def __init__(self, recipe, config):
         super().__init__(recipe, config)
         if not self.head.fits(config.model_type) and self.head.auto not in (getattr(config, "auto_map", None) or {}):
-            raise UserError(f"{recipe.model} is a {config.model_type}, of which there is no {self.head.shown}; give {self.head.examples}")
+            kind = f"{recipe.model} is a {config.model_type}"
+            raise UserError(f"{kind}, of which there is no {self.head.shown}; give {self.head.examples}")
         self.has_head = any(head_of(name) is self.head for name in config.architectures or ())
         self.own = labels_of(config)
         self.size = self._size()
@@ -41,7 +42,7 @@ class ImageWorkload(Workload):
     def _class(self) -> type[nn.Module]:
         """The class of transformers that the model is of."""
         auto, own = self.head.auto_class(), type(self.config)
-        return auto._model_mapping[own] if own in auto._model_mapping else PreTrainedModel
+        return auto._model_mapping.get(own, PreTrainedModel)
 
     def labels(self) -> list[str]:
         """Of the run's data, as far as the recipe tells."""
@@ -67,7 +68,9 @@ class ImageWorkload(Workload):
         with quiet_loading(), readable_errors(recipe.model), torch.device("meta"):
             model = self.head.auto_class().from_config(config, dtype=self.dtype, trust_remote_code=recipe.trust_remote_code)
         if recipe.checkpointing != "none" and not self.can_checkpoint:
-            raise UserError(f"checkpointing is {recipe.checkpointing}, which {type(model).__name__} cannot; set checkpointing: none")
+            raise UserError(
+                f"checkpointing is {recipe.checkpointing}, which {type(model).__name__} cannot; set checkpointing: none"
+            )
         return model
 
     def adapter(self, model):

@@ -34,7 +34,9 @@ def prepared_pictures(recipe, count: int = 1) -> dict[str, Tensor] | None:
         made = processor([[Image.new("RGB", size)] * count], return_tensors="pt", input_data_format="channels_last")
     except Exception as error:  # a processor is a program of others
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the image processor of {recipe.model} does not take a picture of {size[0]} × {size[1]} ({reason})") from None
+        raise UserError(
+            f"the image processor of {recipe.model} does not take a picture of {size[0]} × {size[1]} ({reason})"
+        ) from None
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
@@ -62,6 +64,8 @@ def _processor(name: str, trust_remote_code: bool):
 def emptied(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
     """The inputs of so many examples, inside a trace: whole numbers as they are, fractions without numbers."""
     return {
-        name: torch.empty(times * len(t), *t.shape[1:], dtype=t.dtype) if t.is_floating_point() else t.repeat(times, *[1] * (t.dim() - 1))
+        name: torch.empty(times * len(t), *t.shape[1:], dtype=t.dtype)
+        if t.is_floating_point()
+        else t.repeat(times, *[1] * (t.dim() - 1))
         for name, t in inputs.items()
     }

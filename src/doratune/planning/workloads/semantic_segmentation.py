@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...data.masks import names_of_classes
 from ...support.image_heads.segmentation import HEAD
-from . import Scores
+from . import ScoreShape
 from .images import ImageWorkload
 
 
@@ -25,7 +25,7 @@ class SegmentationWorkload(ImageWorkload):
 
     def scores(self, model, examples, length, answer):
         """Those at the masks' size."""
-        return Scores(len(self.labels()), examples * len(self.labels()) * self.size[1] * self.size[2], dim=1)
+        return ScoreShape(len(self.labels()), examples * len(self.labels()) * self.size[1] * self.size[2], dim=1)
 
 
 WORKLOAD = SegmentationWorkload
