@@ -12,6 +12,7 @@ plan.py            the terms, and whether they fit
 advice.py          the largest batch or rank; the cheapest change
 text.py            a plan as a table
 start.py           settings that fit a model, its data and a device, each with its reason
+image_start.py     the same for image models
 lengths.py         how many examples a data set holds, and how long
 commented.py       a recipe as a person reads it
 """

@@ -121,6 +121,10 @@ class Workload:
         """Of a batch, for the time."""
         return settings.batch_size * settings.max_length
 
+    def example(self, settings: PlanSettings) -> str:
+        """The smallest batch in words."""
+        return f"one example of {settings.max_length} tokens"
+
     def shown(self, settings: PlanSettings) -> str:
         """A batch in words."""
         return f"{settings.batch_size} x {settings.max_length} tokens"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,18 @@ from . import Workload
 from .pictures import config_size, prepared_pictures
 
 
+class Guide(NamedTuple):
+    """A guide's settings for an adapter on such a model; `together`: images of an optimizer step."""
+
+    source: str
+    together: int
+    rank: int
+    alpha: float
+    dropout: float
+    lr: float
+    epochs: int
+
+
 class ImageWorkload(Workload):
     """Subclasses declare the head and say what labels are."""
 
@@ -28,6 +41,10 @@ class ImageWorkload(Workload):
     least_length = math.inf
     uses = ("image_size", "classes")
     head: ImageHead
+    asks: int
+    """What it asks of the data: where they would do for several, that which asks most is meant."""
+    guide: Guide
+    """Settings to start with."""
 
     def __init__(self, recipe, config):
         super().__init__(recipe, config)
@@ -94,6 +111,9 @@ class ImageWorkload(Workload):
 
     def units(self, settings):
         return settings.batch_size
+
+    def example(self, settings):
+        return f"one image of {self.size[1]} x {self.size[2]}"
 
     def shown(self, settings):
         return f"{settings.batch_size} images of {self.size[1]} x {self.size[2]}"

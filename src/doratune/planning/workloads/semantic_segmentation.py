@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...data.masks import names_of_classes
 from ...support.image_heads.segmentation import HEAD
 from . import ScoreShape
-from .images import ImageWorkload
+from .images import Guide, ImageWorkload
 
 
 class SegmentationWorkload(ImageWorkload):
@@ -13,6 +13,8 @@ class SegmentationWorkload(ImageWorkload):
 
     objective = "semantic_segmentation"
     head = HEAD
+    asks = 2
+    guide = Guide("PEFT's guide to LoRA on a SegFormer-B0", 8, 32, 32, 0.1, 5e-4, 20)
 
     def labels(self):
         return names_of_classes(self.recipe.class_names) or super().labels()
