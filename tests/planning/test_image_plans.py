@@ -238,3 +238,13 @@ def test_the_command_takes_the_recipes(recipe, kind, tmp_path, pytestconfig, cap
     assert main(["plan", *words, "--batch_size", "2", "--max_length", "64", "--largest", "none", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1])["fits"] is True and IMAGES in json.loads(out[-1])["terms"]
+
+
+def test_the_operations_are_those_of_a_pass_and_its_input_gradients(tmp_path):
+    """A frozen base's products once in the forward and once in the backward; adapters add what their rank is of the width."""
+    plan = Planner(settings_of(folder_of("vit", tmp_path / "model"), method="lora", rank=1)).plan()
+    width, inner, tokens = 32, 48, 17
+    layers = 2 * (4 * width * width + 2 * width * inner) * tokens + 3 * 4 * 4 * width * 16 + width * 2
+    assert 2 * 2 * BATCH * layers < plan.flops < 1.4 * 2 * 2 * BATCH * layers
+    timed = Planner(settings_of(folder_of("vit", tmp_path / "again"), method="lora", rank=1, tflops=1e-6, tokens=30)).plan()
+    assert timed.seconds == pytest.approx(30 / BATCH * plan.flops / 1e6)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,11 +61,15 @@ class AllocationLog(TorchDispatchMode):
         self.vocabulary, self.least, self.dim = vocabulary, least, dim
         self.storages: list[Allocation] = []
         self.operations = 0
+        self.flops = 0
+        """Floating-point operations of products, convolutions and attention."""
         self._alive: dict[int, tuple[weakref.ref, Allocation]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        if (formula := products().get(getattr(func, "_overloadpacket", None))) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and self._entry(t) is None and not _is_view(t, args):
                 self._add(t, self._kind(func, args, t))
@@ -132,6 +137,24 @@ class AllocationLog(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and (source := self._entry(args[0])) and source.kind in (WEIGHTS, ADAPTERS):
             return CASTS
         return TEMPORARIES
+
+
+@cache
+def products() -> dict:
+    """Operation → its floating-point operations, as PyTorch counts them; on a CPU attention has a name of its own."""
+    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+
+    def forward(query, key, value, *args, out_val=None, **kwargs) -> int:
+        return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+    def backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+    in_place = {aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}
+    own = in_place | {aten._scaled_dot_product_flash_attention_for_cpu: forward}
+    return own | {aten._scaled_dot_product_flash_attention_for_cpu_backward: backward} | flop_registry
 
 
 def _is_view(t: Tensor, args) -> bool:

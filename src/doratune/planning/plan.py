@@ -55,6 +55,8 @@ class MemoryPlan:
     """What a forward pass reads, in words."""
     unit: str = "tokens"
     """What the time is counted by."""
+    flops: int = 0
+    """Floating-point operations of products in a forward and a backward pass on one device."""
 
     @property
     def total(self) -> int:
@@ -69,7 +71,7 @@ class MemoryPlan:
 
     def to_dict(self) -> dict:
         """Plain data."""
-        own = ("moment", "trained", "uncounted", "largest", "change", "seconds", "terms", "capacity", "total", "fits")
+        own = ("moment", "trained", "uncounted", "largest", "change", "seconds", "flops", "terms", "capacity", "total", "fits")
         names = ("model", "method", "rank", "quantize", "batch_size", "max_length", "device", "processes", "fsdp", "checkpointing")
         return {name: getattr(self, name) for name in own} | {"settings": {name: getattr(self.settings, name) for name in names}}
 
@@ -102,7 +104,7 @@ class Planner:
             plan = self._without_step(built, str(error))
             plan.seconds = duration(settings, self.workload)
             return plan
-        plan.seconds = duration(settings, self.workload)
+        plan.seconds = duration(settings, self.workload, plan.flops)
         if settings.largest != "none":
             plan.largest = largest_that_fits(self, settings, plan)
         if plan.fits is False:
@@ -120,11 +122,10 @@ class Planner:
             self.workload = built.workload
             self._steps[key] = step, dict(built.uncounted), built.workload.shown(settings)
         step, uncounted, batch = self._steps[key]
+        said = {"batch": batch, "unit": self.workload.unit, "flops": step.flops}
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
         terms = {name: size for name, size in terms.items() if size}
-        return MemoryPlan(
-            settings, terms, self.capacity, step.moment, step.trained, uncounted, batch=batch, unit=self.workload.unit
-        )
+        return MemoryPlan(settings, terms, self.capacity, step.moment, step.trained, uncounted, **said)
 
     def _without_step(self, built: Architecture, reason: str) -> MemoryPlan:
         """What can be said of a model whose step cannot be traced."""
@@ -167,13 +168,19 @@ def capacity_of(settings: PlanSettings) -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def duration(settings: PlanSettings, workload: Workload) -> float | None:
-    """Seconds of the run; None where no throughput is given, or not how much there is to read."""
-    if settings.tokens_per_second is None:
-        return None
+def duration(settings: PlanSettings, workload: Workload, flops: int = 0) -> float | None:
+    """Seconds of the run; None where no throughput is given, or not how much there is to read.
+
+    Args:
+        flops: of a forward and a backward pass on one device.
+    """
     units = math.inf
     if settings.max_steps > 0:
         units = settings.max_steps * settings.gradient_accumulation * workload.units(settings)
     if settings.tokens is not None:
         units = min(units, settings.epochs * settings.tokens)
-    return None if units == math.inf else units / (settings.tokens_per_second * settings.processes)
+    if units == math.inf or (settings.tokens_per_second is None and not (settings.tflops and flops)):
+        return None
+    if settings.tokens_per_second is not None:
+        return units / (settings.tokens_per_second * settings.processes)
+    return units / workload.units(settings) * flops / (settings.tflops * 1e12)

@@ -29,6 +29,7 @@ class PlanSettings(TrainRecipe):
         classes: of images or pixels, where the model gets a new head; default: those of its own head
         tokens: in the data, without padding; of image models: images; for the time of a run without max_steps
         tokens_per_second: measured on one device (metrics.json of a run has it); of image models: images; for the time
+        tflops: or: 10^12 operations a second that a device reaches in a step, for the time; a guess, not a measure
         process: GiB that a process takes before it has a tensor; default: 0.5 on cuda, 0.66 on cpu
     """
 
@@ -41,6 +42,7 @@ class PlanSettings(TrainRecipe):
     classes: int | None = number(None, least=2, most=1_000_000)
     tokens: int | None = number(None, least=1, most=10**15)
     tokens_per_second: float | None = number(None, above=0)
+    tflops: float | None = number(None, above=0)
     process: float | None = number(None, least=0)
 
     def check(self) -> None:

@@ -49,6 +49,8 @@ class StepBytes:
     """What an allocator holds for it, over several steps."""
     largest_block: int
     """Bytes of the largest module that repeats: what a sharded model gathers at once."""
+    flops: int
+    """Floating-point operations of a forward and a backward pass."""
 
     @property
     def peak(self) -> int:
@@ -148,6 +150,7 @@ def summary(log: AllocationLog, marks: dict, model: nn.Module) -> StepBytes:
         gradient_bytes=sum(p.nbytes for p in trained),
         heap=max(heap_bytes(log.storages), peaks[moment][0]),
         largest_block=largest,
+        flops=log.flops,
     )
 
 

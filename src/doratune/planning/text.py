@@ -27,7 +27,11 @@ def lines(plan: MemoryPlan) -> list[str]:
         out.append(f"largest {s.largest} that fits, all else as it is: {found}")
     if plan.fits is False:
         out.append(f"cheapest change after which it fits: {plan.change or 'none of those that are tried; see docs/planning.md'}")
-    if plan.seconds is not None:
+    if plan.flops:
+        out.append(f"forward and backward of a batch: {plan.flops / 1e12:.4g} x 10^12 operations on each device")
+    if plan.seconds is not None and s.tokens_per_second is None:
+        out.append(f"time at {s.tflops:g} x 10^12 operations/s: {plan.seconds / 3600:.2f} hours")
+    elif plan.seconds is not None:
         out.append(f"time at {s.tokens_per_second:g} {plan.unit}/s: {plan.seconds / 3600:.2f} hours")
     return out
 
