@@ -26,9 +26,3 @@ def test_inspect_analyze_and_report(kind, layers, tmp_path, capsys):
     assert main(["report", *runs, "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "images/s" in page and "tokens/s" not in page
-
-
-def test_plan_says_what_it_does_not_count(tmp_path, capsys):
-    base = image_model("vit", tmp_path / "base")
-    assert main(["plan", "--objective", "image_classification", "--model", str(base), "--data", "photos"]) == 2
-    assert "doratune plan counts what language models keep" in capsys.readouterr().err

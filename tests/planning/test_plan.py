@@ -14,7 +14,8 @@ from doratune.planning.advice import largest
 from doratune.planning.architecture import architecture_of
 from doratune.planning.heap import heap_bytes
 from doratune.planning.log import ADAPTERS, WEIGHTS, Allocation, AllocationLog
-from doratune.planning.step import autocast, batch_of, optimizer_of, step_bytes, wrapped_forward
+from doratune.planning.step import autocast, optimizer_of, step_bytes, wrapped_forward
+from doratune.planning.workloads.language_modeling import text_inputs
 from doratune.support.models import contiguous_head
 from doratune.training.recipe import TrainRecipe
 
@@ -47,7 +48,7 @@ def measured(settings: TrainRecipe) -> int:
     if settings.checkpointing != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": settings.checkpointing == "reentrant"})
-    optimizer, inputs = optimizer_of(settings, model, False), batch_of(model, BATCH, LENGTH, None)
+    optimizer, inputs = optimizer_of(settings, model, False), text_inputs(model, BATCH, LENGTH, None)
     inputs["attention_mask"][0, 0] = 0  # so that there is a mask, as in batches of examples that are not all of one length
     trained = [p for p in model.parameters() if p.requires_grad]
 

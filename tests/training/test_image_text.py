@@ -256,14 +256,10 @@ def test_settings_that_do_not_fit_are_one_line(place, tiny_folder):
         assert not (place / "refused" / "adapter").exists()
 
 
-def test_memory_is_not_planned_for_models_of_images_and_text(place, capsys):
-    """One line that says so, from `plan` and from `init`, instead of figures without the images."""
-    model, data = str(place / "model"), str(place / "train.json")
-    write_recipe = ["init", "--model", model, "--data", data, "--images", str(place / "images"), "--output", str(place / "r.yaml")]
-    for command in (["plan", "--model", model, "--data", data], [*write_recipe, "--memory", "24"]):
-        assert main(command) == 2
-        assert "memory is planned for models of text" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (place / "r.yaml").exists()
+def test_memory_is_planned_with_the_images(place, capsys):
+    words = ["plan", "--model", str(place / "model"), "--data", str(place / "train.json"), "--memory", "24", "--largest", "none"]
+    assert main([*words, "--rank", "4", "--batch_size", "2"]) == 0
+    assert "2 x 512 tokens, 1 image of " in capsys.readouterr().out
 
 
 def test_broken_images_are_skipped_and_counted_where_the_recipe_says_so(place):

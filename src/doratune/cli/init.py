@@ -30,7 +30,8 @@ class InitSettings:
 
     Args:
         model: hub id, local folder, or smollm2-135m-instruct
-        data: file, folder or hub id, or several, as doratune train takes them; also the words after the command
+        data: file, folder or hub id, or several, as doratune train takes them, also images of classes or with masks; also the words
+            after the command
         prompt: Default: template where the tokenizer has one.
         output: the recipe
         run: folder of the run that the recipe describes; default: runs/ and the name of the data
@@ -66,11 +67,9 @@ def main(argv: list[str]) -> int:
     _ask(settings)
     _check(settings)
     from ..planning.commented import recipe_text
-    from ..planning.start import start_of
     from ..support.files import replacing
 
-    facts, reading, unusable = _facts(settings)
-    start = start_of(_wish(settings), facts)
+    facts, reading, unusable, start = _start(settings)
     text = recipe_text(_head(settings, start), _recipe(settings, facts, reading, unusable, start))
     with replacing(Path(settings.output)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -78,7 +77,8 @@ def main(argv: list[str]) -> int:
         say(f"warning: {len(unusable)} items cannot be used and are left out (bad_items: skip); the first: {unusable[0]}")
     say(_summary(start))
     say(f"recipe written to {settings.output}")
-    say_next(("data", *settings.data, "--model", settings.model), ("train", settings.output))
+    look = ("data", *settings.data, "--model", settings.model, *(("--images", settings.images) if settings.images else ()))
+    say_next(*([look] if start.plan.unit == "tokens" else []), ("train", settings.output))
     if as_json:
         chosen = {name: choice.value for name, choice in start.choices.items()}
         print_json({"output": settings.output, "settings": chosen, "plan": start.plan.to_dict()})
@@ -140,14 +140,26 @@ def _wish(settings: InitSettings):
     return RunWish(settings.model, settings.memory or 0.0, device, *limits)
 
 
+def _start(settings: InitSettings):
+    """(facts of the data, how it is read, lines of items that cannot be used, settings that fit)."""
+    from ..planning.architecture import config_of
+    from ..planning.image_start import image_facts, image_start_of
+    from ..planning.start import start_of
+
+    config = config_of(settings.model, settings.trust_remote_code)
+    images = image_facts(settings.model, settings.data, config, dict(settings.columns), say)
+    if images is not None:
+        return images, DataSettings(columns=settings.columns), images.unusable, image_start_of(_wish(settings), images, config)
+    facts, reading, unusable = _facts(settings)
+    return facts, reading, unusable, start_of(_wish(settings), facts, config)
+
+
 def _facts(settings: InitSettings):
     """(facts of the data, how it is read, lines of items that cannot be used)."""
     from ..data import load_items, recognition
     from ..data.image_reader import load_reader
-    from ..planning.architecture import config_of
     from ..planning.lengths import data_facts, in_the_template
 
-    config_of(settings.model, settings.trust_remote_code)
     tokenizer = load_reader(settings.model, settings.trust_remote_code)
     reading = {f.name: getattr(settings, f.name) for f in dataclasses.fields(DataSettings)}
     reading = DataSettings(**reading | ({"prompt": "plain"} if settings.prompt == "auto" else {}))
@@ -162,8 +174,10 @@ def _facts(settings: InitSettings):
 def _recipe(settings: InitSettings, facts, reading: DataSettings, unusable: list[str], start) -> dict:
     """The settings in the order in which they are read."""
     from ..planning.start import Chosen
+    from ..training.recipe import TrainRecipe
 
     eval_size = settings.eval_size
+    held_out = getattr(facts, "held_out", False) and eval_size is None
     if eval_size is None:
         eval_size = min(200, facts.examples // 20) if facts.examples >= 100 else 0
     head = {
@@ -181,7 +195,12 @@ def _recipe(settings: InitSettings, facts, reading: DataSettings, unusable: list
         head["mirror"] = settings.mirror
     if unusable:
         head["bad_items"] = Chosen("skip", f"{len(unusable)} items cannot be used: doratune data shows which, and why")
-    if eval_size:
+    if (objective := start.plan.settings.objective) != TrainRecipe.objective:
+        head["objective"] = Chosen(objective, f"what the data are, {facts.classes} classes, and what the model can have a head for")
+    if held_out:
+        head["eval_data"] = Chosen(settings.data[0], "its part val")
+        head["best_by"] = Chosen("loss", "the result is the checkpoint with the lowest loss on that")
+    elif eval_size:
         head["eval_size"] = Chosen(eval_size, "split off, to see the loss on what is not trained on")
         head["best_by"] = Chosen("loss", "the result is the checkpoint with the lowest loss on those")
     if settings.device != "auto":
@@ -213,8 +232,9 @@ def _summary(start) -> str:
     s = start.plan.settings
     known = f"{start.plan.total / 2**30:.2f} GiB planned" if not start.plan.uncounted else "memory not known, one example at a time"
     devices = f"{s.processes} x " if s.processes > 1 else ""
+    each = f"examples of up to {s.max_length} tokens" if start.plan.unit == "tokens" else start.plan.unit
     return (
         f"{s.method} rank {s.rank}, base in {s.quantize if s.quantize != 'none' else s.dtype}, "
-        f"{s.batch_size} x {s.gradient_accumulation} examples of up to {s.max_length} tokens a step: {known} of "
+        f"{s.batch_size} x {s.gradient_accumulation} {each} a step: {known} of "
         f"{devices}{start.memory:.4g} on {s.device}"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from ..config import METHODS
 from .plan import MemoryPlan, Planner
 from .settings import PlanSettings
+from .workloads import Workload
 
 MOST = 1_000_000
 
@@ -73,7 +74,7 @@ def first_fit(planner: Planner, allowed: Callable[[PlanSettings], bool] = lambda
     Args:
         allowed: which of the changed settings are tried.
     """
-    for words, settings in changes(planner.settings):
+    for words, settings in changes(planner.settings, planner.workload):
         if not allowed(settings):
             continue
         plan = planner.of(settings)
@@ -86,21 +87,22 @@ def first_fit(planner: Planner, allowed: Callable[[PlanSettings], bool] = lambda
     return None
 
 
-def changes(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
+def changes(settings: PlanSettings, workload: Workload) -> Iterator[tuple[str, PlanSettings]]:
     """(flags, settings), the cheapest first; each is also tried with smaller batches."""
     yield "as it is", settings
-    checkpointed = settings
-    if settings.checkpointing == "none":
-        checkpointed = dataclasses.replace(settings, checkpointing="non-reentrant")
-        yield "--checkpointing non-reentrant", checkpointed
+    checkpointed, flags = settings, ""
+    if settings.checkpointing == "none" and workload.can_checkpoint:
+        checkpointed, flags = dataclasses.replace(settings, checkpointing="non-reentrant"), " --checkpointing non-reentrant"
+        yield flags.strip(), checkpointed
     if settings.method in METHODS and settings.quantize == "none":
         yield "--quantize nf4", dataclasses.replace(settings, quantize="nf4")
-        yield "--quantize nf4 --checkpointing non-reentrant", dataclasses.replace(checkpointed, quantize="nf4")
+        if flags:
+            yield f"--quantize nf4{flags}", dataclasses.replace(checkpointed, quantize="nf4")
     if settings.method == "full":
-        yield "--method dora --checkpointing non-reentrant", dataclasses.replace(checkpointed, method="dora")
-    if settings.max_length > 1:
-        shorter = settings.max_length // 2
-        yield f"--max_length {shorter} --checkpointing non-reentrant", dataclasses.replace(checkpointed, max_length=shorter)
+        yield f"--method dora{flags}", dataclasses.replace(checkpointed, method="dora")
+    shorter = settings.max_length // 2
+    if shorter > workload.least_length:
+        yield f"--max_length {shorter}{flags}", dataclasses.replace(checkpointed, max_length=shorter)
 
 
 def _split(planner: Planner, settings: PlanSettings) -> MemoryPlan | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import baselines
 from ..adapter import whole
@@ -28,13 +27,11 @@ from ..errors import UserError, listed
 from ..layers import kind_of
 from ..layers.kind import LayerKind
 from ..layers.layouts import named_layers
-from ..support.models import WHEEL_MODEL, model_path, quiet_loading, readable_errors, source_settings, torch_dtype
-from ..training.objectives import DEFAULT
+from ..support.models import WHEEL_MODEL, model_path, quiet_loading, readable_errors, source_settings
 from ..training.recipe import TrainRecipe
-from .stand_ins import Adapter, PackedLinear, Shared
-
-COUNTED = (nn.Linear, Conv1D, PackedLinear)
-"""Classes of layers whose adapted calls have a stand-in."""
+from ..training.visual import freeze_vision
+from .stand_ins import Adapter, PackedLinear, stand_in_of
+from .workloads import Workload, refuse_others, workload_of
 
 
 def config_of(name: str, trust_remote_code: bool = False):
@@ -67,6 +64,7 @@ class Architecture:
     recipe: TrainRecipe
     model: nn.Module
     """On the meta device, in the recipe's dtype."""
+    workload: Workload
     adapters: dict[str, dict] = field(default_factory=dict)
     """Adapted layer → what its adapter's stand-in is made from."""
     common: list[tuple[int, ...]] = field(default_factory=list)
@@ -76,20 +74,8 @@ class Architecture:
     """Term → what of it cannot be computed."""
 
     @property
-    def vocabulary(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
-
-    @property
     def full(self) -> bool:
         return self.recipe.method == "full"
-
-
-def refuse_others(recipe: TrainRecipe) -> None:
-    """Raise UserError for a recipe of no language model, before its model is looked for."""
-    if recipe.objective != DEFAULT:
-        raise UserError(
-            f"objective is {recipe.objective}, and doratune plan counts what language models keep; try a few steps instead"
-        )
 
 
 def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
@@ -98,22 +84,14 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
     Raises:
         UserError: no such model, or the recipe's targets or ranks do not fit it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     refuse_others(recipe)
     config = copy.deepcopy(config) if config is not None else config_of(recipe.model, recipe.trust_remote_code)
-    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(
-            f"{recipe.model} reads images and text, and memory is planned for models of text; plan its language model instead, "
-            "with the tokens of an image in max_length"
-        )
+    workload = workload_of(recipe, config)
     config._name_or_path = ""  # files of the weights are not looked at
-    dtype = torch.float32 if recipe.method == "full" else torch_dtype(recipe.dtype)
-    with quiet_loading(), readable_errors(recipe.model), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    built = Architecture(recipe, model)
+    model = workload.skeleton()
+    built = Architecture(recipe, model, workload)
     if recipe.method in METHODS:
-        config, modules = recipe.adapter(), dict(named_layers(model))
+        config, modules = workload.adapter(model), dict(named_layers(model))
         selection = select(model, config)
         built.also_train = selection.also_train
         shapes = [kind_of(modules[n]).base(modules[n]).shape(modules[n])[-2:] for n in selection.ranks]
@@ -121,8 +99,9 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
             direction = direction_for(config, rank, shapes)
             built.adapters[name] = _spec(kind_of(modules[name]), modules[name], rank, config, direction)
             built.common = [tuple(t.shape) for t in direction.shared_tensors().values()]
-        if other := {kind_of(modules[name]).name for name in selection.ranks if not isinstance(modules[name], COUNTED)}:
-            built.uncounted["activations"] = f"what adapted layers of the kind {listed(sorted(other))} keep"
+        others = {kind_of(modules[name]).name for name in selection.ranks if stand_in_of(modules[name]) is None}
+        if others:
+            built.uncounted["activations"] = f"what adapted layers of the kind {listed(sorted(others))} keep"
     return built
 
 
@@ -131,13 +110,24 @@ def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
     recipe = built.recipe
     ties = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
     model.to_empty(device="cpu")
+    for t in (*model.buffers(), *model.parameters()):
+        if not t.is_floating_point() and not t.is_complex():
+            t.zero_()  # indices: of what `to_empty` leaves, they would be any number
     if ties or getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         model.tie_weights()
     if built.full:
-        return model.requires_grad_(True).train()
+        model.requires_grad_(True)
+        freeze_vision(model, recipe.visual())
+        return model.train()
     model.requires_grad_(False)
     if recipe.quantize != "none":
-        _store(model, recipe)
+        for name in packed_layers(built):
+            parent, _, own = name.rpartition(".")
+            setattr(
+                model.get_submodule(parent),
+                own,
+                PackedLinear(model.get_submodule(name), recipe.quantize, recipe.double_quantization),
+            )
     if recipe.method in BASELINES:
         baselines.attach(model, recipe.baseline())
         return model.train()
@@ -152,13 +142,14 @@ def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def _store(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Pack every linear layer but the output head, as transformers does for bitsandbytes."""
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, PackedLinear(module, recipe.quantize, recipe.double_quantization))
+def packed_layers(built: Architecture) -> list[str]:
+    """Names of the linear layers that a quantized base stores packed."""
+    dense = built.workload.dense(built.model)
+    return [
+        name
+        for name, module in built.model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == part or name.startswith(f"{part}.") for part in dense)
+    ]
 
 
 def _spec(kind: LayerKind, plain: nn.Module, rank: int, config: AdapterConfig, direction: Direction) -> dict:
@@ -185,26 +176,28 @@ def _spec(kind: LayerKind, plain: nn.Module, rank: int, config: AdapterConfig, d
 
 def _adapt(model: nn.Module, module: nn.Module | None, spec: dict) -> None:
     """Give a layer the stand-in of its adapter."""
-    adapter = Adapter(**spec)
-    if not isinstance(module, COUNTED):
+    adapter, shared = Adapter(**spec), stand_in_of(module)
+    if shared is None:
         model.register_module(f"adapter_{len(model._modules)}", adapter)
         return
     module.adapter = adapter
     module.own_product = type(module).forward is nn.Linear.forward and spec["width"] > 0
-    module.__class__ = type(f"StandIn{type(module).__name__}", (Shared, type(module)), {})
+    module.__class__ = type(f"StandIn{type(module).__name__}", (shared, type(module)), {})
 
 
 def stored_bytes(built: Architecture) -> tuple[int, int, int]:
     """(bytes of the base's weights, bytes of the adapters, numbers that are trained), from shapes alone."""
-    recipe, head = built.recipe, built.model.get_output_embeddings()
+    recipe = built.recipe
     weights = sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
     if recipe.quantize != "none":
-        packed = [m for m in built.model.modules() if isinstance(m, nn.Linear) and m is not head]
+        packed = [built.model.get_submodule(name) for name in packed_layers(built)]
         with torch.device("meta"):
             stored = [PackedLinear(m, recipe.quantize, recipe.double_quantization) for m in packed]
         weights += sum(t.nbytes for layer in stored for t in layer.buffers()) - sum(m.weight.nbytes for m in packed)
     if built.full:
-        return weights, 0, sum(p.numel() for p in built.model.parameters())
+        frozen = copy.deepcopy(built.model).requires_grad_(True)
+        freeze_vision(frozen, recipe.visual())
+        return weights, 0, sum(p.numel() for p in frozen.parameters() if p.requires_grad)
     numbers = sum(math.prod(size) for spec in built.adapters.values() for size in spec["shapes"].values())
     learn = sum(math.prod(spec["shapes"][name]) for spec in built.adapters.values() for name in spec["trained"])
     whole_numbers = sum(p.numel() for name in built.also_train for p in built.model.get_submodule(name).parameters())

@@ -5,6 +5,7 @@ Cost: the tokenization of at most LOOKED_AT items.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -44,7 +45,16 @@ def data_facts(items: Sequence[Item], kind: DataFormat, tokenizer, reading: Data
     share = len(items) / len(drawn)
     if found.shown[0][1][0][1].divisible and usual > TEXT_LENGTH:
         return DataFacts(math.ceil(share * sum(tokens) / TEXT_LENGTH), TEXT_LENGTH, longest, divided=True)
-    return DataFacts(round(share * len(tokens)), usual, longest)
+    return DataFacts(round(share * len(tokens)), usual, longest, images=_most_images(drawn, kind, reading))
+
+
+def _most_images(items: Sequence[Item], kind: DataFormat, reading: DataSettings) -> int:
+    """Images in the item that has most."""
+    most = 0
+    for item in items if kind.sees else ():
+        with contextlib.suppress(UserError):  # said of the item already
+            most = max(most, len(kind.sources(item, reading)))
+    return most
 
 
 def in_the_template(item: Item, kind: DataFormat, tokenizer, reading: DataSettings) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
 CASTS, FACTORS, ACTIVATIONS, LOGITS, TEMPORARIES = "casts", "factors", "activations", "logits", "temporaries"
+IMAGES = "images"
 
 TERMS = {
     WEIGHTS: "the base model's parameters and buffers, as they are stored",
@@ -29,7 +31,8 @@ TERMS = {
     GRADIENTS: "of what is trained, in its dtype",
     OPTIMIZER: "its state",
     ACTIVATIONS: "what the layers keep for the backward",
-    LOGITS: "what has an entry for each word of the vocabulary: logits, their float32 copies and gradients",
+    LOGITS: "what has an entry for each word of the vocabulary, or class of a pixel: logits, float32 copies, gradients",
+    IMAGES: "the images of the batch and their masks, as the model is given them",
     TEMPORARIES: "all else that is alive at the peak: gradients of activations, dequantized weights, a recomputed layer",
 }
 """Term → what it holds."""
@@ -49,20 +52,24 @@ class AllocationLog(TorchDispatchMode):
     """Watches the operations inside its block; tensors from before belong to it once they are named (`own`).
 
     Args:
-        vocabulary: the last dimension of what counts as logits.
+        vocabulary: the size of dimension `dim` of what counts as logits.
         least: numbers that it must have at least (the vocabulary's own tables have fewer columns than tokens have rows).
     """
 
-    def __init__(self, vocabulary: int, least: int = 0):
+    def __init__(self, vocabulary: int, least: int = 0, dim: int = -1):
         super().__init__()
-        self.vocabulary, self.least = vocabulary, least
+        self.vocabulary, self.least, self.dim = vocabulary, least, dim
         self.storages: list[Allocation] = []
         self.operations = 0
+        self.flops = 0
+        """Floating-point operations of products, convolutions and attention."""
         self._alive: dict[int, tuple[weakref.ref, Allocation]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        if (formula := products().get(getattr(func, "_overloadpacket", None))) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and self._entry(t) is None and not _is_view(t, args):
                 self._add(t, self._kind(func, args, t))
@@ -121,11 +128,33 @@ class AllocationLog(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed), entry
 
     def _kind(self, func, args, t: Tensor) -> str:
-        if t.dim() and t.shape[-1] == self.vocabulary and t.numel() >= max(self.least, self.vocabulary + 1):
+        if (
+            t.dim() > max(0, self.dim)
+            and t.shape[self.dim] == self.vocabulary
+            and t.numel() >= max(self.least, self.vocabulary + 1)
+        ):
             return LOGITS
         if func is torch.ops.aten._to_copy.default and (source := self._entry(args[0])) and source.kind in (WEIGHTS, ADAPTERS):
             return CASTS
         return TEMPORARIES
+
+
+@cache
+def products() -> dict:
+    """Operation → its floating-point operations, as PyTorch counts them; on a CPU attention has a name of its own."""
+    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+
+    def forward(query, key, value, *args, out_val=None, **kwargs) -> int:
+        return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+    def backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+    in_place = {aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}
+    own = in_place | {aten._scaled_dot_product_flash_attention_for_cpu: forward}
+    return own | {aten._scaled_dot_product_flash_attention_for_cpu_backward: backward} | flop_registry
 
 
 def _is_view(t: Tensor, args) -> bool:

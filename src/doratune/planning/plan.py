@@ -17,10 +17,11 @@ import torch
 
 from ..errors import UserError
 from ..support.environment import memory_bytes
-from .architecture import Architecture, architecture_of, config_of, refuse_others, stored_bytes
+from .architecture import Architecture, architecture_of, config_of, stored_bytes
 from .log import ADAPTERS, GRADIENTS, OPTIMIZER, TERMS, WEIGHTS
 from .settings import PlanSettings
 from .step import StepBytes, Untraceable, step_bytes
+from .workloads import Workload, refuse_others, workload_of
 
 ALLOCATOR, PROCESS, GATHERED, BUCKETS = "allocator", "process", "gathered", "buckets"
 MEANING = TERMS | {
@@ -50,6 +51,12 @@ class MemoryPlan:
     change: str | None = None
     """Where it does not fit: the cheapest change of settings after which it does."""
     seconds: float | None = None
+    batch: str = ""
+    """What a forward pass reads, in words."""
+    unit: str = "tokens"
+    """What the time is counted by."""
+    flops: int = 0
+    """Floating-point operations of products in a forward and a backward pass on one device."""
 
     @property
     def total(self) -> int:
@@ -64,7 +71,7 @@ class MemoryPlan:
 
     def to_dict(self) -> dict:
         """Plain data."""
-        own = ("moment", "trained", "uncounted", "largest", "change", "seconds", "terms", "capacity", "total", "fits")
+        own = ("moment", "trained", "uncounted", "largest", "change", "seconds", "flops", "terms", "capacity", "total", "fits")
         names = ("model", "method", "rank", "quantize", "batch_size", "max_length", "device", "processes", "fsdp", "checkpointing")
         return {name: getattr(self, name) for name in own} | {"settings": {name: getattr(self.settings, name) for name in names}}
 
@@ -77,8 +84,10 @@ class Planner:
         self.settings = settings
         refuse_others(settings)
         self.config = config or config_of(settings.model, settings.trust_remote_code)
+        self.workload = workload_of(settings, self.config)
+        """Of the plan that was traced last."""
         self.capacity = capacity_of(settings)
-        self._steps: dict[tuple, StepBytes] = {}
+        self._steps: dict[tuple, tuple[StepBytes, dict[str, str], str]] = {}
 
     def plan(self) -> MemoryPlan:
         """The settings' plan, with the largest value that fits, or the change that makes it fit.
@@ -93,9 +102,9 @@ class Planner:
             plan = self.of(settings, built)
         except Untraceable as error:
             plan = self._without_step(built, str(error))
-            plan.seconds = duration(settings)
+            plan.seconds = duration(settings, self.workload)
             return plan
-        plan.seconds = duration(settings)
+        plan.seconds = duration(settings, self.workload, plan.flops)
         if settings.largest != "none":
             plan.largest = largest_that_fits(self, settings, plan)
         if plan.fits is False:
@@ -110,10 +119,13 @@ class Planner:
             answer = None if settings.answer_length is None else min(settings.answer_length, settings.max_length)
             each = -(-settings.batch_size // settings.processes)
             step = step_bytes(built, each, settings.max_length, answer, foreach=settings.on_gpu)
-            self._steps[key] = step, dict(built.uncounted)
-        step, uncounted = self._steps[key]
+            self.workload = built.workload
+            self._steps[key] = step, dict(built.uncounted), built.workload.shown(settings)
+        step, uncounted, batch = self._steps[key]
+        said = {"batch": batch, "unit": self.workload.unit, "flops": step.flops}
         terms = {**shared(step, settings), ALLOCATOR: step.heap - step.peak, PROCESS: settings.process_bytes}
-        return MemoryPlan(settings, {k: v for k, v in terms.items() if v}, self.capacity, step.moment, step.trained, uncounted)
+        terms = {name: size for name, size in terms.items() if size}
+        return MemoryPlan(settings, terms, self.capacity, step.moment, step.trained, uncounted, **said)
 
     def _without_step(self, built: Architecture, reason: str) -> MemoryPlan:
         """What can be said of a model whose step cannot be traced."""
@@ -124,7 +136,8 @@ class Planner:
             terms[OPTIMIZER] = 8 * trained
         else:
             uncounted["optimizer"] = f"the state of {self.settings.optimizer} is not known without a step"
-        return MemoryPlan(self.settings, divided(terms, self.settings), self.capacity, None, trained, uncounted)
+        terms, batch = divided(terms, self.settings), built.workload.shown(self.settings)
+        return MemoryPlan(self.settings, terms, self.capacity, None, trained, uncounted, batch=batch, unit=self.workload.unit)
 
 
 def shared(step: StepBytes, settings: PlanSettings) -> dict[str, int]:
@@ -155,13 +168,19 @@ def capacity_of(settings: PlanSettings) -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def duration(settings: PlanSettings) -> float | None:
-    """Seconds of the run; None where no throughput is given, or not how much there is to read."""
-    if settings.tokens_per_second is None:
-        return None
-    tokens = math.inf
+def duration(settings: PlanSettings, workload: Workload, flops: int = 0) -> float | None:
+    """Seconds of the run; None where no throughput is given, or not how much there is to read.
+
+    Args:
+        flops: of a forward and a backward pass on one device.
+    """
+    units = math.inf
     if settings.max_steps > 0:
-        tokens = settings.max_steps * settings.gradient_accumulation * settings.batch_size * settings.max_length
+        units = settings.max_steps * settings.gradient_accumulation * workload.units(settings)
     if settings.tokens is not None:
-        tokens = min(tokens, settings.epochs * settings.tokens)
-    return None if tokens == math.inf else tokens / (settings.tokens_per_second * settings.processes)
+        units = min(units, settings.epochs * settings.tokens)
+    if units == math.inf or (settings.tokens_per_second is None and not (settings.tflops and flops)):
+        return None
+    if settings.tokens_per_second is not None:
+        return units / (settings.tokens_per_second * settings.processes)
+    return units / workload.units(settings) * flops / (settings.tflops * 1e12)

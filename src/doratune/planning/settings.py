@@ -24,8 +24,12 @@ class PlanSettings(TrainRecipe):
         memory: of each device, in GiB; 0: of this machine's, where it has one
         answer_length: positions with a loss in the longest example; default: max_length. Training keeps logits of these only
         largest: also find the largest batch_size or rank that fits; none: do not
-        tokens: in the data, without padding; for the time of a run without max_steps
-        tokens_per_second: measured on one device (metrics.json of a run has it); for the time
+        image_count: of a model of images and text: images in the longest example; their tokens are a part of max_length
+        image_size: side of the images in pixels, before the model's image processor; default: a photograph of 640 x 480
+        classes: of images or pixels, where the model gets a new head; default: those of its own head
+        tokens: in the data, without padding; of image models: images; for the time of a run without max_steps
+        tokens_per_second: measured on one device (metrics.json of a run has it); of image models: images; for the time
+        tflops: or: 10^12 operations a second that a device reaches in a step, for the time; a guess, not a measure
         process: GiB that a process takes before it has a tensor; default: 0.5 on cuda, 0.66 on cpu
     """
 
@@ -33,8 +37,12 @@ class PlanSettings(TrainRecipe):
     memory: float = number(24.0, least=0)
     answer_length: int | None = number(None, least=1)
     largest: Literal["batch_size", "rank", "none"] = "batch_size"
+    image_count: int = number(1, least=0, most=1000)
+    image_size: int | None = number(None, least=1, most=100_000)
+    classes: int | None = number(None, least=2, most=1_000_000)
     tokens: int | None = number(None, least=1, most=10**15)
     tokens_per_second: float | None = number(None, above=0)
+    tflops: float | None = number(None, above=0)
     process: float | None = number(None, least=0)
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ tensors, which have shapes and no numbers. The real layers read numbers (norms, 
     Composed        y = g ⊙ out + z·Bᵀ: keeps x, z = x·Aᵀ and y (`math/autograd.py`); where a layer's forward is one product with a
                     plain W, that product is made inside and y takes its place
     Scaled          x̃ = g ⊙ x in front of a layer, on the input axis
+    Rescaled        y = g ⊙ (out + low-rank part) of a convolution, whose parts are convolutions that autograd differentiates
 
 `tests/planning` holds each against the bytes that the real layers keep. Costs nothing but shapes.
 """
@@ -12,11 +13,15 @@ tensors, which have shapes and no numbers. The real layers read numbers (norms, 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..layers.conv import CONVS, low_rank
 
 BLOCK, BLOCKS = 64, 256
 """Numbers that share a scale, and scales that share theirs under double quantization (bitsandbytes' defaults)."""
@@ -147,6 +152,65 @@ class _Composed(Function):
         del products
         dx = None if dx is None or not ctx.needs_input_grad[0] else dx.view(ctx.shape)
         return dx, None if ctx.own else dout.view(dY.shape), None, None, None, None, *grads
+
+
+class _Factor(Function):
+    """A or B as a convolution sees it: prepared already, with the gradients of the adapter's parameters behind it."""
+
+    @staticmethod
+    def forward(ctx, factor: Tensor, *parameters) -> Tensor:
+        ctx.parameters = parameters
+        return factor.detach()
+
+    @staticmethod
+    def backward(ctx, dF: Tensor):
+        needs = ctx.needs_input_grad[1:]
+        return None, *(torch.empty_like(p) if need else None for p, need in zip(ctx.parameters, needs))
+
+
+class _Rescaled(Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, m: Tensor) -> Tensor:
+        ctx.save_for_backward(out if m.requires_grad else None)
+        ctx.m = m
+        return torch.empty_like(out)
+
+    @staticmethod
+    def backward(ctx, dY: Tensor):
+        return torch.empty_like(dY), torch.empty_like(ctx.m) if ctx.needs_input_grad[1] else None
+
+
+class SharedConv(nn.Module):
+    """Mixin in front of the class of a convolution with a stand-in of an adapter (`layers/conv.py`)."""
+
+    adapter: Adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = self.adapter
+        if adapter.axis == "input":
+            x = _Scaled.apply(x, adapter, *adapter.parameters())
+        out = super().forward(x)
+        if adapter.width:
+            *own, m = adapter.parameters() if adapter.axis == "output" else (*adapter.parameters(), None)
+            A, B = _Factor.apply(adapter.factors["A"], *own[:1]), _Factor.apply(adapter.factors["B"], *own[1:])
+            out = out + low_rank(_OfConv(adapter.dropout), self, x, A, B, out.dtype)
+        if adapter.axis == "output":
+            out = _Rescaled.apply(out, list(adapter.parameters())[-1])
+        return out
+
+
+class _OfConv(NamedTuple):
+    """What `layers.conv.low_rank` asks of an adapted weight."""
+
+    dropout: float
+    s: float = 1.0
+
+
+def stand_in_of(module: nn.Module | None) -> type | None:
+    """The mixin that a layer of this class gets with an adapter; None where none is known."""
+    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
+        return Shared
+    return SharedConv if isinstance(module, CONVS) else None
 
 
 class Shared(nn.Module):

@@ -7,6 +7,7 @@ about a second for each ten layers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 
 from ..data.limits import positions_of
 from ..errors import UserError
+from ..support.image_text import parts_of
 from .advice import first_fit, largest_rank
-from .architecture import architecture_of, config_of, stored_bytes
+from .architecture import Architecture, architecture_of, config_of, stored_bytes
 from .plan import MemoryPlan, Planner, capacity_of
 from .settings import PlanSettings
 from .step import Untraceable
+from .workloads import workload_of
 
 RESERVE = 0.15
 """Share of the memory that a plan leaves free here: what plans missed at most against measured runs (docs/planning.md)."""
@@ -46,12 +49,14 @@ class DataFacts:
 
     Attributes:
         usual: the length that 99 % of the examples do not exceed. divided: are they parts of texts, of `usual` tokens each?
+        images: most images in an example.
     """
 
     examples: int
     usual: int
     longest: int
     divided: bool = False
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,18 @@ def start_of(wish: RunWish, facts: DataFacts, config=None) -> Start:
     length = _length(wish, facts, config)
     epochs = _epochs(facts)
     together = _examples_a_step(facts, epochs.value, wish.processes)
-    largest = _largest_run(wish, memory, length.value, together.value)
+    largest = _largest_run(wish, memory, together.value, max_length=length.value, **_images(wish, facts, config))
     planner = Planner(largest, config)
     planner.settings = largest = dataclasses.replace(largest, rank=min(largest.rank, largest_rank(planner, largest)))
     built = architecture_of(largest, config)
-    plan = _fitting(planner, wish, memory)
-    choices = _adapter(largest) | _rates(sum(p.numel() for p in built.model.parameters()), facts, epochs, together)
+    plan = fitting(planner, wish, memory)
+    choices = (
+        _adapter(largest) | _of_parts(built) | _rates(sum(p.numel() for p in built.model.parameters()), facts, epochs, together)
+    )
     return Start(choices | _sizes(plan, wish, memory, together, length, stored_bytes(built)[0]), plan, memory)
 
 
-def _largest_run(wish: RunWish, memory: float, length: int, together: int) -> PlanSettings:
+def _largest_run(wish: RunWish, memory: float, together: int, **more) -> PlanSettings:
     """All examples of a step at once, nothing recomputed, nothing quantized unless asked for."""
     return PlanSettings(
         model=wish.model,
@@ -115,10 +122,35 @@ def _largest_run(wish: RunWish, memory: float, length: int, together: int) -> Pl
         processes=wish.processes,
         fsdp="shard" if wish.processes > 1 else "none",
         batch_size=together,
-        max_length=length,
         trust_remote_code=wish.trust_remote_code,
         largest="none",
+        **more,
     )
+
+
+def _images(wish: RunWish, facts: DataFacts, config) -> dict:
+    """Settings of a model that reads images too: LLaVA's script trains its projector whole, at a tenth of the adapter's rate."""
+    probe = PlanSettings(model=wish.model, trust_remote_code=wish.trust_remote_code)
+    workload = workload_of(probe, copy.deepcopy(config))
+    if "image_count" not in workload.uses:
+        return {}
+    parts = parts_of(workload.skeleton())
+    projector = {"projector": "whole", "whole_lr_ratio": 0.1} if parts and parts.projector else {}
+    return {"image_count": facts.images} | projector
+
+
+def _of_parts(built: Architecture) -> dict[str, Chosen]:
+    """What is trained beside the language model of a model that reads images."""
+    recipe, parts = built.recipe, parts_of(built.model)
+    if parts is None:
+        return {}
+    choices = {
+        "vision_tower": Chosen(recipe.vision_tower, "adapters on the language model alone, as in LLaVA's instruction tuning")
+    }
+    if recipe.projector == "whole":
+        choices["projector"] = Chosen(recipe.projector, "what lies between image tower and language model, as in LLaVA's script")
+        choices["whole_lr_ratio"] = Chosen(recipe.whole_lr_ratio, "the projector's rate over lr, as in LLaVA's script")
+    return choices
 
 
 def _length(wish: RunWish, facts: DataFacts, config) -> Chosen:
@@ -151,7 +183,7 @@ def _examples_a_step(facts: DataFacts, epochs: int, processes: int) -> Chosen:
     return Chosen(count, "the paper's 16 examples a step" if count == STEP_EXAMPLES else few)
 
 
-def _fitting(planner: Planner, wish: RunWish, memory: float) -> MemoryPlan:
+def fitting(planner: Planner, wish: RunWish, memory: float) -> MemoryPlan:
     """The plan of the first change that fits, of those that leave the data and a quantization that was asked for alone."""
     asked = planner.settings
 
@@ -177,7 +209,7 @@ def _least(planner: Planner, wish: RunWish, length: int) -> PlanSettings:
         asked,
         batch_size=asked.processes,
         gradient_accumulation=asked.batch_size // asked.processes,
-        checkpointing="non-reentrant",
+        checkpointing="non-reentrant" if planner.workload.can_checkpoint else "none",
         quantize="nf4" if wish.quantize == "auto" and asked.fsdp == "none" else asked.quantize,
         max_length=length,
     )
@@ -195,13 +227,18 @@ def _too_small(planner: Planner, wish: RunWish, memory: float) -> str:
         dense = least.quantize == "none" and least.fsdp == "none"
         ways = [("--quantize nf4", dataclasses.replace(least, quantize="nf4"))] if dense else []
         short = max(64, least.max_length // 4)
-        ways += [(f"--max_length {short}", dataclasses.replace(least, max_length=short))] if short < least.max_length else []
+        ways += (
+            [(f"--max_length {short}", dataclasses.replace(least, max_length=short))]
+            if planner.workload.least_length < short < least.max_length
+            else []
+        )
         way = next((f"{words}, or " for words, settings in ways if needed(settings) <= memory), "")
     except Untraceable:
         return f"memory is {memory:.4g} GiB, which is too small for the weights of {wish.model}; take a smaller model"
     stored = "" if least.quantize == "none" else f" in {least.quantize}"
+    how = "" if least.checkpointing == "none" else " with checkpointing"
     return (
-        f"memory is {memory:.4g} GiB; {wish.model}{stored}, one example of {least.max_length} tokens at a time with checkpointing, "
+        f"memory is {memory:.4g} GiB; {wish.model}{stored}, {planner.workload.example(least)} at a time{how}, "
         f"needs {figure:g} GiB: give {way}--memory {figure:g}, or take a smaller model"
     )
 

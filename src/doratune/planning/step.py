@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..data.encode import AnswerCollator
+from ..adapter.statistics import hold_statistics
+from ..config import METHODS
 from ..errors import UserError
 from ..support.models import contiguous_head, torch_dtype
 from ..training.train import checkpointing_arguments
 from .architecture import Architecture, traced_model
 from .heap import heap_bytes
-from .log import ADAPTERS, FACTORS, GRADIENTS, OPTIMIZER, WEIGHTS, AllocationLog
+from .log import ADAPTERS, FACTORS, GRADIENTS, IMAGES, OPTIMIZER, WEIGHTS, AllocationLog
 from .stand_ins import Adapter
+from .whole_numbers import WholeNumbers
 
 PHASES = ("forward", "backward", "step")
 
@@ -46,6 +49,8 @@ class StepBytes:
     """What an allocator holds for it, over several steps."""
     largest_block: int
     """Bytes of the largest module that repeats: what a sharded model gathers at once."""
+    flops: int
+    """Floating-point operations of a forward and a backward pass."""
 
     @property
     def peak(self) -> int:
@@ -53,7 +58,7 @@ class StepBytes:
 
 
 def step_bytes(built: Architecture, batch: int, length: int, answer: int | None = None, foreach: bool = False) -> StepBytes:
-    """Trace a step of `batch` sequences of `length` tokens.
+    """Trace a step of `batch` examples, of `length` tokens where they have a length.
 
     Args:
         answer: positions whose logits are computed; None: all.
@@ -62,9 +67,10 @@ def step_bytes(built: Architecture, batch: int, length: int, answer: int | None 
     Raises:
         Untraceable: the model's code asks for numbers, or an operation has no shapes of its own.
     """
+    plain = functools.partial(FakeTensorMode, shape_env=ShapeEnv(allow_scalar_outputs=True), allow_non_fake_inputs=True)
     try:
         model = copy.deepcopy(built.model)
-        with FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True), allow_non_fake_inputs=True):
+        with WholeNumbers() if built.workload.whole_numbers else plain():
             return _traced(built, traced_model(built, model), batch, length, answer, foreach)
     except UserError:
         raise
@@ -83,10 +89,16 @@ def _traced(built: Architecture, model: nn.Module, batch: int, length: int, answ
         model.enable_input_require_grads()
         settings = checkpointing_arguments(recipe.checkpointing)
         model.gradient_checkpointing_enable(next(value for value in settings.values() if isinstance(value, dict)))
-    log = AllocationLog(built.vocabulary, batch * (answer or length))
+    built.workload.prepare(model)
+    if recipe.method in METHODS:
+        hold_statistics(model)
+    log = AllocationLog(*built.workload.scores(model, batch, length, answer))
     name_parts(log, model, built)
     optimizer = optimizer_of(recipe, model, foreach)
-    inputs, forward = batch_of(model, batch, length, answer), wrapped_forward(model, recipe)
+    inputs, forward = built.workload.inputs(model, batch, length, answer), wrapped_forward(model, recipe)
+    for t in inputs.values():
+        if isinstance(t, torch.Tensor) and t.numel() > batch * length:  # images and masks
+            log.own(t, IMAGES)
     trained = [p for p in model.parameters() if p.requires_grad]
     marks: dict[str, tuple[int, int]] = {}
 
@@ -108,7 +120,7 @@ def _traced(built: Architecture, model: nn.Module, batch: int, length: int, answ
         if recipe.gradient_accumulation > 1:
             _ready_gradients(log, trained)
         with phase("forward"), autocast(recipe):
-            loss = forward(**inputs)["loss"]
+            loss = built.workload.loss(forward, inputs)
         log.keep()
         with phase("backward"):
             loss.backward()
@@ -138,6 +150,7 @@ def summary(log: AllocationLog, marks: dict, model: nn.Module) -> StepBytes:
         gradient_bytes=sum(p.nbytes for p in trained),
         heap=max(heap_bytes(log.storages), peaks[moment][0]),
         largest_block=largest,
+        flops=log.flops,
     )
 
 
@@ -170,19 +183,6 @@ def optimizer_of(recipe, model: nn.Module, foreach: bool) -> torch.optim.Optimiz
         if foreach and "foreach" in group and not group.get("fused"):
             group["foreach"] = True
     return optimizer
-
-
-def batch_of(model: nn.Module, batch: int, length: int, answer: int | None) -> dict:
-    """What the collator of training hands to the model, for sequences of one length."""
-    keep, accepted = min(length, answer or length), AnswerCollator(0, model)
-    ones = torch.ones(batch, length, dtype=torch.long)
-    inputs = {"input_ids": ones, "attention_mask": torch.ones_like(ones)}
-    if accepted.positions:
-        inputs["position_ids"] = torch.ones_like(ones)
-    if accepted.keeps_logits:
-        inputs["logits_to_keep"] = keep
-    labels = torch.ones(batch, keep if accepted.keeps_logits else length, dtype=torch.long)
-    return inputs | {"labels": labels, "num_items_in_batch": torch.ones(())}
 
 
 def autocast(recipe):

@@ -12,7 +12,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     storage = s.quantize if s.quantize != "none" else s.dtype
     rank = "" if s.method in ("full", "series", "parallel", "prefix") else f" rank {s.rank}"
     devices = f"{s.processes} x {s.device}" + (f", fsdp {s.fsdp}" if s.fsdp != "none" else "")
-    head = f"{s.model}: {s.method}{rank}, {storage}, {s.batch_size} x {s.max_length} tokens, on {devices}"
+    head = f"{s.model}: {s.method}{rank}, {storage}, {plan.batch}, on {devices}"
     rows = [
         (name, gib(size), f"{100 * size / total:.1f} %", MEANING[name])
         for name, size in sorted(plan.terms.items(), key=lambda term: -term[1])
@@ -27,8 +27,12 @@ def lines(plan: MemoryPlan) -> list[str]:
         out.append(f"largest {s.largest} that fits, all else as it is: {found}")
     if plan.fits is False:
         out.append(f"cheapest change after which it fits: {plan.change or 'none of those that are tried; see docs/planning.md'}")
-    if plan.seconds is not None:
-        out.append(f"time at {s.tokens_per_second:g} tokens/s: {plan.seconds / 3600:.2f} hours")
+    if plan.flops:
+        out.append(f"forward and backward of a batch: {plan.flops / 1e12:.4g} x 10^12 operations on each device")
+    if plan.seconds is not None and s.tokens_per_second is None:
+        out.append(f"time at {s.tflops:g} x 10^12 operations/s: {plan.seconds / 3600:.2f} hours")
+    elif plan.seconds is not None:
+        out.append(f"time at {s.tokens_per_second:g} {plan.unit}/s: {plan.seconds / 3600:.2f} hours")
     return out
 
 

@@ -90,7 +90,7 @@ def load_image_model(
     config.problem_type = head.problem_type or config.problem_type
     settings = quantization(quantize, dtype, double_quantization) | {"trust_remote_code": trust_remote_code} | _hub(path)
     if storage := settings.get("quantization_config"):
-        storage.llm_int8_skip_modules = _beside_the_body(config, head, trust_remote_code)
+        storage.llm_int8_skip_modules = _dense_parts(config, head, trust_remote_code)
     with quiet_loading(), readable_errors(name):
         model, info = head.auto_class().from_pretrained(
             path, config=config, dtype=dtype, ignore_mismatched_sizes=not own, output_loading_info=True, **settings
@@ -118,12 +118,16 @@ def _config(name: str, head: ImageHead | None, trust_remote_code: bool):
     return config
 
 
-def _beside_the_body(config, head: ImageHead, trust_remote_code: bool) -> list[str]:
+def _dense_parts(config, head: ImageHead, trust_remote_code: bool) -> list[str]:
     """The head's modules: they stay dense in a quantized base, where a new head is trained."""
     with torch.device("meta"):
-        model = head.auto_class().from_config(config, trust_remote_code=trust_remote_code)
-    beside = [(name, child) for name, child in model.named_children() if name != _body_of(model)]
-    return [name for name, child in beside if next(child.parameters(), None) is not None]
+        return beside_the_body(head.auto_class().from_config(config, trust_remote_code=trust_remote_code))
+
+
+def beside_the_body(model: nn.Module) -> list[str]:
+    """Names of the modules with numbers that stand beside the pretrained body: the head."""
+    body = _body_of(model)
+    return [name for name, child in model.named_children() if name != body and next(child.parameters(), None) is not None]
 
 
 def _body_of(model: nn.Module) -> str:
@@ -147,16 +151,21 @@ def _refuse_lacking(model: nn.Module, missing, name: str, complete: bool) -> Non
 
 def _draw_again(model: nn.Module) -> None:
     """New numbers for what has a row for each label, as the model's class draws them."""
-    shapes = []
-    for more in (0, 1):
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.num_labels = model.config.num_labels + more
-        with torch.device("meta"):
-            shapes.append({key: p.shape for key, p in type(model)(config).named_parameters()})
-    for key in [key for key in shapes[0] if shapes[0][key] != shapes[1][key]]:
+    for key in label_rows(model):
         owner = model.get_submodule(key.rpartition(".")[0])
         for part in (owner, *owner.parameters(recurse=False)):
             if hasattr(part, _MARK):
                 delattr(part, _MARK)
     with torch.no_grad():
         model.apply(lambda module: None if hasattr(module, _MARK) else model._initialize_weights(module))
+
+
+def label_rows(model: nn.Module) -> list[str]:
+    """Names of the parameters that have a row for each label."""
+    shapes = []
+    for more in (0, 1):
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.num_labels = model.config.num_labels + more
+        with torch.device("meta"):
+            shapes.append({key: p.shape for key, p in type(model)(config).named_parameters()})
+    return [key for key in shapes[0] if shapes[0][key] != shapes[1][key]]
