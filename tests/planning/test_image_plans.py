@@ -39,12 +39,29 @@ def folder_of(kind, path):
     if kind in image_models.KINDS:
         image_models.image_model(kind, path)
         return {"model": str(path), "objective": "image_classification", "targets": "all-layers"}
+    if kind == "qwen2-vl":
+        return qwen(path)
     if kind == "bart":
         tower = image_models.image_model("vit", path.parent / "tower")
         values = {"model": str(tiny_bart(path)), "objective": "vl_bart", "image_tower": str(tower)}
         return values | {"targets": ["q_proj", "v_proj"], "cells": 4, "frames": 6}
     mask_models.mask_model(kind, path, **mask_models.labels(*mask_models.NAMES))
     return {"model": str(path), "objective": "semantic_segmentation", "targets": "all-layers"}
+
+
+def qwen(path):
+    """Qwen2-VL with its image processor alone: the rest of its processor needs torchvision."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    marks = {"image_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7, "video_token_id": 8}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(text_config=text | {"vocab_size": 400, "rope_parameters": rope}, vision_config=vision, **marks)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil().save_pretrained(path)
+    return {"model": str(path), "targets": "all-linear"}
 
 
 def settings_of(values, **more):
@@ -113,6 +130,7 @@ FURTHER = [
     ("smolvlm", {"projector": "whole"}),
     ("llava-next", {}),
     ("gemma3", {}),
+    ("qwen2-vl", {"image_size": 112}),
     ("vit", {}),
     ("vit", {"method": "full", "dtype": "bfloat16"}),
     ("resnet", {"method": "full"}),
