@@ -8,6 +8,7 @@ import mask_models
 import pictures
 import pytest
 import torch
+import yaml
 from seeing_bart import tiny_bart
 
 from doratune import UserError
@@ -38,12 +39,29 @@ def folder_of(kind, path):
     if kind in image_models.KINDS:
         image_models.image_model(kind, path)
         return {"model": str(path), "objective": "image_classification", "targets": "all-layers"}
+    if kind == "qwen2-vl":
+        return qwen(path)
     if kind == "bart":
         tower = image_models.image_model("vit", path.parent / "tower")
         values = {"model": str(tiny_bart(path)), "objective": "vl_bart", "image_tower": str(tower)}
         return values | {"targets": ["q_proj", "v_proj"], "cells": 4, "frames": 6}
     mask_models.mask_model(kind, path, **mask_models.labels(*mask_models.NAMES))
     return {"model": str(path), "objective": "semantic_segmentation", "targets": "all-layers"}
+
+
+def qwen(path):
+    """Qwen2-VL with its image processor alone: the rest of its processor needs torchvision."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    marks = {"image_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7, "video_token_id": 8}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(text_config=text | {"vocab_size": 400, "rope_parameters": rope}, vision_config=vision, **marks)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil().save_pretrained(path)
+    return {"model": str(path), "targets": "all-linear"}
 
 
 def settings_of(values, **more):
@@ -112,6 +130,7 @@ FURTHER = [
     ("smolvlm", {"projector": "whole"}),
     ("llava-next", {}),
     ("gemma3", {}),
+    ("qwen2-vl", {"image_size": 112}),
     ("vit", {}),
     ("vit", {"method": "full", "dtype": "bfloat16"}),
     ("resnet", {"method": "full"}),
@@ -248,3 +267,38 @@ def test_the_operations_are_those_of_a_pass_and_its_input_gradients(tmp_path):
     assert 2 * 2 * BATCH * layers < plan.flops < 1.4 * 2 * 2 * BATCH * layers
     timed = Planner(settings_of(folder_of("vit", tmp_path / "again"), method="lora", rank=1, tflops=1e-6, tokens=30)).plan()
     assert timed.seconds == pytest.approx(30 / BATCH * plan.flops / 1e6)
+
+
+def published():
+    """Recipe → the published shape of its model, and what its plan needs beside the recipe."""
+    import transformers as t
+
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    text = t.LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    llava = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**vision, image_size=336), text_config=text)
+    segformer = t.SegformerConfig(architectures=["SegformerForImageClassification"])
+    segformer.image_size = 512
+    return {
+        "vision_classification": (t.ViTConfig(architectures=["ViTModel"]), {"classes": 2}),
+        "vision_segmentation": (segformer, {"classes": 150}),
+        "llava": (llava, {"quantize": "nf4", "batch_size": 4, "gradient_accumulation": 32}),
+    }
+
+
+STATED = {"vision_classification": "5.79 GiB", "vision_segmentation": "7.12 GiB", "llava": "18.96 GiB with --quantize nf4"}
+TRACED = tuple(STATED) if os.environ.get("DORATUNE_PLANS") == "all" else ("vision_classification",)
+
+
+@pytest.mark.parametrize("recipe", TRACED)
+def test_the_memory_that_a_recipe_states_is_the_plan_s(recipe, pytestconfig):
+    text = (pytestconfig.rootpath / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    config, more = published()[recipe]
+    plan = Planner(PlanSettings(**yaml.safe_load(text) | more, memory=24, largest="none"), config).plan()
+    assert STATED[recipe] in text and STATED[recipe].startswith(f"{plan.total / 2**30:.2f} GiB") and plan.fits
+
+
+def test_the_numbers_that_llava_trains_are_those_of_its_head(pytestconfig):
+    text = (pytestconfig.rootpath / "recipes" / "llava.yaml").read_text(encoding="utf-8")
+    built = architecture_of(PlanSettings(**yaml.safe_load(text)), published()["llava"][0])
+    projector = sum(p.numel() for name, p in built.model.named_parameters() if "projector" in name)
+    assert f"{stored_bytes(built)[2] - projector:,} of the adapter and {projector:,} of the projector" in text

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+import yaml
 from pictures import FAMILIES, image_folder, llava_items, model_folder, write_items
+from PIL import Image
 from safetensors.torch import load_file
 
 import doratune
 from doratune.cli.main import main
 from doratune.data.image_reader import load_reader
+from doratune.data.image_sources import ImageSource
 from doratune.errors import UserError
 from doratune.evaluation.evaluate import evaluate
 from doratune.evaluation.tasks import load_task
@@ -330,3 +333,38 @@ def test_llava_7b_by_counting():
     shares = [100 * (trained + projector) / (total + trained) for trained in (lora, lora + magnitudes)]
     assert (lora, magnitudes, projector) == (319_815_680, 1_359_872, 20_979_712)
     assert [math.floor(100 * share) / 100 for share in shares] == [4.61, 4.63]
+
+
+@pytest.mark.parametrize("size", [(40, 20), (12, 30), (16, 16)])
+def test_a_processor_that_pads_shows_the_whole_image_on_its_mean_colour(size, tmp_path):
+    """LLaVA's `image_aspect_ratio pad`, as docs/vision_language.md sets it in the model's folder."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    model, processor = FAMILIES["llava"]()
+    square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor.image_processor = LlavaImageProcessorPil(do_pad=True, **square)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "red.png")
+    reader = load_reader(str(tmp_path / "model"))
+    pixels = reader.inputs([[ImageSource(str(tmp_path / "red.png"), "red.png")]])["pixel_values"][0]
+    assert pixels.shape == (3, 16, 16) and len(reader.expansion(size)) == 16
+    red = (pixels[0] > 1).float()
+    expected = min(size) / max(size)  # the share of the square that the image covers, its borders blurred
+    assert red.mean() == pytest.approx(expected, abs=0.15) and red[8, 8] == 1
+    if size[0] != size[1]:
+        assert pixels[:, 0, 0].abs().max() < 0.05  # the mean colour, normalized
+
+
+def test_the_recipe_has_the_settings_of_llava_s_script(pytestconfig):
+    """finetune_lora as it is published, flag by flag."""
+    settings = yaml.safe_load((pytestconfig.rootpath / "recipes" / "llava.yaml").read_text())
+    said = {"rank": 128, "alpha": 256, "lr": 2e-4, "schedule": "cosine", "epochs": 1, "max_length": 2048, "dtype": "bfloat16"}
+    assert said.items() <= settings.items() and settings.get("weight_decay", 0) == 0
+    assert settings["checkpointing"] != "none" and settings.get("group_by_length", True)
+    assert settings["lr"] * settings["whole_lr_ratio"] == pytest.approx(2e-5) and settings["projector"] == "whole"
+    together = settings["batch_size"] * settings["gradient_accumulation"]
+    assert together == 16 * 2 * 4 and settings["warmup_steps"] == round(0.03 * 665_298 / together)
+    from transformers import LlavaConfig
+
+    assert LlavaConfig().vision_feature_layer == -2  # mm_vision_select_layer

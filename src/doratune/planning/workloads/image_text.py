@@ -29,6 +29,8 @@ class ImageTextWorkload(TextWorkload):
         super().__init__(recipe, config)
         self.count = recipe.image_count
         self.pictures: dict[str, Tensor] | None = None
+        self.guessed = False
+        """Are the pictures those of the config, since there is no processor?"""
         self.tokens: int | None = None
         """Of the images of one example; known after a trace."""
 
@@ -51,7 +53,7 @@ class ImageTextWorkload(TextWorkload):
             inputs.pop("position_ids", None)  # its own, from its images
         inputs["attention_mask"][0, 0] = 0  # so that there is a mask, as in batches of examples that are not all of one length
         pictures = emptied(self._pictures(model), examples) if self.count else {}
-        self.tokens = _tokens(model, pictures, self.recipe.model) // examples if self.count else 0
+        self.tokens = self._tokens(model, pictures) // examples if self.count else 0
         if length <= self.tokens:
             raise UserError(
                 f"max_length is {length}, and {self.count} image{'s' * (self.count > 1)} of {self.recipe.model} take {self.tokens} "
@@ -71,33 +73,34 @@ class ImageTextWorkload(TextWorkload):
         """The inputs of one example's pictures that the model takes."""
         if self.pictures is None:
             own = prepared_pictures(self.recipe, self.count)
+            self.guessed = own is None
             if own is None:
                 vision = getattr(self.config, "vision_config", self.config)
                 size = config_size(vision)
                 side = (self.recipe.image_size,) * 2 if self.recipe.image_size else size
                 if side is None:
                     raise UserError(_unknown(self.recipe.model))
-                own = {"pixel_values": torch.empty(self.count, getattr(vision, "num_channels", 3), *side)}
+                own = {"pixel_values": torch.ones(self.count, getattr(vision, "num_channels", 3), *side)}
             accepted = inspect.signature(model.forward).parameters
             self.pictures = {name: value for name, value in own.items() if name in accepted}
         return self.pictures
 
+    @torch.no_grad()
+    def _tokens(self, model: nn.Module, pictures: dict[str, Tensor]) -> int:
+        """Tokens that the pictures become: rows of the features that the model makes of them."""
+        accepted = inspect.signature(model.get_image_features).parameters
+        try:
+            made = model.get_image_features(**{key: value for key, value in pictures.items() if key in accepted}, return_dict=True)
+        except Exception as error:  # the code of any architecture
+            if self.guessed:
+                raise UserError(_unknown(self.recipe.model)) from error
+            raise
+        made = getattr(made, "pooler_output", made)
+        return sum(part.numel() // part.shape[-1] for part in (made if isinstance(made, list | tuple) else [made]))
+
     def shown(self, settings):
         images = f", {self.count} image{'s' * (self.count > 1)} of {(self.tokens or 0) // max(1, self.count)} in each"
         return super().shown(settings) + images * bool(self.count and self.tokens)
-
-
-@torch.no_grad()
-def _tokens(model: nn.Module, pictures: dict[str, Tensor], name: str) -> int:
-    """Tokens that the pictures become: rows of the features that the model makes of them."""
-    accepted = inspect.signature(model.get_image_features).parameters
-    try:
-        made = model.get_image_features(**{key: value for key, value in pictures.items() if key in accepted}, return_dict=True)
-        made = getattr(made, "pooler_output", made)
-        parts = made if isinstance(made, list | tuple) else [made]
-        return sum(part.numel() // part.shape[-1] for part in parts)
-    except Exception as error:  # the code of any architecture
-        raise UserError(f"{_unknown(name)} ({type(error).__name__})") from error
 
 
 def _unknown(name: str) -> str:

@@ -62,9 +62,9 @@ def _processor(name: str, trust_remote_code: bool):
 
 
 def emptied(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
-    """The inputs of so many examples, inside a trace: whole numbers as they are, fractions without numbers."""
+    """The inputs of so many examples, whole numbers as they are, fractions all 1."""
     return {
-        name: torch.empty(times * len(t), *t.shape[1:], dtype=t.dtype)
+        name: torch.ones(times * len(t), *t.shape[1:], dtype=t.dtype)
         if t.is_floating_point()
         else t.repeat(times, *[1] * (t.dim() - 1))
         for name, t in inputs.items()
