@@ -86,6 +86,34 @@ def test_an_extra_that_is_not_installed_is_no_fault(beside, monkeypatch, capsys)
     assert "not installed: pip install 'doratune[train]'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("library", "line"),
+    [
+        ("PIL", "needs PIL; pip install 'doratune[vision]'"),
+        ("SentencePiece", "needs SentencePiece; pip install 'doratune[train]'"),
+        ("Torchvision", "needs Torchvision; pip install torchvision"),
+    ],
+)
+def test_what_a_class_of_transformers_lacks_is_the_extra(library, line):
+    """The texts are transformers' own."""
+    from transformers.utils import import_utils
+
+    texts = [getattr(import_utils, name) for name in dir(import_utils) if name.endswith("_IMPORT_ERROR")]
+    (text,) = {text for text in texts if f"requires the {library} library but" in text}
+    assert packages.wanted_by(text.format("AutoThing")) == line
+
+
+def test_images_without_pillow_are_one_line(tmp_path, tiny_folder):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    code = "import sys; sys.modules |= {'PIL': None, 'PIL.Image': None}; "
+    code += "from doratune.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ["train", "--objective", "image_classification", "--model", str(tiny_folder), "--data", "photos", "--output", "run"]
+    run = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("doratune")]
+    assert run.returncode == 2 and lines == ["doratune train: needs PIL; pip install 'doratune[vision]'"], run.stderr[-1000:]
+    assert not (tmp_path / "run").exists()
+
+
 BROKEN = {
     "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "torch: missing; install the build"),
     "a part of it missing": ("import no_such_part", "it needs no_such_part; pip install no_such_part"),

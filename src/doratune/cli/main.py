@@ -107,7 +107,11 @@ def _guarded(command: str, call: Callable[[], int | None]) -> int:
     except ImportError as error:  # a package that is broken, or of a version that lacks what is used here
         if (error.name or "").startswith("doratune"):
             raise
-        _say(command, f"a package does not load ({str(error)[:300]}); doratune doctor shows which are of a wrong version")
+        from ..support.packages import wanted_by
+
+        _say(
+            command, wanted_by(str(error)) or f"a package does not load ({str(error)[:300]}); doratune doctor shows their versions"
+        )
         return 2
 
 
