@@ -22,7 +22,7 @@ from doratune.cli.main import main
 from doratune.cli.merge import MergeSettings
 from doratune.cli.report import ReportSettings
 from doratune.comparison.recipe import CompareRecipe
-from doratune.demo.demonstration import DemoSettings
+from doratune.demo.settings import DemoSettings
 from doratune.errors import UserError
 from doratune.support.values import Range, check_value, rule_of
 from doratune.training.recipe import TrainRecipe

@@ -156,3 +156,12 @@ def test_help_shows_every_setting():
 
     assert all(f"    {name}: " in AdapterConfig.__doc__ for name in AdapterConfig.__dataclass_fields__)
     assert doratune.training.__name__ == "doratune.training"
+
+
+@pytest.mark.parametrize("words", [["demo", "--help"], ["demo", "--resume"], ["chat", "--help"], ["merge", "--help"]], ids=" ".join)
+def test_help_and_wrong_flags_load_nothing_that_trains(words):
+    heavy = ("datasets", "pandas", "hqq", "torch._dynamo", "accelerate")
+    code = f"import sys; from doratune.cli.main import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    code += f"print('loaded', [name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines()[-1] == "loaded []", run.stdout[-300:]

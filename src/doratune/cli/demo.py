@@ -9,15 +9,17 @@ EXAMPLE = "doratune demo --output runs/demo"
 
 
 def main(argv: list[str]) -> int:
+    from ..demo.settings import DemoSettings
+
+    settings, _ = parse(DemoSettings, argv, "demo", EXAMPLE)
     keep_freed_memory()
     import sys
     from importlib.resources import files
 
-    from ..demo.demonstration import DemoSettings, demo
+    from ..demo.demonstration import demo
     from ..training.recipe import TrainRecipe
     from ..training.train import Interrupted
 
-    settings, _ = parse(DemoSettings, argv, "demo", EXAMPLE)
     path = settings.recipe or str(files("doratune.demo") / "demo.yaml")
     recipe, _ = parse(TrainRecipe, [path], "demo", EXAMPLE, recipe=True)
     try:

