@@ -27,6 +27,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vermin -t=3.10- --violations --eval-annotations --no-tips --quiet src
 	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 
 docs: $(READY)

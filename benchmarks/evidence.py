@@ -1,7 +1,7 @@
-"""python benchmarks/evidence.py: the tables of docs/evidence.md from benchmarks/results/, between markers; no figure by hand.
+"""python benchmarks/evidence.py: the tables and figures of docs/evidence.md from benchmarks/results/; no figure by hand.
 
-compare_*.json             compare.json of `doratune compare`
-movement_four_tasks.json   points.json of `doratune analyze`
+compare_*.json             compare.json of `doratune compare`; compare_llava.json also as a picture, docs/ranks.png
+movement_*.json            points.json of `doratune analyze`
 evaluation_cpu.json        benchmarks/evaluation.py
 """
 
@@ -108,10 +108,38 @@ def evaluation(found: dict) -> str:
 def tables(results: Path) -> dict[str, str]:
     """{marker: Markdown} of the files that are there."""
     made = {path.stem: compared(json.loads(path.read_text())) for path in sorted(results.glob("compare_*.json"))}
-    for name, file, write in (("movement", "movement_four_tasks", movement), ("evaluation", "evaluation_cpu", evaluation)):
-        if (path := results / f"{file}.json").is_file():
-            made[name] = write(json.loads(path.read_text()))
+    made |= {path.stem: movement(json.loads(path.read_text())) for path in sorted(results.glob("movement_*.json"))}
+    if (path := results / "evaluation_cpu.json").is_file():
+        made["evaluation"] = evaluation(json.loads(path.read_text()))
     return made
+
+
+def draw_ranks(found: dict, path: Path) -> None:
+    """Score against rank of each method with its interval; a method without a rank axis is a line across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chart = next(curve for curve in found["curves"] if curve["x"] == "rank")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for place, (name, points) in enumerate(chart["series"].items()):
+        points = sorted((p for p in points if p["x"]), key=lambda p: p["x"]) or points
+        heights, colour = [100 * p["mean"] for p in points], f"C{place % 10}"
+        if len(points) == 1:
+            axes.axhline(heights[0], label=name, color=colour, linestyle="--", linewidth=1)
+            continue
+        halves = [100 * (p["high"] - p["low"]) / 2 for p in points]
+        shift = 1 + 0.03 * (place - 3)  # bars of one rank beside one another
+        axes.errorbar([p["x"] * shift for p in points], heights, halves, label=name, color=colour, marker="o", capsize=3)
+    axes.set(xscale="log", xlabel="rank", ylabel=f"{chart['y']}, %")
+    ranks = sorted({p["x"] for points in chart["series"].values() if len(points) > 1 for p in points})
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main(root: Path) -> None:
@@ -120,6 +148,8 @@ def main(root: Path) -> None:
     for name, content in tables(root / "benchmarks" / "results").items():
         text = placed(page, name, content, text)
     page.write_text(text, encoding="utf-8")
+    if (path := root / "benchmarks" / "results" / "compare_llava.json").is_file():
+        draw_ranks(json.loads(path.read_text()), root / "docs" / "ranks.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     pip install easy-vqa
     python benchmarks/llava.py --output runs/llava_easy_vqa              # the best of four rates, 3 seeds
     python benchmarks/llava.py --output runs/llava_easy_vqa --methods full lora dora dvora    # goes on with a fourth
+    python benchmarks/llava.py --output runs/powered --methods all --ranks 4 16 64 --seeds 5    # docs/evidence.md
     python benchmarks/llava.py --output runs/smol --language smollm2-135m-instruct --dtype bfloat16    # on a GPU
     python benchmarks/llava.py --output runs/small --questions 300 --steps 5 --tower_epochs 0.5 --seeds 1 --test_items 20
 
@@ -46,7 +47,12 @@ SIDE, PATCH = 32, 8
 """Pixels of an image's side, and of that of a patch: 16 tokens an image."""
 TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
 LANGUAGE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-RATES = {"full": 1e-3, "lora": 3e-3, "dora": 3e-3, "dvora": 1e-2}
+RATES = {
+    "full": 1e-3, "lora": 3e-3, "dora": 3e-3, "dora_half": 3e-3, "magnitude_mix": 3e-3, "vera": 3e-2, "dvora": 3e-2,
+    "prefix": 3e-2, "series": 3e-3, "parallel": 3e-3,
+}  # fmt: skip
+VARIANTS = {"series": {"method": "series", "baseline_size": 160}, "parallel": {"method": "parallel", "baseline_size": 40}}
+"""Bottlenecks as wide as LoRA of rank 16 has numbers (163,840) in the small Llama."""
 SPREAD = (0.1, 0.3, 1.0, 3.0)
 """Of a sweep: factors on each method's rate."""
 BATCH = 32
@@ -221,6 +227,9 @@ def grid_of(arguments: argparse.Namespace, base: Path) -> CompareRecipe:
             "max_length": 64, "dtype": arguments.dtype, "tensorboard": False,
         },
         methods=arguments.methods,
+        variants={m: VARIANTS[m] for m in arguments.methods if m in VARIANTS},
+        ranks=arguments.ranks,
+        sweep_ranks="every",
         seeds=list(range(arguments.seeds)),
         method_lrs={m: [float(f"{RATES[m] * f:.3g}") for f in SPREAD] for m in arguments.methods},
         score="generate",
@@ -233,11 +242,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/llava_easy_vqa"))
     parser.add_argument("--language", help="a causal language model instead of the small Llama; its rates are not RATES")
-    parser.add_argument("--methods", nargs="+", choices=tuple(RATES), default=["full", "lora", "dora"])
+    parser.add_argument("--methods", nargs="+", choices=(*RATES, "all"), default=["full", "lora", "dora"])
     parser.add_argument("--questions", type=int, default=4000, help="about training images, the 200 to choose rates by among them")
     parser.add_argument("--test_items", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="several, each with a sweep of its own")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tower_epochs", type=float, default=20)
@@ -246,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--result", type=Path)
     arguments = parser.parse_args(argv)
+    arguments.methods = list(RATES) if "all" in arguments.methods else arguments.methods
     keep_freed_memory()
     with only_one(arguments.output):  # a second start would write the base again while cells read it
         measure(arguments)

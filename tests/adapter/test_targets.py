@@ -151,6 +151,7 @@ TARGET_MISTAKES = [
     ({"targets": ["q_prj"]}, "did you mean 'q_proj'"),
     ({"targets": ["q_proj", "nothing_like_it"]}, "'nothing_like_it' matches no module"),
     ({"targets": "q_proj"}, "did you mean 'q_proj'"),
+    ({"targets": "q_proj"}, "matches no whole module name, and as a list, ['q_proj'], it is the end of names"),
     ({"targets": "(q_proj"}, "not a valid regular expression"),
     ({"targets": ["mlp"]}, "its layers: down_proj, gate_proj, up_proj"),
     ({"targets": ["input_layernorm"]}, "LlamaRMSNorm"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import one_layer, randomize, tiny_gpt2, tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import doratune
 from doratune import AdapterConfig
@@ -376,6 +377,24 @@ def analyzed(*arguments, output):
 
     status = main(["analyze", *map(str, arguments), "--output", str(output)])
     return status, json.loads((output / "points.json").read_text()) if status == 0 else None
+
+
+@pytest.mark.parametrize("changed", [1, 2, 0])
+def test_weights_that_a_run_left_alone_are_not_counted(changed, tiny_folder, tmp_path, capsys):
+    """A frozen tower's, say; where nothing at all has changed, that is what is said."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        for layer in model.model.layers[:changed]:
+            layer.self_attn.q_proj.weight.mul_(1 + torch.rand_like(layer.self_attn.q_proj.weight))
+    model.save_pretrained(tmp_path / "full")
+    arguments = tmp_path / "full", "--model", tiny_folder, "--modules", "q_proj", "v_proj"
+    status, points = analyzed(*arguments, output=tmp_path / "out")
+    (run,) = points.values()
+    assert status == 0 and len(run["points"]) == (changed or 4)
+    assert len(run["unchanged"]) == (4 - changed if changed else 0)
+    assert set(run["spectra"]) == {p["name"] for p in run["points"]}
+    said = f"{4 - changed} weights that the run left as they were are not counted"
+    assert (said in capsys.readouterr().out) == bool(changed)
 
 
 def test_what_points_json_says_of_the_last_checkpoint(tiny_folder, tmp_path, capsys):

@@ -98,6 +98,34 @@ def test_the_adapter_knows_its_base(tmp_path, tiny_tokenizer, capsys):
     assert "records no base model; give --model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("magnitude", [1.0, 1.05])
+def test_greedy_answers_that_stay_the_same_are_counted(dtype, magnitude, tmp_path, tiny_tokenizer):
+    """As transformers' own greedy decoding has them, of base + adapter and of the merged folder; also of a merge that is wrong."""
+    from doratune.checkpoint.logits import NEW_TOKENS, SENTENCES, agreement
+
+    base, adapter, model = prepare(tiny_llama, tmp_path, AdapterConfig(rank=4), dtype=getattr(torch, dtype))
+    tiny_tokenizer.save_pretrained(base)
+    assert main(["merge", "--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "m")]) == 0
+    with torch.no_grad():
+        for _, layer in doratune.adapters(model):
+            layer.magnitude.mul_(magnitude)
+    doratune.save(model, tmp_path / "other")
+    found = agreement(str(base), tmp_path / "other", tmp_path / "m", dtype)
+    trained = doratune.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "other")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    trained.generation_config.eos_token_id = merged.generation_config.eos_token_id = None
+    same = 0
+    for sentence in SENTENCES:
+        ids = tiny_tokenizer(sentence, return_tensors="pt")["input_ids"]
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW_TOKENS}
+        ours, theirs = (one.generate(ids, **settings)[0, ids.shape[1] :] for one in (trained, merged))
+        same += int((ours == theirs).long().cumprod(0).sum())
+    assert found.greedy == (same, NEW_TOKENS * len(SENTENCES))
+    assert f"{same} of {NEW_TOKENS * len(SENTENCES)} tokens stay the same" in str(found)
+    assert ("--dtype float32" in str(found)) == (dtype == "bfloat16" and same < NEW_TOKENS * len(SENTENCES))
+
+
 def test_a_wrong_merge_is_found(tmp_path, tiny_tokenizer):
     """The check must be able to fail: compare with another adapter."""
     from doratune.checkpoint.logits import agreement

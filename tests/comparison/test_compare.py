@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 import yaml
 
 from doratune.cli.main import main
-from doratune.comparison.cells import Cell, command, finals, sweep
+from doratune.comparison.cells import Cell, command, finals, rates, sweep
 from doratune.comparison.recipe import CompareRecipe
-from doratune.comparison.statistics import over_seeds, paired_bootstrap, paired_difference
+from doratune.comparison.statistics import holm, over_seeds, paired_bootstrap, paired_difference
 from doratune.errors import UserError
 
 
@@ -37,7 +38,8 @@ def test_the_cells_of_a_grid():
         "full-lr0.001-s0", "full-lr0.0003-s0", "lora-r16-lr0.001-s0", "lora-r16-lr0.0003-s0",
         "dora_half-r8-lr0.001-s0", "dora_half-r8-lr0.0003-s0", "vera-r256-lr0.001-s0", "vera-r256-lr0.0003-s0",
     ]  # fmt: skip
-    last = finals(one, one.check(), {"full": 1e-3, "lora": 3e-4, "dora_half": 1e-3, "vera": 1e-3})
+    recipe = one.check()
+    last = finals(one, recipe, rates(one, recipe, {"full": 1e-3, "lora": 3e-4, "dora_half": 1e-3, "vera": 1e-3}))
     assert [c.configuration for c in last if c.seed == 1] == [
         ("full", None, None), ("lora", 4, None), ("lora", 16, None), ("dora_half", 2, None), ("dora_half", 8, None),
         ("vera", 256, None),
@@ -45,6 +47,16 @@ def test_the_cells_of_a_grid():
     assert set(names(last)) & set(names(first)) == {
         "full-lr0.001-s0", "lora-r16-lr0.0003-s0", "dora_half-r8-lr0.001-s0", "vera-r256-lr0.001-s0",
     }  # fmt: skip
+
+
+def test_every_rank_may_have_a_sweep_of_its_own():
+    methods = ["full", "lora", "dora_half", "vera"]
+    one = grid(ranks=[4, 16], seeds=[0], lrs=[1e-3, 3e-4], methods=methods, sweep_ranks="every")
+    assert [(c.method, c.rank) for c in sweep(one, one.check()) if c.lr == 1e-3] == [
+        ("full", None), ("lora", 4), ("lora", 16), ("dora_half", 2), ("dora_half", 8), ("vera", 256),
+    ]  # fmt: skip
+    chosen = {("lora", 4): 1e-3, ("lora", 16): 3e-4, ("full", None): 1e-3}
+    assert names(finals(one, one.check(), chosen)) == ["full-lr0.001-s0", "lora-r4-lr0.001-s0", "lora-r16-lr0.0003-s0"]
 
 
 def test_a_cell_is_a_plain_train_command():
@@ -118,7 +130,7 @@ def test_ready_grids_expand(pytestconfig):
             values["recipe"] = str(pytestconfig.rootpath / values["recipe"])
         one = CompareRecipe(**values)
         training = one.check()
-        assert len(finals(one, training, dict.fromkeys(one.methods, 1e-3))) == count, name
+        assert len(finals(one, training, rates(one, training, dict.fromkeys(one.methods, 1e-3)))) == count, name
         assert one.source and one.expected
 
 
@@ -155,6 +167,27 @@ def test_the_paired_bootstrap_finds_a_difference_and_no_other():
     assert np.mean(false) < 0.15
     with pytest.raises(ValueError, match="different items"):
         paired_bootstrap(a, {"t": a["t"][:, :9]}, 100)
+
+
+def test_p_values_are_corrected_for_their_number():
+    """Holm's own arithmetic: the smallest of four times 4, the next times 3 …, never below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_smallest_visible_difference_is_found_four_times_in_five():
+    """By simulation: true differences of that size, on seeds with that spread."""
+    random, seeds, spread = np.random.default_rng(3), 5, 0.02
+    sizes, shown = [], []
+    for _ in range(400):
+        noise = random.normal(0, spread, seeds)
+        size = paired_difference(spread * np.array([-1.2, -0.4, 0.0, 0.4, 1.2]), [0.0] * seeds).visible()
+        sizes.append(size)
+        shown.append(paired_difference(size + noise, [0.0] * seeds).shown)
+    assert 0.7 < np.mean(shown) < 0.9
+    found = paired_difference([1.0, 1.1, 1.3], [1.2, 1.3, 1.4])
+    assert found.visible(10) > found.visible(2) > found.visible() > 0
 
 
 def test_pairing_removes_what_both_share():
@@ -277,9 +310,11 @@ def test_a_part_of_the_grid_on_ray(whole, setup, capsys):
     output = setup / "ray"
     words = ["compare", str(setup / "grid.yaml"), "--output", str(output), "--launcher", "ray", "--cell_cpus", "1"]
     words += ["--analyze", "[]", "--methods", "[lora]", "--lrs", "[0.01]"]
-    script = f"import sys; from doratune.cli.main import main; sys.exit(main({words!r}))"
+    script = f"import sys; from doratune.cli.main import main, quiet_others; quiet_others(); sys.exit(main({words!r}))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-2000:]
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", run.stderr)]
+    assert [piece for piece in pieces if piece and not piece.startswith("ray cells: ")] == [], "other packages' lines"
     (there,) = figures(output)["rows"]
     (here,) = (row for row in figures(whole)["rows"] if row["method"] == "lora")
     assert all(there[key] == here[key] for key in ("method", "rank", "seeds", "lr", "trainable"))

@@ -12,9 +12,10 @@ import pytest
 
 from doratune.cli.arguments import parse
 from doratune.cli.evaluate import EvaluateSettings
-from doratune.comparison.cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
+from doratune.comparison.cells import Cell, command, finals, folder_of, rates, recipe_of, refuse_mixed, shown, sweep
 from doratune.comparison.collect import Result, collect
-from doratune.comparison.grid import _record, _words, base_command, choose
+from doratune.comparison.grid import _record, _words, base_command
+from doratune.comparison.rates import choose
 from doratune.comparison.recipe import CompareRecipe
 from doratune.comparison.statistics import paired_bootstrap
 from doratune.comparison.summary import summarize
@@ -86,7 +87,7 @@ def test_yaml_numbers_without_a_point_are_numbers():
 
 def test_a_variants_own_alpha_stands():
     one = grid({"alpha": 32.0}, methods=["v"], variants={"v": {"method": "dora", "alpha": 64.0}})
-    assert recipe_of(finals(one, one.check(), {"v": 1e-3})[0], one, one.check()).alpha == 64
+    assert recipe_of(finals(one, one.check(), rates(one, one.check(), {"v": 1e-3}))[0], one, one.check()).alpha == 64
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_cells_command_says_its_recipe(settings, tmp_path):
     shared = one.check()
     write_recipe(tmp_path / "out put" / "recipe.yaml", shared)
     for lr in (1e-5, 3.3333333333333335e-05):
-        cell = finals(one, shared, {"v": lr})[0]
+        cell = finals(one, shared, rates(one, shared, {"v": lr}))[0]
         words = shlex.split(shown(command(cell, one, shared)))[2:]
         read, _ = parse(TrainRecipe, words, "train", "", recipe=True)
         assert dataclasses.asdict(read) == dataclasses.asdict(recipe_of(cell, one, shared))
@@ -148,7 +149,7 @@ def finished_grid(tmp_path_factory):
     shared = one.check()
     random = np.random.default_rng(0)
     write_recipe(output / "recipe.yaml", shared)
-    for cell in finals(one, shared, dict.fromkeys(one.methods, 1e-3)):
+    for cell in finals(one, shared, rates(one, shared, dict.fromkeys(one.methods, 1e-3))):
         folder = folder_of(cell, one)
         write_recipe(folder / "recipe.yaml", recipe_of(cell, one, shared))
         right = [bool(x) for x in random.random(8) < 0.5]
@@ -191,7 +192,8 @@ def test_a_corrupt_cell_is_a_line_and_the_rest_comes_out(finished_grid, tmp_path
     """In the comparison and on the page."""
     shutil.copytree(finished_grid, tmp_path / "out")
     one = grid({"tasks_protocol": "likelihood"}, methods=["lora", "dora"], ranks=[4], output=str(tmp_path / "out"), resamples=100)
-    shared, lrs = one.check(), dict.fromkeys(one.methods, 1e-3)
+    shared = one.check()
+    lrs = rates(one, shared, dict.fromkeys(one.methods, 1e-3))
     (tmp_path / "out" / "cells" / "lora-r4-lr0.001-s0" / file).write_text(text)
     results, problems = collect(finals(one, shared, lrs), one, shared)
     assert len(problems) == 1
@@ -211,7 +213,8 @@ def test_a_loss_that_is_no_number_is_left_out(finished_grid, tmp_path):
     for score, seeds in (("likelihood", [0, 1, 2]), ("eval_loss", [1, 2])):
         settings = {"tasks_protocol": "likelihood"}
         one = grid(settings, methods=["lora", "dora"], ranks=[4], output=str(tmp_path / "out"), resamples=100, score=score)
-        shared, lrs = one.check(), dict.fromkeys(one.methods, 1e-3)
+        shared = one.check()
+        lrs = rates(one, shared, dict.fromkeys(one.methods, 1e-3))
         results, problems = collect(finals(one, shared, lrs), one, shared)
         summary = summarize(one, shared, results, lrs, problems)
         assert next(row.seeds for row in summary.rows if row.method == "lora") == seeds
@@ -227,7 +230,7 @@ def test_a_method_whose_sweep_failed_is_left_out(finished_grid, tmp_path):
     for folder in (tmp_path / "out" / "cells").glob("lora-*"):
         shutil.rmtree(folder)
     lrs, notes = choose(one, one.check())
-    assert lrs == {"dora": 1e-3}
+    assert lrs == {("dora", 4): 1e-3}
     assert any("lora: no learning rate of its sweep finished, so it is left out" in note for note in notes)
     assert {cell.method for cell in finals(one, one.check(), lrs)} == {"dora"}
     shutil.rmtree(tmp_path / "out" / "cells")
@@ -239,7 +242,7 @@ def test_a_cell_goes_on_only_in_its_own_recipe(tmp_path):
     """A checkpoint of other data, begun before the grid was changed, is not resumed."""
     one = grid(output=str(tmp_path / "out"))
     shared = one.check()
-    cell = finals(one, shared, {"lora": 1e-3})[0]
+    cell = finals(one, shared, rates(one, shared, {"lora": 1e-3}))[0]
     folder = folder_of(cell, one)
     write_recipe(folder / "recipe.yaml", recipe_of(cell, one, shared))
     write_json(folder / "checkpoint-1" / "trainer_state.json", {})

@@ -41,7 +41,7 @@ def test_json_jsonl_slices_and_lists(tmp_path):
         ("x.json", "[]", "holds no examples"),
         ("x.json", '[\n{"instruction": "a",\n}]', "line 3: malformed JSON"),
         ("x.jsonl", json.dumps(ITEM) + "\n{oops", "line 2: malformed JSON"),
-        ("x.json", [ITEM, 5], "item 2 is a int"),
+        ("x.json", [ITEM, 5], "item 2 is a whole number"),
         ("x.json", [ITEM, {"instruction": "a"}], "item 2 has no text under 'output'"),
         ("x.json", [{"output": "a"}], "item 1 has no text under 'instruction'"),
         ("x.jsonl", '{"messages": "hi"}', "no list of role and content"),

@@ -171,7 +171,7 @@ WRONG = {
     "no image": (ask("<image>what?", "text.png"), "text.png: no JPEG"),
     "truncated": (ask("<image>what?", "cut.png"), "cut.png: a truncated or damaged image"),
     "empty": (ask("<image>what?", "empty.png"), "empty.png: an empty file"),
-    "a number": (ask("<image>what?", 7), "the image is of the type int"),
+    "a number": (ask("<image>what?", 7), "the image is a whole number"),
     "to be fetched": (ask("<image>what?", "http://example.org/a.png"), "would have to be fetched"),
     "no Base64": (ask("<image>what?", "data:image/png;base64,???"), "no data in Base64"),
     "both keys": (ask("<image>what?", "red.png", images=["red.png"]), "has images under 'image', 'images'"),

@@ -29,6 +29,17 @@ def test_veras_factors_are_one_pair_for_all_layers():
     assert count[0] < count[1] / 5  # of a model whose layers are 32 wide; see test_inspect for 7B
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["vera", "dvora"])
+def test_calls_share_veras_A_whatever_its_dtype(method, dtype):
+    """224 layers of LLaMA-7B at rank 1,024 would hold 2.3 GiB of copies."""
+    model = doratune.attach(tiny_llama().to(dtype), AdapterConfig(method=method, rank=64))
+    model(torch.arange(8)[None]).logits.sum().backward()
+    prepared = [layer.adapted.factors.A_RI for _, layer in doratune.adapters(model)]
+    assert {A.dtype for A in prepared} == {dtype}
+    assert len(prepared) > 4 and len({A.untyped_storage().data_ptr() for A in prepared}) == 1
+
+
 def test_veras_copies_compute_the_same():
     model, layer = one_layer(13, 10, method="dvora", rank=6)
     grid.move(layer)

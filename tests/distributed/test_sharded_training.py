@@ -5,13 +5,15 @@ from launching import launched
 
 METHODS = ["lora", "dora", "dora, full gradient", "dora, input axis", "dora, input axis, full gradient"]
 METHODS += ["dora, relative", "dvora", "dora, pissa", "dora, whole head"]
+AT_THE_ROOT = ["head", "embedding", "blocks alone", "head, input axis, relative"]
 WAYS = ["whole model at once", "not resharded after the forward", "offloaded", "by columns", "each layer", "checkpointed"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     cases = "ddp", "fsdp", "ways_of_sharding", "attached_after_sharding", "mixed_precision", "collectives", "nf4", "refusals"
-    return launched(tmp_path_factory.mktemp("launch"), *cases, "memory", "other_layers")[0]
+    cases += "memory", "other_layers", "after_a_forward", "calls_after_a_forward"
+    return launched(tmp_path_factory.mktemp("launch"), *cases)[0]
 
 
 def same(expected, losses):
@@ -66,6 +68,25 @@ def test_attached_after_a_sharded_model_has_run(found):
     expected, losses, starts_exactly = found["attached_after_sharding"]["dora, after a run"]
     same(expected, losses)
     assert starts_exactly
+
+
+@pytest.mark.parametrize("name", AT_THE_ROOT)
+def test_what_a_forward_leaves_whole_is_not_what_is_trained(found, name):
+    """Forwards with and without gradients before attaching and before the optimizer is made."""
+    orders = {key: losses for key, losses in found["after_a_forward"].items() if key.startswith(f"{name}, ")}
+    assert len(orders) >= 6
+    for order, (expected, losses) in orders.items():
+        assert losses == pytest.approx(expected, abs=1e-6), order
+
+
+@pytest.mark.parametrize("name", ["head", "embedding"])
+def test_nor_what_is_written_and_given_back(found, name):
+    """load_weights, merge, unmerge, a second adapter and none, an optimizer between forward and backward, each after a forward."""
+    case = found["calls_after_a_forward"][name]
+    expected, losses = case["steps"]
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert case["merged"] is not False and max(case[key] for key in ("loaded", "merged", "back", "in use again")) < 1e-6
+    assert case["as before"]
 
 
 @pytest.mark.parametrize("order", ["early", "late"])

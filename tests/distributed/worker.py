@@ -189,6 +189,105 @@ def attached_after_sharding():
     return found
 
 
+AT_THE_ROOT = {
+    "head": {"targets": ["lm_head", "q_proj"]},
+    "embedding": {"targets": ["embed_tokens", "q_proj"]},
+    "blocks alone": {"targets": ["q_proj", "down_proj"]},
+    "head, input axis, relative": {"targets": ["lm_head", "v_proj"], "magnitude_axis": "input", "magnitude_form": "relative"},
+}
+RESHARDED = {"resharded": {"reshard_after_forward": True}, "not resharded": {"reshard_after_forward": False}, "as it comes": {}}
+
+
+def ran(model, how):
+    """The model after a forward, which leaves copies in the place of the root's parameters."""
+    if how == "verify":
+        doratune.verify(model)
+    elif how == "begun ahead":
+        for module in [model, *model.model.layers]:
+            module.unshard(async_op=True)
+    elif how:
+        with torch.set_grad_enabled(how == "with gradients"):
+            model(input_ids=ids(0)).logits.sum()
+    return model
+
+
+@case
+def after_a_forward():
+    """What ran before attaching, and before the optimizer is made."""
+    found = {}
+    orders = [("", "without gradients"), ("with gradients", ""), ("without gradients", "with gradients"), ("begun ahead", "verify")]
+    orders += [(None, "with gradients"), (None, "begun ahead")]
+    for name, settings in AT_THE_ROOT.items():
+        expected = train(attached(**settings), split=False, steps=2)
+        for number, (before, then) in enumerate(orders):
+            way = list(RESHARDED)[(number + len(found)) % 3]
+            sharding = RESHARDED[way]
+            early = before is None  # attached before sharding
+            model = shard(attached(**settings) if early else base(), **sharding)
+            model = model if early else attached(ran(model, before), **settings)
+            key = f"{name}, {'attached first' if early else before or 'nothing'}, {then or 'nothing'}, {way}"
+            found[key] = expected, train(ran(model, then), split=True, steps=2)
+    return found
+
+
+@case
+def calls_after_a_forward():
+    """What writes into a model whose last call left copies in it, beside the same of one process; and an optimizer between a
+    forward and its backward."""
+    from doratune.checkpoint.adapter import load_weights
+
+    found = {}
+    for name in ("head", "embedding"):
+        settings = AT_THE_ROOT[name]
+        single, model = attached(**settings), ran(shard(base(), reshard_after_forward=False), "with gradients")
+        trainable = {key: p.requires_grad for key, p in shard(base()).named_parameters()}
+        attached(model, **settings)
+        path = OUT.parent / f"called {name}"
+        randomize(single)
+        if dist.get_rank() == 0:
+            doratune.save(single, path)
+        dist.barrier()
+        load_weights(single, path)  # a file has no B for rows without direction
+        load_weights(ran(model, "with gradients"), path)
+        case = found[name] = {"loaded": far(model, single)}
+        doratune.merge(ran(model, "with gradients"))
+        doratune.merge(single)
+        for module in [model, *model.model.layers]:
+            module.reshard()
+        case["merged"] = distance(model.state_dict(), single.state_dict())
+        doratune.unmerge(ran(model, "with gradients"))
+        doratune.unmerge(single)
+        case["back"] = far(model, single)
+        doratune.attach(ran(model, "with gradients"), doratune.AdapterConfig(rank=4, **settings), name="other")
+        doratune.use(ran(model, "with gradients"), "default")
+        case["in use again"] = far(model, single)
+        case["steps"] = train(single, split=False, steps=2), two_steps(model)
+        doratune.delete(ran(model, "with gradients"), "default")
+        doratune.use(model, None)
+        now = {key: p.requires_grad for key, p in model.named_parameters()}
+        case["as before"] = now == trainable and all(isinstance(p, DTensor) for p in model.parameters())
+    return found
+
+
+def two_steps(model):
+    """Losses; the optimizer is made between the first forward and its backward."""
+    batch = half(ids(0))
+    loss = model(input_ids=batch, labels=batch).loss
+    optimizer = torch.optim.AdamW(doratune.parameter_groups(model, lr=1e-2))
+    doratune.inspect(model)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return [mean.item() / 2, *train(model, split=True, steps=1, first=1, optimizer=optimizer)]
+
+
+def far(model, single):
+    with torch.no_grad():
+        return (model(input_ids=ids(0)).logits - single(input_ids=ids(0)).logits).abs().max().item()
+
+
 @case
 def mixed_precision():
     found = {}
@@ -441,7 +540,7 @@ def own_parts():
         dist.barrier()
         whole = attached(load_model(str(folder), dtype), **settings)
         blocks = blocks_of(skeleton_of(str(folder)))
-        parts, again = (attached(load_model(str(folder), dtype, blocks=blocks), **settings) for _ in range(2))
+        parts = attached(load_model(str(folder), dtype, blocks=blocks), **settings)
         share = sum(p.to_local().nbytes for p in parts.parameters()) / sum(p.nbytes for p in whole.parameters())
         doratune.verify(parts)
         with torch.no_grad():
@@ -449,8 +548,7 @@ def own_parts():
         doratune.save(parts, folder / "parts")
         if dist.get_rank() == 0:
             doratune.save(whole, folder / "whole")
-        doratune.verify(again)  # and no forward before the optimizer is made: it would leave the root's parameters whole
-        found[name] = same, share, train(whole, split=False), train(again, split=True)
+        found[name] = same, share, train(whole, split=False), train(parts, split=True)
     return found
 
 

@@ -31,13 +31,18 @@ def runnable(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[tuple[int, str]]:
-    """(line, `doratune …`) of every command line in code: fenced, indented or between backquotes."""
-    found, fenced, text = [], False, text_of(page)
-    for number, line in enumerate(text.splitlines(), 1):
+    """(line, `doratune …`) of every command line in code: fenced, indented or between backquotes; a line that ends in a backslash
+    goes on in the next."""
+    found, fenced, begun = [], False, ""
+    for number, line in enumerate(text_of(page).splitlines(), 1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
-            found += [(number, one) for one in re.findall(r"(?:^|&& |\$ |-m )(doratune [^|&#>;]*)", line.strip())]
+            whole, begun = begun + line.strip(), ""
+            if whole.endswith("\\"):
+                begun = whole[:-1]
+                continue
+            found += [(number, one) for one in re.findall(r"(?:^|&& |\$ |-m )(doratune [^|&#>;]*)", whole)]
         else:
             found += [(number, one) for one in re.findall(r"`(doratune [^`|]*)`", line)]
     return found

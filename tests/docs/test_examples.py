@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import typing
 from functools import cache
 
 import pytest
@@ -15,6 +16,9 @@ from pages import PAGES, ROOT, commands, marks, runnable, text_of
 
 from doratune.cli.description import described
 from doratune.cli.main import COMMANDS, main
+from doratune.errors import UserError
+from doratune.support.values import check_value, rule_of
+from doratune.support.yaml_text import parse_yaml
 
 WITH_EXAMPLES = [page for page in PAGES if marks(page)]
 
@@ -89,7 +93,40 @@ def problem(line: str) -> str | None:
         return f"no command {command}"
     flags = re.findall(r"(?<!\S)--([A-Za-z_-]+)", line)
     unknown = {flag.replace("-", "_") for flag in flags} - settings_of(command)
-    return f"{command} has no {', '.join(sorted(unknown))}" if unknown else None
+    if unknown:
+        return f"{command} has no {', '.join(sorted(unknown))}"
+    return next((wrong for name, values in with_values(line) if (wrong := wrong_value(command, name, values))), None)
+
+
+def with_values(line: str) -> list[tuple[str, list[str]]]:
+    """(flag, the words behind it) of a command line."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quotation that the page cuts
+        return []
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            found.append((name[2:].replace("-", "_"), [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+    return found
+
+
+def wrong_value(command: str, name: str, values: list[str]) -> str | None:
+    """What a setting says of a value in the pages: a word that is none of its choices, a number out of its range."""
+    settings = described(command).settings
+    field = next((one for one in dataclasses.fields(settings) if one.name == name), None) if settings else None
+    if field is None or not values or values[0].isupper() or "…" in values[0]:  # FILE, M, 0.…
+        return None
+    problems = []
+    for value in (values[0], parse_yaml(values[0]), values):
+        try:
+            return check_value(name, value, typing.get_type_hints(settings)[name], rule_of(field))
+        except UserError as error:
+            problems.append(str(error))
+    return problems[1]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda page: page.name)
@@ -107,9 +144,13 @@ def test_every_command_line_is_one(page):
         ("doratune trane x.yaml", "no command trane"),
         ("doratune train x.yaml --rnk 3", "train has no rnk"),
         ("doratune merge --adapter a --outptu b", "merge has no outptu"),
+        ("doratune merge --adapter a --into orignal", "into is 'orignal'; expected one of"),
+        ("doratune train r.yaml --rank 0", "rank is 0; expected a whole number"),
+        ("doratune train r.yaml --quantize=nf5", "quantize is 'nf5'"),
+        ("doratune train r.yaml --targets q_proj v_proj --rank 4", None),
         ("doratune evaluate --adapter a --task '[boolq, piqa]'", None),
         ("doratune --version", None),
     ],
 )
 def test_the_check_sees_what_it_should(line, wrong):
-    assert problem(line) == wrong
+    assert problem(line) == wrong if wrong is None else problem(line).startswith(wrong)

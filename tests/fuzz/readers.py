@@ -158,6 +158,21 @@ HOSTILE = {
 }
 
 
+HARMLESS = {
+    "adapter_json": [b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "use_dora": false}'],
+    "safetensors_header": [
+        header(tensor([2], [0, 8])) + b"\0" * 8,
+        header(tensor([1, 2], [0, 4], "BF16") | {"__metadata__": {"format": "pt"}}) + b"\0" * 4,
+        header({"a": tensor([], [0, 2], "F16")["q.lora_A.weight"], "b": tensor([0, 3], [2, 2])["q.lora_A.weight"]}) + b"\0" * 2,
+    ],
+    "recipe": [b"model: a\ndata: b.jsonl\nrank: 8\ntargets: [q_proj, v_proj]\nlr: 1.0e-4\n"],
+    "jsonl": [b'{"prompt": "a", "completion": "b"}\n', b'{"messages": [{"role": "user", "content": "a"}]}\n'],
+    "index": [b'{"metadata": {"total_size": 8}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'],
+    "metadata": [b'{"a": 1}'],
+}
+"""Inputs that are read: without them a fuzzer rarely comes behind what refuses."""
+
+
 def run(name: str, data: bytes) -> str | None:
     """The reader's message; None where it reads the bytes. Anything but a UserError of one line comes through."""
     try:
@@ -174,7 +189,9 @@ def main() -> None:
     name, seconds = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "300"
     seeds = FOLDER / "seeds"
     seeds.mkdir()
-    for number, data in enumerate([*HOSTILE[name], *(path.read_bytes() for path in (CORPUS / name).glob("*"))]):
+    for number, data in enumerate(
+        [*HOSTILE[name], *HARMLESS.get(name, ()), *(path.read_bytes() for path in (CORPUS / name).glob("*"))]
+    ):
         (seeds / str(number)).write_bytes(data[:20_000])
     atheris.Setup([sys.argv[0], str(seeds), f"-max_total_time={seconds}", "-timeout=20", "-max_len=4096"], lambda d: run(name, d))
     atheris.Fuzz()

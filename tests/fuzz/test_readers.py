@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conversions import SEEDS, spoiled
-from readers import CORPUS, HOSTILE, READERS, run
+from readers import CORPUS, HARMLESS, HOSTILE, READERS, run
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -19,6 +19,12 @@ def test_hostile_bytes_are_one_line(name, data):
     message = run(name, data)
     if name not in ("conversion", "http") and (name, HOSTILE[name].index(data)) not in READ:
         assert message is not None
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_bytes_are_read(name):
+    for data in HARMLESS[name]:
+        assert run(name, data) is None, data
 
 
 @pytest.mark.parametrize("format", SEEDS)
@@ -57,7 +63,7 @@ FIELDS = [
 @hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(data=st.data())
 def test_changed_bytes_are_read_or_refused(name, data):
-    base = data.draw(st.sampled_from([case[:2000] for case in HOSTILE[name]]))
+    base = data.draw(st.sampled_from([case[:2000] for case in (*HOSTILE[name], *HARMLESS.get(name, ()))]))
     cut, put = data.draw(st.integers(0, len(base))), data.draw(st.binary(max_size=6))
     run(name, base[:cut] + put + base[cut + data.draw(st.integers(0, 4)) :])
 

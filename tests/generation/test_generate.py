@@ -118,7 +118,7 @@ def test_lines_of_a_text_file_are_what_the_file_says(tmp_path):
         ("p.jsonl", '{"prompt": ""}\n', "item 1 has no text"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "item 1 has no list"),
         ("p.jsonl", '{"messages": []}\n', "item 1 has no list"),
-        ("p.json", "[1]", "item 1 is a int"),
+        ("p.json", "[1]", "item 1 is a whole number"),
     ],
 )
 def test_bad_files(name, content, words, tmp_path):

@@ -1,11 +1,14 @@
 """What an environment lacks is said with the line that brings it."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import doratune
 from doratune.cli.main import main
 from doratune.support import packages
 from doratune.support.packages import Wish, install_line, wishes
@@ -81,6 +84,62 @@ def test_an_extra_that_is_not_installed_is_no_fault(beside, monkeypatch, capsys)
     monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: lines)
     assert main(["doctor"]) == 0
     assert "not installed: pip install 'doratune[train]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("library", "line"),
+    [
+        ("PIL", "needs PIL; pip install 'doratune[vision]'"),
+        ("SentencePiece", "needs SentencePiece; pip install 'doratune[train]'"),
+        ("Torchvision", "needs Torchvision; pip install torchvision"),
+    ],
+)
+def test_what_a_class_of_transformers_lacks_is_the_extra(library, line):
+    """The texts are transformers' own."""
+    from transformers.utils import import_utils
+
+    texts = [getattr(import_utils, name) for name in dir(import_utils) if name.endswith("_IMPORT_ERROR")]
+    (text,) = {text for text in texts if f"requires the {library} library but" in text}
+    assert packages.wanted_by(text.format("AutoThing")) == line
+
+
+def test_images_without_pillow_are_one_line(tmp_path, tiny_folder):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    code = "import sys; sys.modules |= {'PIL': None, 'PIL.Image': None}; "
+    code += "from doratune.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ["train", "--objective", "image_classification", "--model", str(tiny_folder), "--data", "photos", "--output", "run"]
+    run = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("doratune")]
+    assert run.returncode == 2 and lines == ["doratune train: needs PIL; pip install 'doratune[vision]'"], run.stderr[-1000:]
+    assert not (tmp_path / "run").exists()
+
+
+BROKEN = {
+    "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "torch: missing; install the build"),
+    "a part of it missing": ("import no_such_part", "it needs no_such_part; pip install no_such_part"),
+    "a library missing": ("raise OSError('libcudart.so.99: cannot open shared object file')", "does not load (libcudart.so.99"),
+    "another version": ("from math import no_such_name", "does not load (cannot import name 'no_such_name'"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_torch_that_does_not_load_is_what_the_doctor_says_and_one_line_elsewhere(fault, tmp_path):
+    text, line = BROKEN[fault]
+    (tmp_path / "torch.py").write_text(text)
+    source = str(Path(doratune.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), source])}
+
+    def run(*words):
+        command = [sys.executable, "-m", "doratune", *words]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    doctor = run("doctor", "--json")
+    assert doctor.returncode == 2 and doctor.stderr == "", doctor.stderr
+    assert line in doctor.stdout and any(line in problem for problem in json.loads(doctor.stdout.splitlines()[-1])["problems"])
+    other = run("inspect", "--model", "x")
+    assert other.returncode == 2 and len(other.stderr.splitlines()) == 1 and other.stderr.startswith("doratune inspect: "), (
+        other.stderr
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["doctor", "--help"]])

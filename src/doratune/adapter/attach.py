@@ -16,7 +16,7 @@ from ..config import AdapterConfig
 from ..errors import UserError, listed
 from ..layers import fastpath, kind_of
 from ..layers.adapted import Adapted, is_adapted
-from ..layers.fsdp import resharded
+from ..layers.fsdp import reshard, shares_of
 from ..layers.layouts import named_layers
 from ..layers.registry import Registry
 from ..layers.shares import at_hand
@@ -137,7 +137,7 @@ def attach_selection(
     shapes = [bases[n].shape(modules[n])[-2:] for n in selection.ranks]
     overwritten = writing_kernels(model) if config.keep_base_output is None else "keep_base_output" * config.keep_base_output
     common = Common(Registry(), config, shapes, bool(overwritten), original, loading)
-    common.shares = resharded(model)
+    common.shares = shares_of(model)
     record = Attachment(
         config=config,
         names=tuple(selection.ranks),
@@ -211,6 +211,7 @@ def set_aside(model: nn.Module, what: str, done: str = "set aside") -> SetAside:
 @torch.no_grad()
 def put_back(model: nn.Module, aside: SetAside) -> None:
     """Undo `set_aside` on the plain model, where it is now and in the dtype that it has now."""
+    reshard(model)
     record, modules = aside.record, dict(named_layers(model))
     record.requires_grad = {name: p.requires_grad for name, p in named_parameters(model)}
     trainable = {path: p.requires_grad for path, p in aside.whole.items()}

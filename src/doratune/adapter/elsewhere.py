@@ -13,6 +13,7 @@ from ..layers.offload import offloaded, on_disk
 from ..layers.shares import is_share
 from ..layers.tensor_parallel import obstacle
 from ..layers.wrappers import module_at, synchronizing
+from ..layers.zero3 import in_parts, partition
 
 
 def refuse_elsewhere(model: nn.Module, modules: dict, bases: dict, config: AdapterConfig, selection, trainable: bool) -> None:
@@ -25,6 +26,11 @@ def refuse_elsewhere(model: nn.Module, modules: dict, bases: dict, config: Adapt
         raise UserError(
             f"{listed(empty)}: accelerate offloads it, and between its calls there is nothing that an optimizer could train; load "
             "the model without offloading, or attach with trainable=False and without also_train"
+        )
+    if parts := [name for name, home in homes.items() if any(in_parts(p) for p in home._parameters.values())]:
+        raise UserError(
+            f"{listed(parts)}: DeepSpeed's ZeRO-3 has its weight in parts; load the model without deepspeed.zero.Init, attach, and "
+            "then call deepspeed.initialize or accelerator.prepare"
         )
     known = shares_of(model)
     places = {name: (id(home), kind_of(modules[name]).leaf(modules[name])) for name, home in homes.items()}
@@ -58,6 +64,11 @@ def refuse_unwritable(layers: list) -> None:
     """Weights that cannot be written where they lie."""
     for name, module in layers:
         home, base = module.adapted.kind.home(module), module.adapted.base
+        if any(partition(p) for p in home._parameters.values()):
+            raise UserError(
+                f"{name} is in parts of DeepSpeed's ZeRO-3, which merging in place does not follow; take "
+                "doratune.merged_state_dict(model), or save the adapter and call doratune merge"
+            )
         if not base.writable and any(is_share(p) for p in home._parameters.values()):
             raise UserError(
                 f"{name} is quantized and in shards, so it has no place for a merged weight; save the adapter and merge the files"

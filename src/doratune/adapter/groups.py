@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.adapted import own_parameters
+from ..layers.fsdp import reshard
 from .attach import adapters, record_of
 from .foreign import refuse_foreign
 from .states import refuse_merged
@@ -48,6 +49,7 @@ def parameter_groups(
             raise UserError(f"{name} is {value!r}; expected a number of at least 0")
     if magnitude_decay and record.config.magnitude_form != "relative":
         raise UserError("magnitude_decay needs magnitude_form='relative': decay of a direct m would pull it to 0, not to m₀")
+    reshard(model)
     groups = _sorted(model)
     if not any(groups.values()):
         raise UserError("nothing is trainable; the adapter was loaded frozen: use doratune.load(..., trainable=True)")

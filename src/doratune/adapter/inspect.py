@@ -19,6 +19,7 @@ from ..layers.adapted import own_parameters
 from ..layers.layouts import layer_at
 from ..layers.shares import at_hand
 from ..layers.wrappers import module_at
+from ..layers.zero3 import numbers
 from ..support.tables import aligned
 from .attach import adapters, record_of
 from .states import refuse_merged
@@ -87,8 +88,8 @@ def inspect(model: nn.Module) -> Inspection:
     record.registry.find_shares(model)
     rows = [_row(name, layer) for name, layer in adapters(model)]
     adapter = {id(p) for _, layer in adapters(model) for p in own_parameters(layer).values()}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+    trainable = sum(numbers(p) for p in model.parameters() if p.requires_grad)
+    total = sum(numbers(p) for p in model.parameters() if id(p) not in adapter)
     packed = sum(_uncounted(layer) for _, layer in adapters(model) if not layer.adapted.base.writable)
     return Inspection(rows, dict(record.left_out), trainable, total + packed, dict(record.fresh))
 
@@ -126,6 +127,7 @@ def _row(name: str, layer) -> Row:
     a = layer.adapted
     with at_hand(layer, names=()):
         w2, directionless, _ = a.facts
+        shape = tuple(a.shape)
     w = w2.sqrt()
     near = (w < NEAR * w.median()) & ~directionless if w.numel() else directionless
     return Row(
@@ -133,10 +135,10 @@ def _row(name: str, layer) -> Row:
         kind=a.kind.name,
         base=a.base.name,
         direction=a.direction.name,
-        shape=tuple(a.shape),
+        shape=shape,
         rank=a.rank,
         magnitude=f"per {a.axis}" if a.magnitude else "none",
-        trainable=sum(p.numel() for p in own_parameters(layer).values() if p.requires_grad),
+        trainable=sum(numbers(p) for p in own_parameters(layer).values() if p.requires_grad),
         zero=int(directionless.sum()),
         near_zero=int(near.sum()),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers import fastpath
 from ..layers.adapted import Adapted, is_adapted, own_parameters
+from ..layers.fsdp import reshard
 from ..layers.layouts import layer_at
 from ..layers.shares import at_hand, is_share
 from ..layers.watch import put_hooks, take_hooks
@@ -108,6 +109,7 @@ def unmerge(model: nn.Module) -> None:
     if any(stored.original is None for stored in record.merged.values()):
         raise UserError('merged with keep="none": no original weight was kept; load the base model again')
     refuse_foreign(model, "doratune.unmerge")
+    reshard(model)
     layers = {name: layer_at(model, name) for name in record.merged}
     refuse_altered([(name, layer, record.merged[name].adapted) for name, layer in layers.items()], "unmerged")
     for name, stored in record.merged.items():

@@ -3,7 +3,7 @@
     key of an adapted weight    W' = g ⊙ (W + s·B·A) (Eq. 5), a copy in the weight's dtype
     all others                  the model's own tensors, modules that are trained whole in the dtype that they compute in
 
-Of a model in shards, shares of both: one whole weight is there at a time. Of an offloaded one, everything is fetched.
+Of a model in shards, shares of both: one whole weight is there at a time. Of an offloaded one, and under ZeRO-3, all is fetched.
 
 Cost: one copy of each adapted weight, in row tiles of fp32; nothing of the model is touched.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.experts import CHILD
-from ..layers.offload import offloaded
 from ..layers.shares import at_hand, is_share, put_value
 from ..layers.wrappers import plain_state, unwrapped
+from ..layers.zero3 import in_parts
 from ..math.autograd import no_autocast
 from . import whole
 from .attach import adapters, record_of
@@ -81,12 +81,12 @@ def _merged_weight(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def _fetched(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What accelerate keeps elsewhere, copied."""
-    found, keys = {}, {id(t): key for key, t in state.items() if t.is_meta}
+    """What accelerate keeps elsewhere, and ZeRO-3 in parts, copied."""
+    found, keys = {}, {id(t): key for key, t in state.items() if t.is_meta or in_parts(t)}
     for module in model.modules() if keys else ():
-        if offloaded(module):
-            places = {name: keys[id(t)] for name, t in (*module._parameters.items(), *module._buffers.items()) if id(t) in keys}
+        places = {name: keys[id(t)] for name, t in (*module._parameters.items(), *module._buffers.items()) if id(t) in keys}
+        if places:
             with at_hand(module):
-                held = module._parameters | module._buffers
+                held = {**module._parameters, **module._buffers}
                 found |= {key: held[name].detach().clone() for name, key in places.items()}
     return found

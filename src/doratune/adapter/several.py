@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import UserError, listed, near_misses
 from ..layers.adapted import Adapted, adapted_class
+from ..layers.fsdp import reshard
 from ..layers.layouts import layer_at
 from ..layers.weight import AdaptedWeight
 from ..layers.wrappers import unwrapped
@@ -103,6 +104,7 @@ def room_for(model: nn.Module, name: str) -> Iterator[SetAside | None]:
     Raises:
         UserError: an adapter of this name is there already, or the one in use is merged.
     """
+    reshard(model)
     record, aside = vars(model).get(RECORD), vars(model).get(ASIDE, {})
     merged, record = (record, None) if record is not None and record.for_good else (None, record)  # an ordinary model
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):

@@ -18,11 +18,11 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..directions import direction_for
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, listed, near_misses, with_article
 from ..layers import kind_of
 from ..layers.layouts import is_experts, layout_problem, named_layers
 from ..layers.wrappers import named_modules, named_parameters
-from ..support.patterns import NamePattern
+from ..support.patterns import NamePattern, is_name
 
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
@@ -160,7 +160,8 @@ def _select(pattern: Pattern, setting, model, modules, config: AdapterConfig, le
         if is_experts(modules[name]) and (problem := layout_problem(modules[name])):
             problems.append(f"{name}: {problem}")
             continue
-        problem = f"is a {type(modules[name]).__name__}, which has no adapter" if kind is None else reason(name, kind, found)
+        unknown = f"is {with_article(type(modules[name]).__name__)}, which has no adapter"
+        problem = unknown if kind is None else reason(name, kind, found)
         if problem:
             inner = sorted({n.split(".")[-1] for n, m in modules.items() if n.startswith(name + ".") and kind_of(m)})
             problems.append(f"{name}: {problem}" + (f" (its layers: {', '.join(inner)})" if inner and kind is None else ""))
@@ -205,7 +206,9 @@ def _matching(pattern: Pattern, modules, setting: str) -> set[str]:
         found = {name for name in modules if expression.matches(name)}
         if not found:
             hint = near_misses(pattern, {n.split(".")[-1] for n in modules} | {ALL_LINEAR, ALL_LAYERS} | set(modules))
-            raise UserError(f"{setting}: the regex {pattern!r} matches no whole module name{hint}")
+            end = is_name(pattern) and any(name_matches((pattern,), name) for name in modules)
+            way = f", and as a list, [{pattern!r}], it is the end of names" if end else ""
+            raise UserError(f"{setting}: the regex {pattern!r} matches no whole module name{way}{hint}")
         return found
     found = set()
     for entry in pattern:

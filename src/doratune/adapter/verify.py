@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..layers import stored_in
 from ..layers.adapted import become, own_parameters
-from ..layers.fsdp import resharded
+from ..layers.fsdp import reshard
 from ..layers.shares import at_hand, gathered, tree_at_hand
 from ..layers.wrappers import module_at, named_parameters, unwrapped
+from ..layers.zero3 import numbers
 from ..support.examples import candidates, flat_tensors
 from .attach import adapters, record_of
 from .foreign import foreign
@@ -78,7 +79,7 @@ def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor
     record.registry.find_shares(model)
     layers = dict(adapters(model))
     report = Report(len(layers), left_out=dict(record.left_out))
-    report.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.trainable = sum(numbers(p) for p in model.parameters() if p.requires_grad)
     if lost := [name for name in record.names if name not in layers]:
         report.problems.append(f"{listed(lost)}: attached, but no longer adapted (was the module replaced?)")
     frozen_adapter = not report.trainable
@@ -116,7 +117,7 @@ def verify(model: nn.Module, example: Sequence[Any] | Mapping[str, Any] | Tensor
         report.notes.append("running was not checked: give verify an example of the model's input")
     else:
         _run_own(model, report)
-    resharded(model)
+    reshard(model)
     return report
 
 

@@ -1,6 +1,7 @@
 """Everything that is measured of one run against its base model (§3.2, §4.2), checkpoint by checkpoint.
 
-A checkpoint that cannot be measured (corrupt, of another model) is said and left out; the others count. Cost: one model in memory
+A checkpoint that cannot be measured (corrupt, of another model) is said and left out; the others count. So are weights that no
+checkpoint has changed, such as those of a frozen image tower: at (0, 0) they would make any line. Cost: one model in memory
 (two for runs of ordinary models), one pass over the chosen weights for each checkpoint; of the last one also the spectra (see
 `spectrum`) and, with a batch, a backward pass of the base and one of the trained model.
 """
@@ -55,12 +56,23 @@ class Wanted:
 class Measured:
     """A run's points, in order of steps; of its last checkpoint the spectra and {"base" | "end": {layer: share}} of gradients.
 
-    `problems` has a line for each checkpoint that could not be measured."""
+    `problems` has a line for each checkpoint that could not be measured, `unchanged` the names of weights that are not in it, since
+    the run left them as they were."""
 
     points: list[Point] = field(default_factory=list)
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     gradients: dict[str, dict[str, float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+
+    def leave_out_unchanged(self) -> None:
+        """Take out the weights that no checkpoint has changed; all stay where the run has changed nothing."""
+        changed = {p.name for p in self.points if p.magnitude or p.direction}
+        if not changed:
+            return
+        self.unchanged = sorted({p.name for p in self.points} - changed)
+        self.points = [p for p in self.points if p.name in changed]
+        self.spectra = {name: spectrum for name, spectrum in self.spectra.items() if name in changed}
 
     @property
     def last(self) -> list[Point]:
@@ -113,6 +125,7 @@ def measure(base: nn.Module, run: str | Path, wanted: Wanted) -> Measured:
         raise UserError(result.problems[-1] + (f" (and {more} more of its checkpoints cannot be measured)" if more else ""))
     if not result.points:
         raise UserError(f"{run}: no weight is named {listed(wanted.modules)}; name modules as q_proj")
+    result.leave_out_unchanged()
     return result
 
 

@@ -1,7 +1,7 @@
 """One analysis of several runs: points.json, the figures, and a line for each run.
 
-points.json: {run: {"line", "points", "spectra": {layer: {"values", "norm", "effective_rank"}}, "gradients": {"base" | "end":
-{layer: share}}, "problem"}}; a run that could not be measured at all has nothing but its "problem".
+points.json: {run: {"line", "points", "unchanged": [names], "spectra": {layer: {"values", "norm", "effective_rank"}},
+"gradients": {"base" | "end": {layer: share}}, "problem"}}; a run that could not be measured at all has nothing but its "problem".
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Analysis:
         facts = {
             "line": None if line is None else dataclasses.asdict(line),
             "points": [dataclasses.asdict(p) for p in measurement.points],
+            "unchanged": measurement.unchanged,
             "spectra": {name: dataclasses.asdict(spectrum) for name, spectrum in measurement.spectra.items()},
         }
         facts |= {"gradients": measurement.gradients} if measurement.gradients else {}
@@ -59,6 +60,8 @@ def _line_of(measurement: Measured, line: Line | None) -> str:
     if shares := {when: _mean(shares.values()) for when, shares in measurement.gradients.items() if shares}:
         told = ", ".join(f"{100 * shares[when]:.3g} % at the {when}" for when in ("base", "end") if when in shares)
         words += f"; magnitude's share of the gradient {told}"
+    if measurement.unchanged:
+        words += f"; {len(measurement.unchanged)} weights that the run left as they were are not counted"
     if line is None:
         return f"{words}; correlation of ΔD and ΔM none (too little spread)"
     interval = "" if line.interval is None else " [{:+.2f}, {:+.2f}]".format(*line.interval)

@@ -26,9 +26,10 @@ from ..adapter.states import Model, base_name
 from ..adapter.targets import Selection
 from ..config import AdapterConfig
 from ..directions import direction_of
-from ..errors import UserError, listed
+from ..errors import UserError, kind_in_words, listed
 from ..formats import recognized
 from ..formats.names import COMPONENTS
+from ..layers.fsdp import reshard
 from ..layers.layouts import layer_at, named_layers
 from ..layers.shares import at_hand, first, gathered, sharded
 from ..layers.wrappers import module_at, plain_state, unwrapped
@@ -237,6 +238,7 @@ def load_weights(model: nn.Module, folder: str | Path, check_base: bool = True) 
         UserError: as `load`.
     """
     record, model, where = record_of(model), unwrapped(model), str(folder)
+    reshard(model)
     config, raw, tensors = read_folder(Path(folder))
     _, raw, tensors = plain_names(model, config, raw, tensors, where)
     layers = dict(adapters(model))
@@ -274,12 +276,17 @@ def _read(folder: Path) -> tuple[AdapterConfig, dict, dict[tuple[str, str], Tens
     if (folder / OWN).is_file():
         own = read_json(folder / OWN, "it belongs to the adapter folder")
         _refuse_mixed(folder, own.get("fingerprint"))
+        adapter = own.get("adapter", {})
+        if not isinstance(adapter, dict):
+            raise UserError(
+                f"{folder / OWN} has {kind_in_words(adapter)} under 'adapter', expected an object; save the adapter again"
+            )
         try:
-            adapter = own.get("adapter", {})
-            config = agreeing(AdapterConfig.from_dict(adapter), config, folder, raw["peft_type"] == peft.OWN_TYPE)
-            raw = raw | {OWN: adapter}
-        except TypeError as error:
+            settings = AdapterConfig.from_dict(adapter)
+        except UserError as error:
             raise UserError(f"{folder / OWN}: {error}") from None
+        config = agreeing(settings, config, folder, raw["peft_type"] == peft.OWN_TYPE)
+        raw = raw | {OWN: adapter}
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder}/adapter_model.bin is a pickle, which is never loaded; save it as safetensors with PEFT")
     tensors = parse_keys(read_tensors(folder / TENSORS), direction_of(config.method), str(folder / TENSORS))

@@ -3,6 +3,9 @@
 A language model with a tokenizer reads a few sentences, any other class an input made from its config (`support/examples.py`).
 Reference: base + adapter in fp32. The floor is the error of base + adapter in the result's dtype; merging is right when the merged
 model's error is at most twice that. Three models are loaded one after the other.
+
+Of a language model also: how many tokens of base + adapter's greedy answers to these sentences the merged model writes too. Where
+two tokens are nearly as likely, rounding W' to 16 bits may turn one into the other. Cost: 16 forward passes a sentence.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ SENTENCES = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 )
 FP32_FLOOR = 1e-5
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Agreement:
     unmerged_error: float
     merged_to_unmerged: float
     same_top_token: float | None
+    greedy: tuple[int, int] | None = None
+    """Tokens of greedy answers that are the same up to the first other one, and all of them."""
+    dtype: str = "float32"
 
     @property
     def ok(self) -> bool:
@@ -50,8 +57,15 @@ class Agreement:
             what, top = "logits", f"; same top token at {100 * self.same_top_token:.1f} % of positions"
         return (
             f"merged and unmerged {what} {verdict}: relative difference {self.merged_to_unmerged:.2g}; against fp32 merged "
-            f"{self.merged_error:.2g}, unmerged {self.unmerged_error:.2g}{top}"
+            f"{self.merged_error:.2g}, unmerged {self.unmerged_error:.2g}{top}{self._answers()}"
         )
+
+    def _answers(self) -> str:
+        if self.greedy is None:
+            return ""
+        same, all_of_them = self.greedy
+        way = "; --dtype float32 writes the weights without rounding" if same < all_of_them and self.dtype != "float32" else ""
+        return f"; of the greedy answers to {len(SENTENCES)} prompts {same} of {all_of_them} tokens stay the same{way}"
 
 
 def agreement(base: str, adapter: str | Path, merged: str | Path, dtype: str) -> Agreement | None:
@@ -75,15 +89,19 @@ def agreement(base: str, adapter: str | Path, merged: str | Path, dtype: str) ->
         gc.collect()
         model = _loaded(folder, dtype, want, adapter)
         unmerged = outputs(model)
+    texts = None if ids is None else [_continued(model, row) for row in ids]
     del model
     gc.collect()
-    result = outputs(_loaded(Path(merged), dtype, want, None))
+    model = _loaded(Path(merged), dtype, want, None)
+    result = outputs(model)
     same = None if ids is None else (result.argmax(-1) == unmerged.argmax(-1)).double().mean().item()
     return Agreement(
         merged_error=distance(result, reference),
         unmerged_error=distance(unmerged, reference),
         merged_to_unmerged=distance(result, unmerged),
         same_top_token=same,
+        greedy=None if texts is None else _same_tokens(model, ids, texts),
+        dtype=dtype,
     )
 
 
@@ -99,6 +117,25 @@ def _sentences(base: str) -> list[Tensor] | None:
 @torch.no_grad()
 def _logits(model: nn.Module, ids: list[Tensor]) -> Tensor:
     return torch.cat([model(input_ids=row).logits[0].float() for row in ids])
+
+
+@torch.no_grad()
+def _continued(model: nn.Module, prompt: Tensor) -> Tensor:
+    """A prompt (1, T) and behind it the NEW_TOKENS most probable tokens, one after the other."""
+    text = prompt
+    for _ in range(NEW_TOKENS):
+        text = torch.cat([text, model(input_ids=text).logits[:, -1:].argmax(-1)], dim=1)
+    return text
+
+
+@torch.no_grad()
+def _same_tokens(model: nn.Module, prompts: list[Tensor], texts: list[Tensor]) -> tuple[int, int]:
+    """(tokens behind the prompts that this model would write too, up to its first other one in each text; all of them)."""
+    same = 0
+    for prompt, text in zip(prompts, texts):
+        written = model(input_ids=text).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
+        same += int((written == text[0, prompt.shape[1] :]).long().cumprod(0).sum())
+    return same, NEW_TOKENS * len(texts)
 
 
 def _loaded(folder: Path, dtype: str, want: TrainedClass, adapter) -> nn.Module:

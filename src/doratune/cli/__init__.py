@@ -4,6 +4,7 @@ main.py        the table of commands; errors and signals as exit statuses
 __main__.py    python -m doratune.cli
 description.py   what a command can be told, without running it
 arguments.py   options of a command from a dataclass
+other_names.py   what other programs call settings that are here
 inputs.py      inputs that are not there, all in one line
 output.py      lines, the last line in JSON, progress bars
 init.py        doratune init: a recipe that fits model, data and memory

@@ -8,7 +8,7 @@ from typing import Literal
 from ..support.values import number
 from .arguments import parse
 from .inputs import refuse_missing
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune analyze runs/dora runs/lora --modules q_proj v_proj"
 
@@ -82,6 +82,7 @@ def main(argv: list[str]) -> int:
     result = analyze(base, settings.runs, tuple(settings.modules), settings.magnitude_axis, *places, *more)
     say(result.table())
     say(f"points and figures written to {output}")
+    say_next(("report", *settings.runs, "--analysis", output, "--output", "report.html"))
     if as_json:
         print_json(result.to_dict() | {"output": settings.output})
     return 0

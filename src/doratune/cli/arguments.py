@@ -17,14 +17,19 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import UserError, near_misses
+from ..errors import UserError
+from ..support.patterns import is_name
 from ..support.recipes import recipe_file
 from ..support.values import check_value, check_values, rule_of, shown
 from ..support.yaml_text import parse_yaml, read_yaml
 from .description import CommandLine, answer
+from .other_names import instead
 from .output import say_help
 
 T = TypeVar("T")
+
+MODULES = ("targets", "exclude", "magnitude_only", "also_train", "baseline_targets")
+"""Settings of modules: a list of names, or a text that is a regular expression or all-linear. One name is a list here."""
 
 _NAMES = re.compile(r"[\w.-]+(,[\w.-]+)+")
 """Names with commas between them: no regular expression that could mean anything else."""
@@ -61,6 +66,7 @@ def parse(
         _check_given(name, value, hints[name], rule_of(fields[name]))
     namespace = _parse(parser, argv)
     values = {name: namespace[name] for name in fields}
+    values |= {name: [values[name]] for name in MODULES if name in fields and _is_one_name(values[name])}
     if loose:
         values[words] = [*loose, *values[words]]
     settings = cls(**values)
@@ -74,6 +80,10 @@ def _check_named(settings) -> None:
     for field in dataclasses.fields(settings):
         if getattr(settings, field.name) == "" and isinstance(field.default, str) and field.default:
             raise UserError(f"{field.name} is empty; give --{field.name} VALUE, or leave it out for {field.default}")
+
+
+def _is_one_name(value: Any) -> bool:
+    return is_name(value) and not value.startswith("all-")
 
 
 def _parser(cls: type, command: str, example: str, recipe: bool, words: str | None):
@@ -150,7 +160,7 @@ def _settings_of(path: Path, fields) -> dict:
         raise UserError(f"{path} holds no settings; expected lines of the form key: value")
     for key in content:
         if key not in fields:
-            raise UserError(f"{path}: unknown setting {shown(key)}{near_misses(key, fields)}")
+            raise UserError(f"{path}: unknown setting {shown(key)}{instead(str(key), fields)}")
     return content
 
 
@@ -183,7 +193,7 @@ def _plain_flags(argv: list[str], fields, extra: set[str]) -> list[str]:
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         if name not in fields and name not in extra:
-            raise UserError(f"unknown setting --{name}{near_misses(name, fields)}")
+            raise UserError(f"unknown setting --{name}{instead(name, fields)}")
         has_value = bool(rest) and not rest[0].startswith("--")
         if name in fields and fields[name].type in (bool, "bool") and not equals and not has_value:
             equals, value = "=", "true"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .arguments import parse
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune convert --adapter style.safetensors --to peft --output style --model stable-diffusion --component unet"
 
@@ -58,6 +58,11 @@ def main(argv: list[str]) -> int:
     say(f"{done.source_format} → {done.target_format}: {done.modules} modules, {done.tensors} tensors written to {done.output}")
     if done.left_behind:
         say(f"left behind, of training only: {', '.join(done.left_behind)}")
+    if done.target_format in ("peft", "doratune"):
+        say_next(
+            ("inspect", "--adapter", done.output, "--model", settings.model or "BASE"),
+            ("merge", "--adapter", done.output, "--model", settings.model or "BASE"),
+        )
     if as_json:
         print_json(done.__dict__)
     return 0

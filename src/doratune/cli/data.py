@@ -14,7 +14,7 @@ from ..support.fields import with_settings_of
 from ..support.values import number
 from .arguments import parse
 from .inputs import refuse_missing
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune data my.jsonl --model my-model --max_length 1024 --test test.jsonl --fix clean.jsonl"
 LISTED = 10
@@ -72,6 +72,10 @@ def main(argv: list[str]) -> int:
         _write(Path(settings.fix), [item.raw for item in found.clean])
         then = f": doratune train --data {settings.fix} --model {settings.model}" if kind.learns else ""
         say(f"{len(found.clean)} clean items written to {settings.fix}{then}")
+    elif kind.learns and len(found.clean) < len(items) + len(unusable):
+        say_next(("data", *settings.data, "--model", settings.model, "--fix", "clean.jsonl"))
+    elif kind.learns:
+        say_next(("init", *settings.data, "--model", settings.model))
     if as_json:
         lists = {name: getattr(found, name) for name in ("unusable", "odd", "double", "leaked")}
         print_json({"data_format": kind.name, "counts": found.counts(), "tokens": _percentiles(found), **lists})

@@ -39,16 +39,20 @@ def main(argv: list[str]) -> int:
 
 def machine() -> list[tuple[str, str, str]]:
     """(name, what is here, problem or "") of Python, torch and the devices."""
+    from .. import __version__
+
+    python = "" if sys.version_info >= (3, 10) else "too old; install Python 3.10 or newer"
+    rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", python)]
+    if fault := torch_fault():
+        return [("doratune", __version__, ""), *rows, ("torch", *fault)]
     import torch
 
-    from .. import __version__
     from ..support.environment import commit, cpu_name
 
     at = commit()
-    python = "" if sys.version_info >= (3, 10) else "too old; install Python 3.10 or newer"
     rows = [
         ("doratune", __version__ + (f" ({at})" if at else ""), ""),
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", python),
+        *rows,
         ("torch", torch.__version__, ""),
         ("CPU", f"{cpu_name()}, {torch.get_num_threads()} threads", ""),
         ("GPU", *gpu()),
@@ -56,6 +60,20 @@ def machine() -> list[tuple[str, str, str]]:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         rows.append(("model hub", "off: HF_HUB_OFFLINE is set, only local folders and cached models load", ""))
     return rows
+
+
+def torch_fault() -> tuple[str, str] | None:
+    """(what is here, problem) where torch cannot be imported; None where it can."""
+    try:
+        import torch as torch
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            return "missing", "missing; install the build for this machine, see pytorch.org/get-started"
+        return "does not load", f"does not load: it needs {error.name}; pip install {error.name}"
+    except (ImportError, OSError) as error:  # a library of CUDA that is not there, a wheel for another machine
+        reason = " ".join(str(error).split())[:200]
+        return "does not load", f"does not load ({reason}); install the build for this machine again, see pytorch.org/get-started"
+    return None
 
 
 def gpu() -> tuple[str, str]:

@@ -12,7 +12,7 @@ from ..support.devices import Device
 from ..support.values import choices, number
 from .arguments import parse
 from .inputs import refuse_missing
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune evaluate --model my-llama-7b --adapter runs/r8/adapter --task boolq --protocol paper"
 
@@ -146,10 +146,22 @@ def main(argv: list[str]) -> int:
     if (scorer := scorer_for(name, settings.adapter)) is not None:
         summary = scorer.evaluate(settings, name, say, progress)
         say(scorer.show(summary))
+        _say_next(settings, name)
         if as_json:
             print_json(summary | {"output": settings.output})
         return 0
     return _score_text(settings, name, names, as_json)
+
+
+def _say_next(settings: EvaluateSettings, name: str) -> None:
+    """A scored adapter is merged or given to others, a model is trained. A baseline merges into nothing."""
+    from .. import baselines
+
+    if not settings.adapter:
+        say_next(("init", "my.jsonl", "--model", name))
+    elif not baselines.is_baseline(settings.adapter):
+        folder = settings.adapter
+        say_next(("merge", "--adapter", folder, "--output", "merged"), ("push", "--folder", folder, "--to", "OWNER/NAME"))
 
 
 def _score_text(settings: EvaluateSettings, name: str, names: list[str], as_json: bool) -> int:
@@ -181,6 +193,7 @@ def _score_text(settings: EvaluateSettings, name: str, names: list[str], as_json
         progress=progress,
     )
     say(show(summary))
+    _say_next(settings, name)
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0
@@ -199,6 +212,7 @@ def _score_harness(settings: EvaluateSettings, name: str, tasks: list[str], as_j
     sizes = {"batch_size": settings.batch_size, "limit": settings.limit}
     summary = evaluate_harness(model, tokenizer, tasks, manager, output=Path(settings.output), **sizes)
     say(show_harness(summary))
+    _say_next(settings, name)
     if as_json:
         print_json(summary | {"output": settings.output})
     return 0

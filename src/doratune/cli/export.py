@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..support.values import number
 from .arguments import parse
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune export --to gguf --type q8_0 --adapter runs/demo/adapter --output my-model"
 
@@ -69,6 +69,8 @@ def _gguf(base: str, settings: ExportSettings) -> dict:
     for note in export.notes:
         say(f"note: {note}")
     say(f"{export.file}: {export.tensors} tensors, {export.nbytes / 1e6:.1f} MB; a Modelfile for Ollama beside it")
+    folder = export.file.parent
+    say(f"next: ollama create {folder.name} -f {folder / 'Modelfile'} | llama-cli -m {export.file}")
     return {"file": str(export.file), "bytes": export.nbytes, "notes": export.notes}
 
 
@@ -87,4 +89,8 @@ def _truncated(base: str, settings: ExportSettings) -> dict:
         base, settings.adapter, settings.output, settings.rank, settings.error, settings.overwrite, settings.check_base
     )
     say(export.table())
+    say_next(
+        ("evaluate", "--adapter", settings.output, "--task", "my_test.jsonl"),
+        ("export", "--to", "gguf", "--adapter", settings.adapter, "--output", "gguf"),
+    )
     return export.to_dict()

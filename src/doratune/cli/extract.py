@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..support.values import number
 from .arguments import parse
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune extract --model smollm2-135m-instruct --tuned runs/full/model --rank 64 --output my-adapter"
 
@@ -61,6 +61,10 @@ def main(argv: list[str]) -> int:
         close()  # so that an error stands on a line of its own
     say(result.table())
     say(f"adapter written to {settings.output}")
+    say_next(
+        ("evaluate", "--adapter", settings.output, "--task", "my_test.jsonl"),
+        ("merge", "--adapter", settings.output, "--output", "merged"),
+    )
     if as_json:
         print_json(result.to_dict() | {"output": settings.output})
     return 0

@@ -9,7 +9,7 @@ from typing import Literal
 from ..config import AdapterConfig
 from ..support.fields import with_settings_of
 from .arguments import parse
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune inspect --model smollm2-135m-instruct --targets q_proj,v_proj --rank 8"
 
@@ -64,6 +64,13 @@ def main(argv: list[str]) -> int:
         attach(model, config)
     inspection = inspect(model)
     say(inspection.table())
+    if settings.adapter:
+        say_next(
+            ("evaluate", "--adapter", settings.adapter, "--task", "my_test.jsonl"),
+            ("merge", "--adapter", settings.adapter, "--output", "merged"),
+        )
+    else:
+        say_next(("init", "my.jsonl", "--model", name))
     if as_json:
         print_json(inspection.to_dict() | {"model": name})
     return 0

@@ -104,6 +104,15 @@ def _guarded(command: str, call: Callable[[], int | None]) -> int:
 
         _say(command, f"needs {error.name}; {install_line(error.name or 'doratune')}")
         return 2
+    except ImportError as error:  # a package that is broken, or of a version that lacks what is used here
+        if (error.name or "").startswith("doratune"):
+            raise
+        from ..support.packages import wanted_by
+
+        _say(
+            command, wanted_by(str(error)) or f"a package does not load ({str(error)[:300]}); doratune doctor shows their versions"
+        )
+        return 2
 
 
 @contextlib.contextmanager
@@ -180,7 +189,7 @@ def show_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval")
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval", "ray._private", "uvicorn")
 """Loggers of packages that, while they load or run, tell of their own parts; training loads most of them."""
 
 

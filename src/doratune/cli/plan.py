@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arguments import parse
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune plan recipes/commonsense.yaml --model my-llama-7b --rank 8 --quantize nf4 --memory 24"
 
@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
     plan = Planner(settings).plan()
     for line in lines(plan):
         say(line)
+    if argv and not argv[0].startswith("-"):
+        say_next(("train", argv[0]))
+    else:
+        say_next(("init", "my.jsonl", "--model", settings.model))
     if as_json:
         print_json(plan.to_dict())
     return 0

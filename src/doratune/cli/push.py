@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .arguments import parse
-from .output import print_json, say
+from .output import print_json, say, say_next
 
 EXAMPLE = "doratune push --folder runs/mine/adapter --to me/my-adapter --dry_run true"
 
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     result = {"to": settings.to, "files": content.sent, "bytes": content.total_bytes, "commit": None}
     if settings.dry_run:
         say(f"dry run: nothing was sent to {settings.to}")
+        say_next(("push", "--folder", settings.folder, "--to", settings.to))
     else:
         result["commit"] = push(settings.folder, settings.to, settings.private, settings.message, settings.revision)
         say(f"pushed to {result['commit']}")

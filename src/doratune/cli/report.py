@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .arguments import parse
 from .inputs import refuse_missing
-from .output import keep_freed_memory, print_json, say
+from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune report runs/dora runs/lora --output report.html"
 
@@ -51,6 +51,11 @@ def main(argv: list[str]) -> int:
     )
     runs, warnings = (f"{len(facts[key])} {key[:-1] if len(facts[key]) == 1 else key}" for key in ("runs", "warnings"))
     say(f"{runs}, {facts['points']:,} points, {warnings}: {settings.output} ({facts['bytes'] / 1e6:.1f} MB)")
+    if adapter := next((run for run in map(Path, settings.runs) if (run / "adapter" / "adapter_config.json").is_file()), None):
+        say_next(
+            ("merge", "--adapter", adapter / "adapter", "--output", "merged"),
+            ("push", "--folder", adapter / "adapter", "--to", "OWNER/NAME"),
+        )
     if as_json:
         print_json(facts)
     return 0

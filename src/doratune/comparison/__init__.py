@@ -3,6 +3,7 @@ each method on a validation split, several seeds, intervals, paired tests, and t
 
     recipe.py       CompareRecipe; the methods' names
     cells.py        which runs a grid has, each as a command
+    rates.py        the learning rate that each method's sweep chose
     grid.py         base, sweep, final cells, going on after a stop
     launch.py       one after the other, or on a Ray cluster
     collect.py      what finished runs say

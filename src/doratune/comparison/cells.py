@@ -2,8 +2,8 @@
 
     CELLS/dora-r16-n640-lr0.001-s0      method, rank, number of examples, learning rate, seed (without what does not apply)
 
-A grid has two stages. The sweep runs every method at each of its learning rates, at one rank and size; the final cells run every
-method, rank, size and seed at the rate that the sweep chose. The cells that belong to both run once.
+A grid has two stages. The sweep runs every method at each of its learning rates, at one rank (or at every one) and one size; the
+final cells run every method, rank, size and seed at the rate that the sweep chose. The cells that belong to both run once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from ..errors import UserError
 from ..support.yaml_text import to_yaml
 from ..training.recipe import TrainRecipe
 from .recipe import RANKLESS, CompareRecipe
+
+Rates = dict[tuple[str, int | None], float]
+"""{(method, rank): learning rate}."""
 
 
 @dataclass(frozen=True)
@@ -91,27 +94,42 @@ def ranks_of(method: str, grid: CompareRecipe, shared: TrainRecipe) -> list[int 
     return [max(1, round(rank * settings.get("rank_factor", 1))) for rank in grid.ranks or [shared.rank]]
 
 
+def swept_ranks(method: str, grid: CompareRecipe, shared: TrainRecipe) -> dict[int | None, int | None]:
+    """{rank of the method: rank at which its learning rate is swept}."""
+    ranks = ranks_of(method, grid, shared)
+    if grid.sweep_ranks == "every":
+        return {rank: rank for rank in ranks}
+    position = grid.ranks.index(shared.rank) if len(ranks) > 1 and shared.rank in grid.ranks else 0
+    return dict.fromkeys(ranks, ranks[position])
+
+
 def sweep(grid: CompareRecipe, shared: TrainRecipe) -> list[Cell]:
-    """The cells of the learning-rate sweep; none where no method has a choice. At the recipe's rank where it is in the grid."""
-    cells = []
-    for method in grid.methods:
-        ranks, lrs = ranks_of(method, grid, shared), grid.lrs_of(method, shared)
-        position = grid.ranks.index(shared.rank) if len(ranks) > 1 and shared.rank in grid.ranks else 0
-        size = max(grid.sizes) if grid.sizes else None
-        if len(lrs) > 1:
-            cells += [Cell(method, ranks[position], size, lr, seed) for lr in lrs for seed in grid.seeds[: grid.tune_seeds]]
-    return cells
-
-
-def finals(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> list[Cell]:
-    """The cells that the tables are made of, at each method's learning rate; first all methods on the first seed."""
+    """The cells of the learning-rate sweep; none where no method has a choice."""
+    size = max(grid.sizes) if grid.sizes else None
     return [
-        Cell(method, rank, size, lrs[method], seed)
+        Cell(method, rank, size, lr, seed)
+        for method in grid.methods
+        if len(lrs := grid.lrs_of(method, shared)) > 1
+        for rank in dict.fromkeys(swept_ranks(method, grid, shared).values())
+        for lr in lrs
+        for seed in grid.seeds[: grid.tune_seeds]
+    ]
+
+
+def rates(grid: CompareRecipe, shared: TrainRecipe, lrs: dict[str, float]) -> Rates:
+    """One rate a method, at all of its ranks."""
+    return {(method, rank): lr for method, lr in lrs.items() for rank in ranks_of(method, grid, shared)}
+
+
+def finals(grid: CompareRecipe, shared: TrainRecipe, chosen: Rates) -> list[Cell]:
+    """The cells that the tables are made of, at the learning rates chosen; first all methods on the first seed."""
+    return [
+        Cell(method, rank, size, chosen[method, rank], seed)
         for seed in grid.seeds
         for size in grid.sizes or [None]
         for method in grid.methods
-        if method in lrs
         for rank in ranks_of(method, grid, shared)
+        if (method, rank) in chosen
     ]
 
 
@@ -126,9 +144,12 @@ def refuse_mixed(grid: CompareRecipe, shared: TrainRecipe) -> None:
         if twice := [rank for rank in ranks if ranks.count(rank) > 1]:
             raise UserError(f"ranks: {method} runs at rank {twice[0]} for two of {grid.ranks}; leave one of them out")
     folders: dict[str, Cell] = {}
-    rates = {lr for method in grid.methods for lr in grid.lrs_of(method, shared)}
+    offered = {lr for method in grid.methods for lr in grid.lrs_of(method, shared)}
     every = [
-        c for lr in rates for c in finals(grid, shared, dict.fromkeys(grid.methods, lr)) if lr in grid.lrs_of(c.method, shared)
+        cell
+        for lr in offered
+        for cell in finals(grid, shared, rates(grid, shared, dict.fromkeys(grid.methods, lr)))
+        if lr in grid.lrs_of(cell.method, shared)
     ]
     for cell in every:
         if folders.setdefault(cell.name, cell) != cell:

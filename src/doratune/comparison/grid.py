@@ -9,7 +9,6 @@ OUTPUT/analysis/       ΔM and ΔD
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +27,10 @@ from ..support.yaml_text import as_read_back, read_yaml, to_yaml
 from ..training.checkpoints import last_checkpoint
 from ..training.recipe import TrainRecipe
 from ..training.train import write_recipe
-from .cells import Cell, command, finals, folder_of, recipe_of, refuse_mixed, shown, sweep
+from .cells import Cell, Rates, command, finals, folder_of, rates, recipe_of, refuse_mixed, shown, sweep
 from .collect import Result, collect, finished, same_recipe
 from .launch import Job, only_one, run_local, run_on_ray
+from .rates import choose
 from .recipe import CompareRecipe
 from .summary import Summary, summarize
 
@@ -56,25 +56,25 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
     with only_one(output):
         _record(grid, shared)
         (output / "compare.json").unlink(missing_ok=True)  # tables of what this grid was before; they come again at the end
-        total = len(set(sweep(grid, shared)) | set(finals(grid, shared, _first_lrs(grid, shared))))
+        total = len(set(sweep(grid, shared)) | set(finals(grid, shared, _first_rates(grid, shared))))
         advance, close = progress(f"{output.name} cells", total) if progress else (lambda n: None, lambda: None)
         stages = Stages(grid, shared, say, advance)
         try:
             stages.run_base()
             stages.run(sweep(grid, shared))
-            lrs, notes = choose(grid, shared)
+            chosen, notes = choose(grid, shared)
             for note in notes:
                 say(note)
-            stages.run(finals(grid, shared, lrs))
+            stages.run(finals(grid, shared, chosen))
         finally:
             close()
-        results, problems = collect(finals(grid, shared, lrs), grid, shared)
+        results, problems = collect(finals(grid, shared, chosen), grid, shared)
         if not results:
             raise UserError(f"no cell of {output} finished; see {output / 'logs'}")
-        problems += strangers(grid, {*sweep(grid, shared), *finals(grid, shared, lrs)})
+        problems += strangers(grid, {*sweep(grid, shared), *finals(grid, shared, chosen)})
         problems += look_inside(grid, shared, results, say)
         notes += [note for note in [base_note(output / "base", grid.score)] if note]
-        summary = summarize(grid, shared, results, lrs, [*notes, *problems])
+        summary = summarize(grid, shared, results, chosen, [*notes, *problems])
         write_json(output / "compare.json", summary.to_dict())
     return summary
 
@@ -207,36 +207,6 @@ def remains(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> bool:
         return False
 
 
-def choose(grid: CompareRecipe, shared: TrainRecipe) -> tuple[dict[str, float], list[str]]:
-    """({method: learning rate of the lowest mean evaluation loss in the sweep}, remarks).
-
-    Raises:
-        UserError: no method's sweep has a finished cell.
-    """
-    results, problems = collect(sweep(grid, shared), grid, shared)
-    lrs, notes = {}, list(problems)
-    for method in grid.methods:
-        offered = grid.lrs_of(method, shared)
-        losses: dict[float, list[float]] = {}
-        for result in results:
-            loss = result.metrics.get("eval_loss")
-            if result.cell.method == method and loss is not None and math.isfinite(loss):
-                losses.setdefault(result.cell.lr, []).append(loss)
-        whole = {lr: sum(values) / len(values) for lr, values in losses.items() if len(values) == grid.tune_seeds}
-        if len(offered) == 1:
-            lrs[method] = offered[0]
-        elif not whole:
-            notes.append(f"{method}: no learning rate of its sweep finished, so it is left out; see {Path(grid.output) / 'logs'}")
-        else:
-            lrs[method] = min(whole, key=whole.__getitem__)
-            tried = ", ".join(f"{lr:g}: {whole[lr]:.4f}" if lr in whole else f"{lr:g}: failed" for lr in sorted(offered))
-            edge = "; the best is at the edge of the sweep, widen it" if lrs[method] in (min(offered), max(offered)) else ""
-            notes.append(f"{method}: learning rate {lrs[method]:g} of {len(offered)} by evaluation loss ({tried}){edge}")
-    if not lrs:
-        raise UserError(f"no cell of the sweep finished; see {Path(grid.output) / 'logs'}")
-    return lrs, notes
-
-
 def _words(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> list[str]:
     """The cell's command: it goes on from its checkpoint, or starts (again)."""
     folder = folder_of(cell, grid)
@@ -249,8 +219,8 @@ def _words(cell: Cell, grid: CompareRecipe, shared: TrainRecipe) -> list[str]:
     return command(cell, grid, shared, "--resume" if same else "--overwrite")
 
 
-def _first_lrs(grid: CompareRecipe, shared: TrainRecipe) -> dict[str, float]:
-    return {method: grid.lrs_of(method, shared)[0] for method in grid.methods}
+def _first_rates(grid: CompareRecipe, shared: TrainRecipe) -> Rates:
+    return rates(grid, shared, {method: grid.lrs_of(method, shared)[0] for method in grid.methods})
 
 
 def _record(grid: CompareRecipe, shared: TrainRecipe) -> None:

@@ -1,6 +1,7 @@
 """CompareRecipe: the grid of `doratune compare`, and the names that it knows for methods.
 
-methods × ranks × training-set sizes × seeds on one training recipe, each method at the learning rate that its own sweep found.
+methods × ranks × training-set sizes × seeds on one training recipe, each method, or each of its ranks, at the learning rate that
+its own sweep found.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class CompareRecipe:
         seeds: of data order, subset, dropout and start; every method sees the same
         lrs: learning rates to try, a list for all methods
         method_lrs: by method, instead: as many for each as for the others, e.g. {full: [1e-5, 3e-5]}
+        sweep_ranks: one (a method's sweep runs at one rank, the recipe's where the grid has it; the others take its rate, as in
+            the paper) or every (each rank has a sweep of its own)
         tune_seeds: the sweep runs on the first so many seeds
         score: what ranks the methods: likelihood, generate or paper (accuracy, mean over tasks), or eval_loss
         confidence: of the intervals
@@ -87,6 +90,7 @@ class CompareRecipe:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     lrs: list[float] = number([], above=0)
     method_lrs: dict = field(default_factory=dict)
+    sweep_ranks: Literal["one", "every"] = "one"
     tune_seeds: int = number(1, least=1)
     score: Literal["likelihood", "generate", "paper", "eval_loss"] = "likelihood"
     confidence: float = number(0.95, above=0, below=1)

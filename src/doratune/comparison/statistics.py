@@ -8,6 +8,10 @@ d[seed, item] = correct_a − correct_b. Items are resampled with replacement wi
 as the score. Seeds are not resampled: three of them, drawn again, never leave their own range, and 18 to 24 % of true nulls were
 called differences (simulated, 3 seeds, 1000 items). Each resample is moved by t(S − 1)·sd/√S of the seeds' differences instead,
 which leaves 6 % at most. An interval that touches 0 means "not shown", never "equal". Cost: resamples × items additions.
+
+Smallest visible difference of M comparisons: (t(1 − α/2M) + t(power))·error with S − 1 degrees of freedom, the true difference that
+such a grid finds with probability `power` (80 %), its error being what was measured. M comparisons are corrected by Holm's method
+(Scand. J. Stat. 6, 1979), which keeps the chance of one false difference among them all at α.
 """
 
 from __future__ import annotations
@@ -34,17 +38,35 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """a − b, its interval, and the share of resamples on the other side of 0, doubled (two-sided p)."""
+    """a − b, its interval, p (two-sided; of a bootstrap the share of resamples beyond 0, doubled) and its standard error."""
 
     mean: float
     low: float
     high: float
     p: float
+    error: float
+    seeds: int
 
     @property
     def shown(self) -> bool:
         """Does the interval leave out 0?"""
         return self.low > 0 or self.high < 0
+
+    def visible(self, comparisons: int = 1, confidence: float = 0.95, power: float = 0.8) -> float:
+        """The smallest true difference that is found with probability `power` among so many comparisons."""
+        from scipy import stats
+
+        law = stats.t(self.seeds - 1) if self.seeds > 1 else stats.norm()
+        return float((law.ppf(1 - (1 - confidence) / (2 * comparisons)) + law.ppf(power)) * self.error)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number: below α where the comparison stands at a family-wise error of α."""
+    corrected, least = [0.0] * len(ps), 0.0
+    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, min(1.0, (len(ps) - place) * ps[i]))
+        corrected[i] = least
+    return corrected
 
 
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -79,13 +101,15 @@ def paired_bootstrap(
     for i in range(resamples):
         means = [d[random.integers(len(d), size=len(d))].mean() for d in over_items]
         drawn[i] = sum(means) / len(means)
+    of_items, of_seeds = float(drawn.std()), 0.0
     if seeds > 1:
-        by_seed = np.mean([d.mean(1) for d in differences], axis=0)
-        drawn += random.standard_t(seeds - 1, resamples) * by_seed.std(ddof=1) / np.sqrt(seeds)
+        of_seeds = float(np.mean([d.mean(1) for d in differences], axis=0).std(ddof=1) / np.sqrt(seeds))
+        drawn += random.standard_t(seeds - 1, resamples) * of_seeds
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     tail = min((drawn <= 0).mean(), (drawn >= 0).mean())
     mean = sum(d.mean() for d in differences) / len(differences)
-    return Difference(float(mean), float(low), float(high), float(min(1.0, 2 * max(tail, 1 / resamples))))
+    p = float(min(1.0, 2 * max(tail, 1 / resamples)))
+    return Difference(float(mean), float(low), float(high), p, float(np.hypot(of_items, of_seeds)), seeds)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
@@ -98,4 +122,4 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
         raise ValueError("one seed has no interval")
     spread = data.std(ddof=1) / np.sqrt(len(data))
     p = 2 * stats.t.sf(abs(estimate.mean) / spread, len(data) - 1) if spread else float(estimate.mean == 0)
-    return Difference(estimate.mean, estimate.low, estimate.high, float(p))
+    return Difference(estimate.mean, estimate.low, estimate.high, float(p), float(spread), len(data))

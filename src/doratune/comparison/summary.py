@@ -1,7 +1,8 @@
 """The tables of a grid: scores with intervals, cost beside them, paired differences, and plain words about who is ahead.
 
 A row is one configuration (method, rank, size) at the learning rate of its method's sweep, over the seeds that finished. A
-difference pairs the seeds and items that both configurations share.
+difference pairs the seeds and items that both configurations share; it is called shown where its p, corrected for the number of
+comparisons on that score, is below α.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from dataclasses import dataclass, field
 
 from ..support.tables import aligned
 from ..training.recipe import TrainRecipe
-from .cells import ranks_of
+from .cells import Rates, ranks_of
 from .collect import Result
 from .recipe import CompareRecipe
-from .statistics import Difference, Estimate, over_seeds, paired_bootstrap, paired_difference
+from .statistics import Difference, Estimate, holm, over_seeds, paired_bootstrap, paired_difference
 
 NAMES = {
     "likelihood": "accuracy, likelihood",
@@ -61,12 +62,20 @@ class ConfigurationRow:
 
 @dataclass(frozen=True)
 class Pair:
-    """Configuration a against b, on one score."""
+    """Configuration a against b, on one score; `corrected` is p by Holm's method over all pairs of that score, `visible` the
+    smallest difference that such a comparison finds four times in five."""
 
     a: str
     b: str
     score: str
     difference: Difference
+    corrected: float
+    visible: float
+    confidence: float
+
+    @property
+    def shown(self) -> bool:
+        return self.difference.shown and self.corrected < 1 - self.confidence
 
     @property
     def words(self) -> str:
@@ -77,7 +86,7 @@ class Pair:
             if lower
             else f"{100 * d.mean:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
         )
-        if not d.shown:
+        if not self.shown:
             return f"{self.a} against {self.b}, {NAMES[self.score]}: no difference shown ({figure})"
         ahead, behind = (self.a, self.b) if (d.mean < 0) == lower else (self.b, self.a)
         return f"{ahead} is better than {behind} in {NAMES[self.score]}: {self.a} - {self.b} = {figure}"
@@ -122,18 +131,13 @@ class Summary:
         return dataclasses.asdict(self) | {"tables": tables, "curves": self.curves()}
 
 
-def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], lrs: dict[str, float], notes: list[str]) -> Summary:
+def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], chosen: Rates, notes: list[str]) -> Summary:
     """Rows and pairs of the finished cells."""
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         groups.setdefault(result.cell.configuration, []).append(result)
-    rows = {key: _row(key, lrs[key[0]], group, grid.confidence) for key, group in groups.items()}
-    pairs = [
-        Pair(rows[a].name, rows[b].name, score, difference)
-        for a, b in _pairs(grid, shared, groups)
-        for score in NAMES
-        if (difference := _difference(groups[a], groups[b], score, grid)) is not None
-    ]
+    rows = {key: _row(key, chosen[key[:2]], group, grid.confidence) for key, group in groups.items()}
+    pairs = _compared(grid, shared, groups, {key: row.name for key, row in rows.items()})
     few = sorted({row.name for row in rows.values() if len(row.seeds) < len(grid.seeds)})
     notes = notes + [f"{name}: fewer than the grid's {len(grid.seeds)} seeds finished" for name in few]
     for r in results:
@@ -154,6 +158,7 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], l
         "environment": results[0].metrics.get("environment"),
         "unit": results[0].metrics.get("unit", "tokens"),
     }
+    lrs = {f"{m} r{rank}" if rank and grid.sweep_ranks == "every" else m: lr for (m, rank), lr in chosen.items()}
     return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
 
 
@@ -183,6 +188,20 @@ def _pairs(grid: CompareRecipe, shared: TrainRecipe, groups) -> list[tuple[tuple
         matched = list(zip(ours, theirs)) if len(ours) == len(theirs) else [(a, b) for a in ours for b in theirs]
         pairs += [((method, a, size), (reference, b, size)) for a, b in matched for size in grid.sizes or [None]]
     return [(a, b) for a, b in pairs if a in groups and b in groups]
+
+
+def _compared(grid: CompareRecipe, shared: TrainRecipe, groups: dict[tuple, list[Result]], names: dict[tuple, str]) -> list[Pair]:
+    """All pairs on all scores that they have, corrected over the pairs of one score."""
+    order = _pairs(grid, shared, groups)
+    differences = {(a, b, s): d for a, b in order for s in NAMES if (d := _difference(groups[a], groups[b], s, grid)) is not None}
+    pairs = {}
+    for score in NAMES:
+        family = {key: difference for key, difference in differences.items() if key[2] == score}
+        for (key, d), p in zip(family.items(), holm([d.p for d in family.values()])):
+            a, b, _ = key
+            visible = d.visible(len(family), grid.confidence)
+            pairs[key] = Pair(names[a], names[b], score, d, p, visible, grid.confidence)
+    return [pairs[key] for key in differences]
 
 
 def _difference(a: list[Result], b: list[Result], score: str, grid: CompareRecipe) -> Difference | None:
@@ -221,14 +240,16 @@ def pair_table(summary: Summary) -> TextTable:
         d, lower = pair.difference, pair.score == "eval_loss"
         scale, digits, unit = (1, 4, "") if lower else (100, 1, " points")
         interval = f"[{scale * d.low:+.{digits}f}, {scale * d.high:+.{digits}f}]"
-        verdict = ((pair.a if (d.mean < 0) == lower else pair.b) + " better") if d.shown else "not shown"
-        rows.append([pair.a, pair.b, NAMES[pair.score], f"{scale * d.mean:+.{digits}f}{unit}", interval, f"{d.p:.3f}", verdict])
+        verdict = ((pair.a if (d.mean < 0) == lower else pair.b) + " better") if pair.shown else "not shown"
+        figures = [f"{scale * d.mean:+.{digits}f}{unit}", interval, f"{d.p:.3f}", f"{pair.corrected:.3f}"]
+        rows.append([pair.a, pair.b, NAMES[pair.score], *figures, f"{scale * pair.visible:.{digits}f}", verdict])
     note = (
-        'accuracy: paired bootstrap over items, Student\'s t over seeds; loss: Student\'s t over seeds. "not shown" is not "equal".'
+        "accuracy: paired bootstrap over items, Student's t over seeds; loss: Student's t over seeds. The verdict is by Holm's p, "
+        "corrected for the comparisons on that score; visible: the difference that this comparison, so corrected, finds four times "
+        'in five. "not shown" is not "equal".'
     )
-    return TextTable(
-        "Differences", ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "verdict"], rows, note
-    )
+    columns = ["a", "b", "score", "a - b", f"{100 * summary.confidence:g} % interval", "p", "p, Holm", "visible", "verdict"]
+    return TextTable("Differences", columns, rows, note)
 
 
 def _estimate(estimate: Estimate | None, name: str) -> str:

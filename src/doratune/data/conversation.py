@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, kind_in_words, listed, near_misses, with_article
 
 if TYPE_CHECKING:
     from .settings import DataSettings
@@ -95,8 +95,7 @@ def _text(content: Any, where: str, name: str, calls: bool) -> str:
         raise UserError(f"{where} holds a part of the type {other!r} under {name!r}; text alone is learned: take the item out")
     if isinstance(content, str):
         return content
-    held = "null" if content is None else f"a {type(content).__name__}"
-    raise UserError(f"{where} has {held} under {name!r}; expected text (tool calls go under 'tool_calls')")
+    raise UserError(f"{where} has {kind_in_words(content)} under {name!r}; expected text (tool calls go under 'tool_calls')")
 
 
 def _call(call: Any, where: str) -> dict:
@@ -165,7 +164,7 @@ def check_order(messages: Sequence[Mapping]) -> None:
     for number, message in enumerate(messages, 1):
         role, last = message["role"], before["role"] if before else None
         if role in ("system", "developer") and last not in (None, "system", "developer"):
-            raise UserError(f"message {number} is a {role} turn behind a {last} turn; put it first: {more}")
+            raise UserError(f"message {number} is {with_article(role)} turn behind {with_article(last)} turn; put it first: {more}")
         if role == "assistant" and last in (None, "system", "developer"):
             raise UserError(f"message {number} is the assistant's, and no user turn stands before it; {more}")
         if role == "tool" and last != "tool" and not (before or {}).get("tool_calls"):

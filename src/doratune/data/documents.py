@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, listed
+from ..errors import UserError, kind_in_words, listed
 from .containers import container_of, read_values
 
 
@@ -62,7 +62,7 @@ def value_of(entry: Mapping, key: str, kind: type | tuple[type, ...], where: str
     """
     value = entry.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        held = "nothing" if key not in entry else f"a {type(value).__name__}"
+        held = "nothing" if key not in entry else kind_in_words(value)
         raise UserError(f"{where} has {held} under {key!r}; copy the published file again")
     return value
 

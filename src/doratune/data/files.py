@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError, listed
+from ..errors import UserError, kind_in_words, listed
 from .containers import read_values
 from .containers.json_text import repeated_names
 
@@ -58,7 +58,7 @@ def each_example(path: Path, unusable: list[str] | None = None) -> Iterator[Item
         if isinstance(value, UserError):
             problem = str(value)
         elif not isinstance(value, dict):
-            problem = f"{where} is a {type(value).__name__}, expected a JSON object"
+            problem = f"{where} is {kind_in_words(value)}, expected a JSON object"
         elif names := repeated_names(value):
             problem = f"{where} (line {line}) names {listed(map(repr, names), 3)} twice; leave one of the two"
         if problem is None:

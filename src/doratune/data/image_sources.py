@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, listed
+from ..errors import UserError, kind_in_words, listed
 from .images import open_image
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def source_of(value: Any, folders: Sequence[str | Path]) -> ImageSource:
     if isinstance(value, bytes):
         return ImageSource(value, "an image of its own")
     if not isinstance(value, str) or not value.strip():
-        held = (
-            "nothing" if value is None else f"of the type {type(value).__name__}" if not isinstance(value, str) else "an empty text"
-        )
+        held = "nothing" if value is None else "an empty text" if isinstance(value, str) else kind_in_words(value)
         raise UserError(f"the image is {held}; expected the name of a file")
     if value.startswith("data:"):
         return ImageSource(_decoded(value), f"{value[:30]}…")

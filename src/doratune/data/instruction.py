@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import UserError
+from ..errors import UserError, kind_in_words
 from .encode import Encoded
 
 PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -31,7 +31,7 @@ def check(item: Mapping, where: str) -> None:
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise UserError(f"{where} has no text under {key!r}; every item needs instruction and output")
     if not isinstance(item.get("input") or "", str):
-        raise UserError(f"{where} has a {type(item['input']).__name__} under 'input'; expected text or nothing")
+        raise UserError(f"{where} has {kind_in_words(item['input'])} under 'input'; expected text or nothing")
 
 
 def encode(item: Mapping, tokenizer) -> Encoded:

@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ..errors import UserError, near_misses
+from ..errors import UserError, listed, near_misses
 from .conversation import tools_of
 from .files import Item, placed
 from .formats import DataFormat, first_format, format_named, format_of, nearest, suggestion, unknown_item
@@ -54,7 +54,7 @@ def load_items(
     if len(kinds) > 1:
         raise UserError(f"data mixes {' and '.join(sorted(kinds))} items; convert them to one format")
     if not items:
-        raise UserError(f"{data} holds no item that can be used; the first: {unusable[0]}")
+        raise UserError(f"{listed(sources)} holds no item that can be used; the first: {unusable[0]}")
     return items, kinds.popitem()[1]
 
 
@@ -188,7 +188,8 @@ def preference_pairs(
     settings = settings or DataSettings()
     items, kind = load_items(data, mirror, unusable=unusable, settings=settings)
     if kind.name != "preference":
-        raise UserError(f"{data} holds {kind.name} data ({kind.shown}); preference pairs have chosen and rejected")
+        sources = listed([data] if isinstance(data, str) else data)
+        raise UserError(f"{sources} holds {kind.name} data ({kind.shown}); preference pairs have chosen and rejected")
     rows = []
     for item in items:
         prompt, chosen, rejected = kind.pair(item, item.where, settings)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -137,6 +138,10 @@ class Direction:
     def constant_A(self) -> bool:
         """Does A never change, so that W·Aᵀ may be kept?"""
         return False
+
+    def shared_A(self, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """A (R, I) of a layer of shape (O, I) as a part of one that layers share in this dtype; None: each has its own."""
+        return None
 
     def file_shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
         """Name → shape of what a file holds for a layer of shape (O, I)."""

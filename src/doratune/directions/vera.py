@@ -5,8 +5,8 @@
 With a magnitude it is DVoRA. A and B come from a seed and need not be saved (PEFT's `projection_prng_key`, drawn as PEFT draws
 them) or from a file. No A is trained, so the backward needs neither dA nor x.
 
-Cost: a copy of B (O, R) scaled by b and d for each forward; the shared pair R·(max I + max O) numbers once per device. With
-`norm_memory` in the configuration, U = W·Aᵀ (O, R) of as many layers as fit is kept: no product with W after the first step.
+Cost: a copy of B (O, R) scaled by b and d for each forward; the shared pair R·(max I + max O) numbers once per device and dtype.
+With `norm_memory` in the configuration, U = W·Aᵀ (O, R) of as many layers as fit is kept: no product with W after the first step.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ class VeRADirection(Direction):
 
     def constant_A(self) -> bool:
         return True
+
+    def shared_A(self, shape, device, dtype) -> Tensor | None:
+        return None if self.shared is None else self.shared.get(device, dtype)[0][:, : shape[1]]
 
     def shared_tensors(self) -> dict[str, Tensor]:
         return dict(zip(self.shared_names, self.shared.get(torch.device("cpu"), torch.float32), strict=True))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import regex
 
-from ..errors import UserError
+from ..errors import UserError, kind_in_words
 from ..support.packages import install_line
 
 SEARCH_S = 2.0
@@ -120,7 +120,7 @@ def valid_pattern(pattern, where: str) -> str:
         UserError: it is no text, or no regular expression.
     """
     if not isinstance(pattern, str):
-        raise UserError(f"{where}: the pattern is a {type(pattern).__name__}; expected text")
+        raise UserError(f"{where}: the pattern is {kind_in_words(pattern)}; expected text")
     try:
         regex.compile(pattern)
     except (regex.error, RecursionError) as error:

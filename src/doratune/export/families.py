@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError, listed
+from ..errors import UserError, listed, with_article
 
 Check = Callable[[object], str | None]
 
@@ -64,7 +64,7 @@ def family_of(config, where: str) -> Family:
     names = list(getattr(config, "architectures", None) or [type(config).__name__])
     name = next((n for n in names if n in FAMILIES), None)
     if name is None:
-        raise UserError(f"{where} is a {listed(names)}; GGUF is written for {', '.join(FAMILIES)}")
+        raise UserError(f"{where} is {with_article(listed(names))}; GGUF is written for {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     if problem := _problem(config, family):
         raise UserError(f"{where}: {problem}, which llama.cpp does not compute for {name}; run it with transformers or vLLM")

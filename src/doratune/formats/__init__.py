@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, listed, near_misses, with_article
 from .source import Source, source_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Format:
                 parts[split[0]][split[1]] = tensor
         if extra:
             raise UserError(
-                f"{source.path} is a {self.title} file with tensors that this format has not: {listed(extra, 24)}; "
+                f"{source.path} is {with_article(self.title)} file with tensors that this format has not: {listed(extra, 24)}; "
                 f"it holds {source.holding()}"
             )
         return parts

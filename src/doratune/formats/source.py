@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, listed
+from ..errors import UserError, kind_in_words, listed
 from ..support.files import open_tensors, parse_json, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -139,7 +139,7 @@ def json_object(text: str | None, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON ({error}); write the file again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{what} holds a {type(value).__name__}, expected a JSON object")
+        raise UserError(f"{what} holds {kind_in_words(value)}, expected a JSON object")
     return value
 
 

@@ -14,7 +14,7 @@ import re
 
 from torch import Tensor
 
-from ..errors import UserError, listed
+from ..errors import UserError, listed, with_article
 from . import Format, Stated, Written
 from .factors import uniform
 from .names import ModelNames
@@ -67,7 +67,7 @@ class TorchtuneFormat(Format):
             return "torchtune orders the rows of q and k by heads; give the model"
         family = stated.model.setting("model_type")
         if family not in (*_NEIGHBOURS, *_HALVES):
-            return f"the model is a {family!r}; torchtune's names are known for {', '.join((*_NEIGHBOURS, *_HALVES))}"
+            return _unknown_family(family)
         if unknown := [name for name in adapter.layers if _in_torchtune(name) is None]:
             return f"{listed(unknown, 4)}: torchtune has no name for it"
         return linear_only(adapter, "torchtune's format")
@@ -90,10 +90,13 @@ def _needed(model: ModelNames | None, where: str) -> ModelNames:
         raise UserError(f"{where} is a torchtune file, whose rows of q and k are ordered by heads; give the model")
     family = model.setting("model_type")
     if family not in (*_NEIGHBOURS, *_HALVES):
-        raise UserError(
-            f"{where}: the model is a {family!r}; torchtune's names are known for {', '.join((*_NEIGHBOURS, *_HALVES))}"
-        )
+        raise UserError(f"{where}: {_unknown_family(family)}")
     return model
+
+
+def _unknown_family(family: str | None) -> str:
+    known = ", ".join((*_NEIGHBOURS, *_HALVES))
+    return f"the model is {with_article(repr(family))}; torchtune's names are known for {known}"
 
 
 def _in_transformers(spelled: str) -> str | None:

@@ -22,6 +22,7 @@
     fingerprint.py   a hash of all parameters, in a few operations
     shares.py      weights that are whole only while they run: w², whole tensors of one layer
     fsdp.py        of those, FSDP2's shards
+    zero3.py       of those, parts of DeepSpeed's ZeRO-3
     offload.py     and what accelerate offloads
     tensor_parallel.py   layers of which each process computes a part
     passes.py      which kernels compute the passes over an output

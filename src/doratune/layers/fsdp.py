@@ -2,6 +2,10 @@
 
 A group of parameters is brought whole together, with one collective. Those of an adapter join the group of the layer's weight, also
 where it was sharded before the adapter was attached, and leave it when the adapter is taken off. Nothing is sent for either.
+
+A forward leaves copies in the modules: the root's always, all with `reshard_after_forward=False`. They are not the parameters: what
+is written into them, their `requires_grad` and an optimizer's steps on them are lost. So whatever looks at a model between calls
+begins with `reshard`.
 """
 
 from __future__ import annotations
@@ -63,11 +67,14 @@ def _groups(module: nn.Module) -> list:
     return [group for group in (state._fsdp_param_group,) if group is not None] if groups is None else list(groups)
 
 
-def resharded(model: nn.Module) -> dict[tuple[int, str], Share]:
-    """`shares_of` a model in which nothing is whole just now."""
+def reshard(model: nn.Module) -> None:
+    """Put the parameters in the place of their whole copies, but in modules that are computing now; nothing is sent. A backward
+    brings the copies that it needs again."""
     for module in fsdp_modules(model):
-        module.reshard()
-    return shares_of(model)
+        for group in _groups(module):
+            if group._training_state.name == "IDLE":
+                group.wait_for_unshard()  # one that was begun ahead of a call
+                group.reshard()
 
 
 def keep_wide(shares: list[Share]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import Base, base_of
+from ..errors import with_article
 
 RESERVED = ("adapted", "magnitude", "scaling")
 """Names that an adapted layer gives to a module, besides its direction's."""
@@ -142,7 +143,7 @@ class LayerKind:
         weight = getattr(module, self.weight_name, None)
         kind = type(weight.data if isinstance(weight, nn.Parameter) else weight).__name__
         dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
-        return f"its weight is a {kind}{dtype}, a storage that is not known; see doratune.bases.register"
+        return f"its weight is {with_article(kind)}{dtype}, a storage that is not known; see doratune.bases.register"
 
     def __reduce__(self):
         from . import kind_named

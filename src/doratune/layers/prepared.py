@@ -79,7 +79,7 @@ def _batches(alike: list):
 def _together(weights: list, low: torch.dtype) -> Tensor | None:
     """Prepare weights of one likeness; what is in doubt (L, 4): see `_with_care`. None: nothing can be."""
     first, pairs = weights[0], [weight.low_rank() for weight in weights]
-    A_LRI, B_LOR = (stacked([pair[i] for pair in pairs], low) if first.rank else None for i in (0, 1))
+    A_LRI, B_LOR = (_A(weights, pairs, low), stacked([B for _, B in pairs], low)) if first.rank else (None, None)
     if not first.magnitude or first.axis == "input":
         _direction_alone(weights, A_LRI, B_LOR, pairs, low)
         return None
@@ -110,6 +110,13 @@ def stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
     torch._foreach_copy_(list(out.unbind(0)), tensors)
     return out
+
+
+def _A(weights: list, pairs: list, low: torch.dtype) -> Tensor:
+    """A of weights of one likeness (L, R, I); what they share with all layers is not copied."""
+    first = weights[0]
+    shared = first.direction.shared_A(first.shape, pairs[0][0].device, low) if len(first.shape) == 2 else None
+    return stacked([A for A, _ in pairs], low) if shared is None else shared.expand(len(weights), *shared.shape)
 
 
 def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..math.autograd import no_autocast
 from ..math.dora import Factors
-from . import prepared, shares
+from . import fsdp, prepared, shares
 from .fingerprint import Watched, same, tensor_in, together
 
 DROWNS = 4.0
@@ -94,7 +94,10 @@ class Registry:
         return [(weight, layer) for weight, layer in pairs if layer is not None and vars(layer).get("adapted") is weight]
 
     def find_shares(self, model, running: bool = False) -> None:
-        """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward."""
+        """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward; else
+        the parameters are in their places then."""
+        if not running:
+            fsdp.reshard(model)
         if new := self.search.new(self.weights, running):
             shares.find(new, model, running)
             self.search.end(new, running)

@@ -1,7 +1,8 @@
-"""Weights that are whole in their module only while it runs: shards of FSDP2, and what accelerate offloads.
+"""Weights that are whole in their module only while it runs: shards of FSDP2, parts of ZeRO-3, and what accelerate offloads.
 
     fully_shard                    a DTensor, this process's share, stands in the module; for a forward and a backward a whole copy
                                    stands in its place, at another address each time
+    ZeRO-3                         an empty tensor stands there, with this process's part as an attribute (`zero3.py`)
     cpu_offload, disk_offload      a tensor on the meta device stands there; for a forward a copy from the CPU or the disk
 
 What is derived from a weight (w², factors) is kept under its share, never under the copies: it is made once, not once a copy.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ..bases import accumulation_dtype
 from ..errors import UserError
 from ..math import decomposition
+from . import zero3
 from .fsdp import TWICE, fsdp_modules, keep_wide, shares_of
 from .offload import Offloaded, loaded, offloaded
 
@@ -33,6 +35,11 @@ def is_share(t) -> bool:
     """Is it a tensor of which this process has a part?"""
     cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return cls is not None and isinstance(t, cls)
+
+
+def whole(t: Tensor) -> bool:
+    """Has it all of its numbers here?"""
+    return not (t.is_meta or is_share(t) or zero3.in_parts(t))
 
 
 def gathered(t: Tensor | None) -> Tensor | None:
@@ -62,8 +69,8 @@ def put_value(t: Tensor, value: Tensor) -> None:
 
 
 FSDP = "_is_fsdp_managed_module"
-MARKS = (FSDP, "_hf_hook")
-"""Attributes of a module that FSDP and accelerate leave there."""
+MARKS = (FSDP, "_hf_hook", zero3.MARK)
+"""Attributes of a module that FSDP, accelerate and DeepSpeed leave there."""
 
 
 class Search:
@@ -97,7 +104,7 @@ def managed(weight) -> bool:
 
 
 def managed_module(module: nn.Module) -> bool:
-    return FSDP in vars(module) or offloaded(module)
+    return FSDP in vars(module) or zero3.MARK in vars(module) or offloaded(module)
 
 
 def find(weights: list, model: nn.Module, running: bool) -> None:
@@ -114,6 +121,9 @@ def find(weights: list, model: nn.Module, running: bool) -> None:
             if weight.split is not None and under_fsdp:
                 raise UserError(f"{weight.kind.name} layers are {TWICE}")
             known = {name: under_fsdp.get((id(module), key)) for name, (module, key) in places.items()}
+            known |= {
+                name: zero3.partition(module._parameters.get(key)) for name, (module, key) in places.items() if not known[name]
+            }
             weight.shares = {name: share for name, share in known.items() if share is not None}
             weight.let_go()
     if not running:
@@ -211,7 +221,7 @@ def _own_part(weight, W: Tensor) -> Tensor:
 
 def sharded(model: nn.Module) -> bool:
     """Is some of the model in shards?"""
-    return any(is_share(p) for p in model.parameters()) or bool(fsdp_modules(model))
+    return any(is_share(p) or zero3.in_parts(p) for p in model.parameters()) or bool(fsdp_modules(model))
 
 
 def first(model: nn.Module) -> bool:
@@ -230,6 +240,7 @@ def at_hand(module: nn.Module, names: tuple[str, ...] | None = None, write: tupl
     with contextlib.ExitStack() as stack:
         for owner in owners:
             stack.enter_context(loaded(owner, write))
+            stack.enter_context(zero3.gathered(owner, bool(write)))
         places = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if is_share(p)]
         places = [place for place in places if names is None or place[1] in names]
         values = {}

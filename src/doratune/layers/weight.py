@@ -29,7 +29,7 @@ from .fingerprint import identity, tensor_in
 from .frozen import FrozenWeight
 from .magnitude import MAGNITUDES
 from .registry import LIGHT_TOKENS, Registry
-from .shares import is_share
+from .shares import whole
 
 
 @dataclass(eq=False)
@@ -157,8 +157,7 @@ class AdaptedWeight(FrozenWeight):
 
     def at_hand(self) -> bool:
         """Are its tensors whole now?"""
-        tensors = (*self.layer._parameters.values(), self.stored())
-        return not any(t is not None and (t.is_meta or is_share(t)) for t in tensors)
+        return all(t is None or whole(t) for t in (*self.layer._parameters.values(), self.stored()))
 
     @property
     def bias(self) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import with_article
 from ..layers import kind_of
 from ..layers.kind import LayerKind
 from ..layers.shares import managed_module
@@ -62,13 +63,13 @@ def refusal(module: nn.Module) -> str | None:
     if managed_module(base):
         return "its weight is in shards, or offloaded"
     if (kind := kind_of(base)) is None:
-        return f"its base layer is a {type(base).__name__}, of no kind that is known here"
+        return f"its base layer is {with_article(type(base).__name__)}, of no kind that is known here"
     if problem := kind.refusal(base):
         return problem
     if kind.base(base).device(base).type == "meta":
         return "its weight is on the meta device"
     if getattr(module, "fan_in_fan_out", kind.transposed) != kind.transposed and not _is_embedding(module):
-        return f"fan_in_fan_out is {module.fan_in_fan_out} on a {type(base).__name__}"
+        return f"fan_in_fan_out is {module.fan_in_fan_out} on {with_article(type(base).__name__)}"
     if kind.name == "Conv":
         return _conv_refusal(base)
     return None

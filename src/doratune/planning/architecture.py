@@ -132,10 +132,9 @@ def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
         baselines.attach(model, recipe.baseline())
         return model.train()
     modules = dict(named_layers(model))
+    common = _common(model, built)
     for name, spec in built.adapters.items():
-        _adapt(model, modules.get(name), spec)
-    for number, shape in enumerate(built.common):
-        model.register_buffer(f"common_{number}", torch.empty(shape, dtype=torch.float32))
+        _adapt(model, modules.get(name), spec, common)
     whole.train_whole(modules, built.also_train, True)
     for name in built.also_train:
         model.get_submodule(name).requires_grad_(True)
@@ -164,7 +163,7 @@ def _spec(kind: LayerKind, plain: nn.Module, rank: int, config: AdapterConfig, d
         "shapes": shapes,
         "trained": set(shapes) - set(direction.frozen),
         "learns_A": bool(rank) and direction.needs(tuple(declared.trained for declared in direction.tensors))[0],
-        "keeps_product": direction.constant_A() and axis == "output",
+        "keeps_product": direction.constant_A() and axis == "output" and config.norm_memory > 0,
         "shape": (rows, columns),
         "width": direction.width((rows, columns), rank) if rank else 0,
         "axis": axis,
@@ -174,9 +173,20 @@ def _spec(kind: LayerKind, plain: nn.Module, rank: int, config: AdapterConfig, d
     }
 
 
-def _adapt(model: nn.Module, module: nn.Module | None, spec: dict) -> None:
+def _common(model: nn.Module, built: Architecture) -> dict[torch.dtype, torch.Tensor]:
+    """What all layers share, in float32 and in each dtype that layers compute in; {dtype: A (R, I)}."""
+    shared_A = {}
+    for dtype in {torch.float32, *(spec["low"] for spec in built.adapters.values())} if built.common else ():
+        for number, shape in enumerate(built.common):
+            tensor = torch.empty(shape, dtype=dtype)
+            model.register_buffer(f"common_{number}_{dtype}".replace(".", "_"), tensor)
+            shared_A.setdefault(dtype, tensor)
+    return shared_A
+
+
+def _adapt(model: nn.Module, module: nn.Module | None, spec: dict, common: dict[torch.dtype, torch.Tensor]) -> None:
     """Give a layer the stand-in of its adapter."""
-    adapter, shared = Adapter(**spec), stand_in_of(module)
+    adapter, shared = Adapter(**spec, shared_A=common.get(spec["low"])), stand_in_of(module)
     if shared is None:
         model.register_module(f"adapter_{len(model._modules)}", adapter)
         return

@@ -68,13 +68,16 @@ class Adapter(nn.Module):
     Args:
         shapes: of the direction's tensors and of m, in `wide`; trained: names of those that learn.
         learns_A: is x kept for A's gradient, so that m's is read off y, not off the base's output?
-        keeps_product: is U = W·Aᵀ kept, since A is constant?
+        keeps_product: is U = W·Aᵀ kept, since A is constant and norm_memory leaves room?
         shape: (O, I); width: rank of the pair of factors, 0 for magnitude only.
         axis: of m: output, input or None; dropout: of the low-rank branch.
         wide, low: dtype of the parameters, and in which the layer computes.
+        shared_A: (R, at least I) of all layers; None: each has an A of its own.
     """
 
-    def __init__(self, shapes, trained, learns_A: bool, keeps_product: bool, shape, width: int, axis, dropout, wide, low):
+    def __init__(
+        self, shapes, trained, learns_A: bool, keeps_product: bool, shape, width: int, axis, dropout, wide, low, shared_A=None
+    ):
         super().__init__()
         self.axis, self.dropout, self.width, self.learns_A = axis, dropout, width, learns_A
         for name, size in shapes.items():
@@ -82,11 +85,12 @@ class Adapter(nn.Module):
         rows, columns = shape
         vectors = {"output": 6 * rows + rows // 4, "input": 5 * columns, None: 0}[axis]
         self.factors = {
-            "A": torch.empty(width, columns, dtype=low) if width else None,
+            "A": torch.empty(width, columns, dtype=low) if width and shared_A is None else None,
             "B": torch.empty(rows, width, dtype=low) if width else None,
             "vectors": torch.empty(vectors, dtype=wide),
             "product": torch.empty(rows, width, dtype=low) if keeps_product else None,
         }
+        self.A = self.factors["A"] if shared_A is None else shared_A[:, :columns]
 
     def around(self, layer: nn.Module, x: Tensor, own_product: bool, call) -> Tensor:
         if self.axis == "input":
@@ -124,7 +128,7 @@ class _Composed(Function):
         z = None
         if adapter.width:
             inner = x_TI if mask is None else torch.ops.aten.native_dropout_backward.default(x_TI, mask.view(x_TI.shape), 2.0)
-            z = torch.mm(inner.to(out.dtype), adapter.factors["A"].t())
+            z = torch.mm(inner.to(out.dtype), adapter.A.t())
             del inner
         has_m, from_y = adapter.axis == "output", adapter.learns_A
         result = out.view(out.shape).data if own and (from_y or not has_m) else torch.empty_like(out)
@@ -144,7 +148,7 @@ class _Composed(Function):
         if adapter.width:
             dZ = torch.mm(dY_TO, adapter.factors["B"])
             dA = torch.mm(dZ.t(), x.reshape(-1, x.shape[-1]).to(dY.dtype)) if adapter.learns_A else None
-            dx = torch.mm(dZ, adapter.factors["A"])
+            dx = torch.mm(dZ, adapter.A)
             del dA, dZ
         if ctx.own:
             dx = torch.mm(dout, W) if dx is None else dx.addmm_(dout, W)
@@ -192,7 +196,7 @@ class SharedConv(nn.Module):
         out = super().forward(x)
         if adapter.width:
             *own, m = adapter.parameters() if adapter.axis == "output" else (*adapter.parameters(), None)
-            A, B = _Factor.apply(adapter.factors["A"], *own[:1]), _Factor.apply(adapter.factors["B"], *own[1:])
+            A, B = _Factor.apply(adapter.A, *own[:1]), _Factor.apply(adapter.factors["B"], *own[1:])
             out = out + low_rank(_OfConv(adapter.dropout), self, x, A, B, out.dtype)
         if adapter.axis == "output":
             out = _Rescaled.apply(out, list(adapter.parameters())[-1])

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, kind_in_words
 from .durable import mode_like, one_line_errors, preparing, staged, sync, sync_folder
 
 
@@ -94,7 +94,7 @@ def read_json(path: Path, what: str) -> dict:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {what}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object; {what}")
+        raise UserError(f"{path} holds {kind_in_words(value)}, expected a JSON object; {what}")
     return value
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import UserError, listed
+from ..errors import UserError, listed, with_article
 from .hub import hub_settings
 from .image_heads import ImageHead, head_of, image_heads
 from .image_heads.classification import HEAD as CLASSIFICATION
@@ -114,7 +114,7 @@ def _config(name: str, head: ImageHead | None, trust_remote_code: bool):
     heads = (head,) if head else image_heads()
     if not any(one.fits(config.model_type) or one.auto in (getattr(config, "auto_map", None) or {}) for one in heads):
         first = heads[0]
-        raise UserError(f"{name} is a {config.model_type}, of which there is no {first.shown}; give {first.examples}")
+        raise UserError(f"{name} is {with_article(config.model_type)}, of which there is no {first.shown}; give {first.examples}")
     return config
 
 

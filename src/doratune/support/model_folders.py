@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import UserError, listed, near_misses
+from ..errors import UserError, listed, near_misses, with_article
 from .files import read_json
 from .models import model_path, readable_errors
 from .own_models import own_class, own_library
@@ -137,8 +137,8 @@ def model_class(folder: Path, want: TrainedClass | None = None) -> type:
         known = [n for n in dir(library) if not n.startswith("_")]
         code = "it is code of the folder's own" if config.get("auto_map") else f"{library.__name__} has no such class"
         raise UserError(
-            f"{folder} holds a {name}: {code}{near_misses(name, known)}; merge takes model folders of transformers and diffusers: "
-            "load this one yourself, then doratune.load the adapter, doratune.merge, save_pretrained"
+            f"{folder} holds {with_article(name)}: {code}{near_misses(name, known)}; merge takes model folders of transformers and "
+            "diffusers: load this one yourself, then doratune.load the adapter, doratune.merge, save_pretrained"
         )
     return cls
 

@@ -97,10 +97,16 @@ def _applies(marker: str, extra: str) -> bool:
 def install_line(module: str) -> str:
     """The `pip install` that brings a module: an extra of ours, or the module by its name."""
     top = module.partition(".")[0]
-    extras = [wish.extra for wish in wishes() if wish.module == top]
+    extras = [wish.extra for wish in wishes() if wish.module.lower() == top.lower()]
     if not extras:
         return f"pip install {top}"
     return f"pip install '{NAME}[{extras[0]}]'" if all(extras) else f"pip install {NAME}"
+
+
+def wanted_by(message: str) -> str | None:
+    """`needs PIL; pip install …` for what transformers says of a package that one of its classes lacks, else None."""
+    found = re.search(r"requires the (\w+) library but", message)
+    return f"needs {found[1]}; {install_line(found[1] if found[1] == 'PIL' else found[1].lower())}" if found else None
 
 
 def versions() -> dict[str, str]:

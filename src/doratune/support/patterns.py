@@ -51,6 +51,11 @@ class NamePattern:
             self.spent += time.perf_counter() - started
 
 
+def is_name(pattern: object) -> bool:
+    """Is a text a module's name or the end of one, `q_proj` or `self_attn.q_proj`, rather than a regular expression?"""
+    return isinstance(pattern, str) and re.fullmatch(r"[\w-]+(\.[\w-]+)*", pattern) is not None
+
+
 def excluding(exclude: str | tuple[str, ...], names: Iterable[str]) -> str:
     """A pattern of what was excluded and of all that lies in the modules of these names.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, with_article
 from .files import read_json
 from .hub import hub_settings
 from .models import quiet_loading, readable_errors, torch_dtype
@@ -60,7 +60,7 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
         index = DiffusionPipeline.load_config(name, **settings)
         if "unet" not in index or not {"vae", "text_encoder", "tokenizer", "scheduler"} <= index.keys():
             kind = index.get("_class_name", "pipeline")
-            raise UserError(f"{name} is a {kind} without a UNet and a VAE; give a Stable Diffusion 1.x, 2.x or XL")
+            raise UserError(f"{name} is {with_article(kind)} without a UNet and a VAE; give a Stable Diffusion 1.x, 2.x or XL")
         without = {part: None for part in _UNUSED if isinstance(index.get(part), list) and index[part][0]}
         dtypes = {"default": torch_dtype(dtype), "vae": torch.float32}
         pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes, **without, **settings)

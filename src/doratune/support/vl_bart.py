@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 
-from ..errors import UserError, listed
+from ..errors import UserError, listed, with_article
 from .models import model_path, one_dtype, quantization, quiet_loading, readable_errors, source_settings, torch_dtype
 
 VISUAL = "model.encoder.visual"
@@ -215,5 +215,6 @@ def _config(name: str, trust_remote_code: bool) -> BartConfig:
     with readable_errors(name):
         config = AutoConfig.from_pretrained(path, **source_settings(path, trust_remote_code))
     if not isinstance(config, BartConfig) or not config.is_encoder_decoder:
-        raise UserError(f"{name} is a {config.model_type}; give a BART with encoder and decoder, such as facebook/bart-base")
+        kind = with_article(config.model_type)
+        raise UserError(f"{name} is {kind}; give a BART with encoder and decoder, such as facebook/bart-base")
     return config

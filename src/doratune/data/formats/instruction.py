@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import UserError
+from ...errors import UserError, kind_in_words
 from .. import chat, conversation, instruction, published_prompts
 from ..words import check_words
 from . import DataFormat
@@ -35,7 +35,7 @@ class Instruction(DataFormat):
             if item.get(name) and settings.prompt != "template":
                 raise UserError(f"{where} has a {name!r}, for which prompt {settings.prompt} has no place; set prompt: template")
         if not isinstance(item.get("system") or "", str):
-            raise UserError(f"{where} has a {type(item['system']).__name__} under 'system'; expected text")
+            raise UserError(f"{where} has {kind_in_words(item['system'])} under 'system'; expected text")
 
     def conversation(self, item: Mapping) -> list[dict]:
         """The item as messages."""

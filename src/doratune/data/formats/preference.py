@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import UserError
+from ...errors import UserError, kind_in_words
 from .. import chat, conversation
 from . import DataFormat
 
@@ -63,7 +63,7 @@ class Preference(DataFormat):
         else:
             text = value if value is not None else item.get("instruction")
             if not isinstance(text, str | None):
-                raise UserError(f"{where} has a {type(text).__name__} under 'prompt'; expected text or messages")
+                raise UserError(f"{where} has {kind_in_words(text)} under 'prompt'; expected text or messages")
             text = f"{text}\n\n{item['input']}" if text and item.get("input") else text
             turns = [{"role": "user", "content": text}] if text and text.strip() else []
         system = item.get("system")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import UserError
+from ...errors import UserError, kind_in_words
 from .messages import Messages
 
 
@@ -26,7 +26,7 @@ class ShareGPT(Messages):
         if not (system := item.get("system")):
             return messages
         if not isinstance(system, str):
-            raise UserError(f"{where} has a {type(system).__name__} under 'system'; expected text")
+            raise UserError(f"{where} has {kind_in_words(system)} under 'system'; expected text")
         if messages[0]["role"] == "system":
             raise UserError(f"{where} has a system text under 'system' and another as its first message; leave one")
         return [{"role": "system", "content": system}, *messages]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, listed, near_misses
+from ...errors import UserError, kind_in_words, listed, near_misses
 from ..files import Item, read_examples
 from . import Sight, VisualItem, span_of, tasks, text_of
 from .nlvr import CHANCE, LABELS
@@ -52,7 +52,7 @@ def _item(one: Item, n: int, path: Path) -> VisualItem:
     question = "" if captions and "question" not in one else text_of(one, "question", where)
     context = one.get("context") or ""
     if not isinstance(context, str):
-        raise UserError(f"{where}: context is a {type(context).__name__}; expected a text")
+        raise UserError(f"{where}: context is {kind_in_words(context)}; expected a text")
     answers = _answers(one, where)
     chance = CHANCE if task == "nlvr" and {answer.lower() for answer in answers} <= {*LABELS.values()} else 0.0
     return VisualItem(task, str(one.get("id", n)), sights, question, answers, where, context, chance)
