@@ -31,7 +31,7 @@ from doratune.training.recipe import TrainRecipe
 from doratune.training.train import train
 
 RATES = {"full": 1e-3, "lora": 5e-3, "dora": 5e-3, "magnitude": 2e-2}
-SPREAD = (0.3, 1.0, 3.0, 9.0)
+SPREAD = (0.3, 1.0, 3.0, 9.0, 27.0)
 """Of a sweep: factors on each method's rate."""
 
 
