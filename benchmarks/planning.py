@@ -1,7 +1,7 @@
 """`doratune plan` against the memory that training takes: each run in a process of its own, its peak read from the system.
 
     python benchmarks/planning.py                      # SmolLM2-135M on CPU, full, LoRA, DoRA, DoRA over nf4, two batch sizes
-    python benchmarks/planning.py --images             # a LLaVA of 110 million numbers, ViT-B/16 and ResNet-50; full, LoRA, DoRA
+    python benchmarks/planning.py --images             # a LLaVA of 126 million numbers, ViT-B/16 and ResNet-50; full, LoRA, DoRA
 
 What loading leaves behind is not the step's: the peak counts from the moment when the model is there. One JSON, written after
 each case. Linux.
@@ -50,7 +50,7 @@ def made_model(kind: str, folder: Path) -> None:
 
 
 def _llava():
-    """LLaVA with 196 tokens an image over 86 million numbers of language and 22 of images, with a byte-level tokenizer."""
+    """LLaVA with 196 tokens an image over 104 million numbers of language and 22 of images, with a byte-level tokenizer."""
     import transformers as t
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

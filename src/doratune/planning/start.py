@@ -218,9 +218,10 @@ def _least(planner: Planner, wish: RunWish, length: int) -> PlanSettings:
 def _too_small(planner: Planner, wish: RunWish, memory: float) -> str:
     """What is said of a memory that nothing fits in, with the cheapest change after which something does."""
     least = _least(planner, wish, planner.settings.max_length)
+    used = planner.capacity / 2**30 / memory
 
     def needed(settings: PlanSettings) -> float:
-        return math.ceil(100 * planner.of(settings).total / 2**30 / (1 - RESERVE)) / 100
+        return math.ceil(100 * planner.of(settings).total / 2**30 / used) / 100
 
     try:
         figure = needed(least)
