@@ -3,7 +3,8 @@
     pip install easy-vqa
     python benchmarks/llava.py --output runs/llava_easy_vqa              # the best of four rates, 3 seeds
     python benchmarks/llava.py --output runs/llava_easy_vqa --methods full lora dora dvora    # goes on with a fourth
-    python benchmarks/llava.py --output runs/powered --methods all --ranks 4 16 64 --seeds 5    # docs/evidence.md
+    python benchmarks/llava.py --output runs/powered --methods all --ranks 4 16 64 --seeds 5 \
+        --spread 0.03 0.1 0.3 1 3 10                                       # docs/evidence.md
     python benchmarks/llava.py --output runs/smol --language smollm2-135m-instruct --dtype bfloat16    # on a GPU
     python benchmarks/llava.py --output runs/small --questions 300 --steps 5 --tower_epochs 0.5 --seeds 1 --test_items 20
 
@@ -54,7 +55,7 @@ RATES = {
 VARIANTS = {"series": {"method": "series", "baseline_size": 160}, "parallel": {"method": "parallel", "baseline_size": 40}}
 """Bottlenecks as wide as LoRA of rank 16 has numbers (163,840) in the small Llama."""
 SPREAD = (0.1, 0.3, 1.0, 3.0)
-"""Of a sweep: factors on each method's rate."""
+"""Of a sweep: factors on each method's rate, where no others are given."""
 BATCH = 32
 ASKED = ("what is in the image?", "what does the image show?")
 TEMPLATE = (
@@ -231,7 +232,7 @@ def grid_of(arguments: argparse.Namespace, base: Path) -> CompareRecipe:
         ranks=arguments.ranks,
         sweep_ranks="every",
         seeds=list(range(arguments.seeds)),
-        method_lrs={m: [float(f"{RATES[m] * f:.3g}") for f in SPREAD] for m in arguments.methods},
+        method_lrs={m: [float(f"{RATES[m] * f:.3g}") for f in arguments.spread] for m in arguments.methods},
         score="generate",
         analyze=["q_proj", "v_proj"],
         output=str(output / "grid"),
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--ranks", type=int, nargs="*", default=[], help="several, each with a sweep of its own")
+    parser.add_argument("--spread", type=float, nargs="+", default=SPREAD, help="of the sweep: factors on each method's rate")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tower_epochs", type=float, default=20)
