@@ -58,6 +58,19 @@ def test_a_base_without_gradient_under_compile_still_lets_gradients_through():
     torch.testing.assert_close(gradient(torch.compile(model, backend="aot_eager")), gradient(model), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("settings", [{}, {"magnitude_axis": "input"}, {"method": "lora"}])
+def test_a_base_without_gradient_where_pytorch_says_that_it_compiles(settings, monkeypatch):
+    """As it does in code that runs untraced within a compilation."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    torchao.quantize_(model[0], torchao.Int8DynamicActivationInt8WeightConfig())
+    doratune.attach(model, AdapterConfig(rank=3, targets=["0"], **settings))
+    x = torch.randn(4, 64).bfloat16()
+    y = model(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(model(x), y)
+
+
 def test_merging_on_disk_keeps_a_head_that_was_tied_to_trained_embeddings(tmp_path):
     from transformers import LlamaForCausalLM
 

@@ -478,7 +478,7 @@ def test_runs_and_checkpoints_that_cannot_be_measured(tiny_folder, tmp_path, cap
         assert words in problems[str(run)] and "\n" not in problems[str(run)] and len(problems[str(run)]) <= 500, run
     assert {p["step"] for p in found[str(partly)]["points"]} == {4}
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 + 1 + 5 + 1  # runs, the checkpoint, the rest, where it was written
+    assert len(printed) == 3 + 1 + 5 + 2  # runs, the checkpoint, the rest, where it was written, the next command
     assert sum("left out: " in line for line in printed) == 1 and sum("not measured: " in line for line in printed) == 5
     for figure in ("scatter", "layers", "spectrum"):
         drawn = (tmp_path / "out" / f"{figure}.svg").read_text()

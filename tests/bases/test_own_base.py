@@ -133,7 +133,7 @@ def test_layers_inside_a_model_are_found_and_lost_with_the_storage():
     newer = bases.add(type("Newer", (Int8Base,), {"name": "int8 rows"}))  # takes the other's place
     assert [type(layer.adapted.base) for _, layer in doratune.adapters(doratune.attach(model, config))] == [newer]
     bases.remove("int8 rows")
-    with pytest.raises(UserError, match="is a Int8, which has no adapter"):
+    with pytest.raises(UserError, match="is an Int8, which has no adapter"):
         doratune.attach(doratune.detach(model), config)
 
 

@@ -69,7 +69,8 @@ def test_a_question_is_asked_in_the_test_as_in_training(bench, built):
 @pytest.mark.parametrize("methods", [["full", "lora", "dora"], ["full", "lora", "dora", "dvora"]])
 def test_the_grid(bench, built, methods):
     output, folder = built
-    arguments = argparse.Namespace(output=output, methods=methods, questions=1000, rank=4, epochs=1, seeds=2, dtype="float32")
+    settings = {"methods": methods, "questions": 1000, "rank": 4, "epochs": 1, "seeds": 2, "dtype": "float32"}
+    arguments = argparse.Namespace(output=output, ranks=[], spread=bench.SPREAD, **settings)
     grid = bench.grid_of(arguments, folder)
     shared = grid.check()
     assert [len(set(grid.lrs_of(method, shared))) for method in methods] == [len(bench.SPREAD)] * len(methods)

@@ -312,11 +312,11 @@ def test_what_a_reader_must_know_is_a_note():
     one = grid(sizes=[2000], seeds=[0], lrs=[1e-3, 1e-2], score="eval_loss")
     training, cell = one.check(), Cell("lora", 16, 2000, 1e-3, 0)
     figures = {"eval_loss": 1.0, "trainable": 1, "total": 2, "seconds": 1.0, "tokens_per_second": 1.0, "examples": 1192}
-    notes = summarize(one, training, [Result(cell, figures)], {"lora": 1e-3}, []).notes
+    notes = summarize(one, training, [Result(cell, figures)], {("lora", 16): 1e-3}, []).notes
     assert f"{cell.name}: the data holds 1192 examples for training, not 2000" in notes
     assert any("chosen by the loss that is shown" in note for note in notes)
     assert any("1 seed: take at least three" in note for note in notes)
     fine = summarize(
-        grid(sizes=[2000], seeds=[0]), training, [Result(cell, figures | {"examples": 2000})], {"lora": 1e-3}, []
+        grid(sizes=[2000], seeds=[0]), training, [Result(cell, figures | {"examples": 2000})], {("lora", 16): 1e-3}, []
     ).notes
     assert not any("holds" in note or "chosen by" in note for note in fine)

@@ -27,7 +27,7 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in a shell's background
             os.execv(sys.executable, [sys.executable, "-m", "doratune.cli", "chat", *map(str, words)])
 
-    def until(self, pattern: str, seconds: float = 90) -> str:
+    def until(self, pattern: str, seconds: float = 300) -> str:
         """What came since the last call, up to the pattern."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.text)):

@@ -88,4 +88,9 @@ class LinearKind(LayerKind):
 
 @outside_compile
 def _unseen(kind, layer, x, *args, **kwargs):
-    return kind.forward(layer, x, *args, **kwargs)
+    """`forward` over a base without gradient, which never asks whether code is traced: PyTorch may say so here, too."""
+    weight = layer.adapted
+    weight.calls += 1
+    if weight.axis == "input" and weight.magnitude:
+        x = weight.scaled_input(x, compute_dtype(x))
+    return kind.around(layer, x, *args, **kwargs)

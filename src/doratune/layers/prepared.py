@@ -70,16 +70,16 @@ def likeness(weight) -> tuple:
 
 def _batches(alike: list):
     first = alike[0]
-    rows, columns = first.shape[-2:]
     limit = BATCH_NUMBERS if first.device.type == "cpu" else 10 * BATCH_NUMBERS
-    step = max(1, limit // max(1, first.rank * (columns + 2 * rows)))
+    step = max(1, limit // max(1, first.rank * (first.shape[-1] + 2 * first.shape[-2])))
     yield from (alike[i : i + step] for i in range(0, len(alike), step))
 
 
 def _together(weights: list, low: torch.dtype) -> Tensor | None:
     """Prepare weights of one likeness; what is in doubt (L, 4): see `_with_care`. None: nothing can be."""
     first, pairs = weights[0], [weight.low_rank() for weight in weights]
-    A_LRI, B_LOR = (_A(weights, pairs, low), stacked([B for _, B in pairs], low)) if first.rank else (None, None)
+    A_LRI, B_LOR = (stacked([pair[i] for pair in pairs], low) if first.rank else None for i in (0, 1))
+    A_LRI = A_LRI if first.direction.plain else _shared_A(weights, A_LRI)
     if not first.magnitude or first.axis == "input":
         _direction_alone(weights, A_LRI, B_LOR, pairs, low)
         return None
@@ -97,9 +97,8 @@ def _together(weights: list, low: torch.dtype) -> Tensor | None:
         vectors |= {"A_IR": A_LRI.mT, "B_RO": vectors["B_OR"].mT}
     common = vars(Factors.of(g=n_LO[0], A_RI=None if A_LRI is None else A_LRI[0], B_OR=None if A_LRI is None else B_LOR[0]))
     common |= {"s": first.scaling, "wide": m_LO.dtype, "passes": passes.kernels_for(first.device, low)}
-    names = tuple(vectors)
     for weight, *values in zip(weights, *(vector.unbind(0) for vector in vectors.values()), strict=True):
-        weight.factors = Factors(**common | dict(zip(names, values, strict=True)))
+        weight.factors = Factors(**common | dict(zip(vectors, values, strict=True)))
     return doubt_L4
 
 
@@ -112,11 +111,12 @@ def stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _A(weights: list, pairs: list, low: torch.dtype) -> Tensor:
-    """A of weights of one likeness (L, R, I); what they share with all layers is not copied."""
-    first = weights[0]
-    shared = first.direction.shared_A(first.shape, pairs[0][0].device, low) if len(first.shape) == 2 else None
-    return stacked([A for A, _ in pairs], low) if shared is None else shared.expand(len(weights), *shared.shape)
+def _shared_A(weights: list, A_LRI: Tensor | None) -> Tensor | None:
+    """A of weights of one likeness, as a view of what they share with all layers, where they do; the copy is let go."""
+    if A_LRI is None or len(weights[0].shape) != 2:
+        return A_LRI
+    shared = weights[0].direction.shared_A(weights[0].shape, A_LRI.device, A_LRI.dtype)
+    return A_LRI if shared is None else shared.expand(len(weights), *shared.shape)
 
 
 def _norms(weights: list, w2_LO: Tensor, A_LRI: Tensor | None, B_LOR: Tensor | None) -> tuple[Tensor, Tensor | None]:

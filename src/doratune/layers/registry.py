@@ -94,8 +94,7 @@ class Registry:
         return [(weight, layer) for weight, layer in pairs if layer is not None and vars(layer).get("adapted") is weight]
 
     def find_shares(self, model, running: bool = False) -> None:
-        """Find out which weights are whole only while they run; each process does, at the same place. running: in its forward; else
-        the parameters are in their places then."""
+        """Find out which weights are whole only while they run; running: in a forward. Else parameters are put in their places."""
         if not running:
             fsdp.reshard(model)
         if new := self.search.new(self.weights, running):
