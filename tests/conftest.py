@@ -12,7 +12,20 @@ from torch import nn
 
 import doratune
 
+LONGEST = (
+    "distributed/test_faults.py", "comparison/test_compare.py", "demo/test_demo.py", "bench/test_benchmarks.py",
+    "field/test_torn_saves.py", "generation/test_chat.py", "bench/test_conditions.py", "cli/test_noise.py",
+    "distributed/test_train_command.py", "training/test_streaming.py", "distributed/test_sharded_training.py",
+)  # fmt: skip
+"""Files that take the longest, by measurement. They come first, so that no process is left with one when the others have ended."""
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    root = Path(__file__).parent
+    place = {root / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 def randomize(model, seed=0, scale=0.3):
