@@ -16,6 +16,7 @@ from doratune.cli.main import main
 from doratune.comparison.cells import Cell, command, finals, rates, sweep
 from doratune.comparison.recipe import CompareRecipe
 from doratune.comparison.statistics import holm, over_seeds, paired_bootstrap, paired_difference
+from doratune.comparison.summary import Pair, Summary, pair_table
 from doratune.errors import UserError
 
 
@@ -174,6 +175,17 @@ def test_p_values_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(("corrected", "words"), [(0.04, "is better than"), (0.06, "no difference shown")])
+def test_a_verdict_is_by_the_corrected_p(corrected, words):
+    """An interval that leaves out 0 alone does not do, in words as in the table."""
+    difference = paired_difference([1.0, 1.1, 1.2], [1.2, 1.31, 1.41])
+    assert difference.shown
+    pair = Pair("dora r4", "lora r4", "eval_loss", difference, corrected, 0.01, 0.95)
+    assert words in pair.words
+    table = pair_table(Summary([], [pair], {}, [], "eval_loss", 0.95))
+    assert (table.rows[0][-1] == "not shown") == (words == "no difference shown")
 
 
 def test_the_smallest_visible_difference_is_found_four_times_in_five():

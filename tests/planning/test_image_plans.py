@@ -9,19 +9,20 @@ import pictures
 import pytest
 import torch
 import yaml
+from real_steps import peak_bytes
 from seeing_bart import tiny_bart
 
 from doratune import UserError
 from doratune.cli.main import main
 from doratune.planning import Planner, PlanSettings
 from doratune.planning.architecture import architecture_of, stored_bytes
-from doratune.planning.log import IMAGES, WEIGHTS, AllocationLog
-from doratune.planning.step import autocast, optimizer_of, step_bytes, wrapped_forward
+from doratune.planning.log import IMAGES
+from doratune.planning.step import step_bytes
 from doratune.planning.workloads.pictures import prepared_pictures
 from doratune.support.image_heads.classification import HEAD as CLASSES
 from doratune.support.image_heads.segmentation import HEAD as MASKS
 from doratune.support.image_models import load_image_model
-from doratune.support.models import contiguous_head, load_model
+from doratune.support.models import load_model
 from doratune.support.vl_bart import load_vl_bart
 from doratune.training.methods import method_of
 
@@ -82,39 +83,19 @@ def measured(settings) -> int:
         model = load_image_model(settings.model, workload.labels(), dtype, head=head)
     method_of(settings, workload.of_training).prepare(model)
     workload.prepare(model)
-    model.train()
-    if settings.method != "full":
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()  # a frozen base's statistics
-    if settings.checkpointing != "none":
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": settings.checkpointing == "reentrant"})
     inputs = workload.inputs(model, BATCH, LENGTH, None)
     for name, t in inputs.items():
         if isinstance(t, torch.Tensor) and t.is_floating_point() and name != "num_items_in_batch":
             t.normal_()
-    optimizer, trained = optimizer_of(settings, model, False), [p for p in model.parameters() if p.requires_grad]
+    images = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.numel() > BATCH * LENGTH]
+    frozen = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and settings.method != "full"]
 
-    def step():
-        with autocast(settings):
-            loss = workload.loss(wrapped_forward(model, settings), inputs)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss(forward):
+        for module in frozen:
+            module.eval()  # a frozen base's statistics
+        return workload.loss(forward, inputs)
 
-    with contiguous_head(model):
-        step()
-        log = AllocationLog(-1)
-        for t in (*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())):
-            log.own(t, WEIGHTS)
-        for t in inputs.values():
-            if isinstance(t, torch.Tensor) and t.numel() > BATCH * LENGTH:
-                log.own(t, IMAGES)
-        with log:
-            step()
-    return log.peak(0, log.operations)[0]
+    return peak_bytes(model, settings, loss, -1, {IMAGES: images})
 
 
 CASES = [

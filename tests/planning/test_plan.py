@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_llama
+from real_steps import peak_bytes
 
 from doratune import AdapterConfig, UserError, attach
 from doratune.cli.main import main
@@ -13,10 +14,9 @@ from doratune.planning import Planner, PlanSettings
 from doratune.planning.advice import largest
 from doratune.planning.architecture import architecture_of
 from doratune.planning.heap import heap_bytes
-from doratune.planning.log import ADAPTERS, WEIGHTS, Allocation, AllocationLog
-from doratune.planning.step import autocast, optimizer_of, step_bytes, wrapped_forward
+from doratune.planning.log import ADAPTERS, WEIGHTS, Allocation
+from doratune.planning.step import step_bytes
 from doratune.planning.workloads.language_modeling import text_inputs
-from doratune.support.models import contiguous_head
 from doratune.training.recipe import TrainRecipe
 
 BATCH, LENGTH = 4, 48
@@ -44,30 +44,9 @@ def measured(settings: TrainRecipe) -> int:
         model.requires_grad_(True)
     else:
         attach(model, settings.adapter())
-    model.train()
-    if settings.checkpointing != "none":
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": settings.checkpointing == "reentrant"})
-    optimizer, inputs = optimizer_of(settings, model, False), text_inputs(model, BATCH, LENGTH, None)
+    inputs = text_inputs(model, BATCH, LENGTH, None)
     inputs["attention_mask"][0, 0] = 0  # so that there is a mask, as in batches of examples that are not all of one length
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step():
-        with autocast(settings):
-            loss = wrapped_forward(model, settings)(**inputs)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with contiguous_head(model):
-        step()
-        log = AllocationLog(300)
-        for t in (*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())):
-            log.own(t, WEIGHTS)
-        with log:
-            step()
-    return log.peak(0, log.operations)[0]
+    return peak_bytes(model, settings, lambda forward: forward(**inputs)["loss"], 300)
 
 
 SETTINGS = {
@@ -77,6 +56,7 @@ SETTINGS = {
     "dora on the input axis": {"method": "dora", "magnitude_axis": "input"},
     "the norm's gradient": {"method": "dora", "norm_gradient": "full"},
     "dvora": {"method": "dvora"},
+    "dvora of a large rank": {"method": "dvora", "rank": 256},
     "dropout": {"method": "dora", "dropout": 0.1},
     "magnitude only": {"targets": [], "magnitude_only": ["q_proj", "up_proj"]},
     "all linear layers": {"targets": "all-linear"},
