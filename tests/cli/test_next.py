@@ -53,3 +53,20 @@ def test_what_can_be_run_next(command, following, desk, tiny_folder, monkeypatch
     for words in commands:
         known = {field.name for field in dataclasses.fields(described(words[1]).settings)}
         assert words[1] in COMMANDS and {flag for flag in re.findall(r"--(\w+)", shlex.join(words))} <= known
+
+
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        ("--rank 4 --memory 8 --targets q_proj v_proj --device cpu", "--rank 4 --targets q_proj v_proj"),
+        ("--memory=8 --rank=4 --largest none", "--rank=4"),
+        ("--device cpu --process 1", ""),
+    ],
+)
+def test_after_a_plan_the_same_run_is_trained(flags, taken, desk, tiny_folder, monkeypatch, capsys):
+    """The recipe with what was said beside it, but for what a plan alone knows."""
+    monkeypatch.chdir(desk)
+    (desk / "planned.yaml").write_text(f"model: {tiny_folder}\ndata: items.json\nbatch_size: 2\nmax_length: 16\n")
+    assert main(["plan", "planned.yaml", *flags.split()]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == " ".join(["next: doratune train planned.yaml", *taken.split()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .arguments import parse
 from .output import print_json, say, say_next
 
@@ -20,9 +22,23 @@ def main(argv: list[str]) -> int:
     for line in lines(plan):
         say(line)
     if argv and not argv[0].startswith("-"):
-        say_next(("train", argv[0]))
+        say_next(("train", argv[0], *_of_training(argv[1:])))
     else:
         say_next(("init", "my.jsonl", "--model", settings.model))
     if as_json:
         print_json(plan.to_dict())
     return 0
+
+
+def _of_training(words: list[str]) -> list[str]:
+    """Of the words behind a recipe those that doratune train takes too: not --memory, and --device means another device there."""
+    from ..planning.settings import PlanSettings
+    from ..training.recipe import TrainRecipe
+
+    taken = {field.name for field in dataclasses.fields(TrainRecipe)} - set(PlanSettings.__annotations__)
+    chosen, takes = [], False
+    for word in words:
+        if word.startswith("--"):
+            takes = word[2:].partition("=")[0] in taken
+        chosen += [word] * takes
+    return chosen

@@ -28,7 +28,7 @@ def lines(plan: MemoryPlan) -> list[str]:
     if plan.fits is False:
         out.append(f"cheapest change after which it fits: {plan.change or 'none of those that are tried; see docs/planning.md'}")
     if plan.flops:
-        out.append(f"forward and backward of a batch: {plan.flops / 1e12:.4g} x 10^12 operations on each device")
+        out.append(f"forward and backward of a batch: {plan.flops:.4g} operations on each device")
     if plan.seconds is not None and s.tokens_per_second is None:
         out.append(f"time at {s.tflops:g} x 10^12 operations/s: {plan.seconds / 3600:.2f} hours")
     elif plan.seconds is not None:
