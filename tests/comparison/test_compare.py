@@ -184,7 +184,7 @@ def test_a_verdict_is_by_the_corrected_p(corrected, words):
     assert difference.shown
     pair = Pair("dora r4", "lora r4", "eval_loss", difference, corrected, 0.01, 0.95)
     assert words in pair.words
-    table = pair_table(Summary([], [pair], {}, [], "eval_loss", 0.95))
+    table = pair_table(Summary([], [pair], {}, [], "eval_loss", 0.95, ""))
     assert (table.rows[0][-1] == "not shown") == (words == "no difference shown")
 
 
@@ -283,6 +283,10 @@ def test_a_finished_grid_runs_nothing_again(whole, setup, capsys):
     assert main(["compare", str(setup / "grid.yaml"), "--output", str(whole), "--json"]) == 0
     out = capsys.readouterr().out
     assert "finished" not in out
+    losses = {p.parent: json.loads(p.read_text())["eval_loss"] for p in whole.glob("cells/*/metrics.json")}
+    best = min(losses, key=losses.get)
+    (line,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    assert f"doratune merge --adapter {best}/adapter " in line and f"doratune report {best}" in line
     assert {p: p.stat().st_mtime_ns for p in whole.glob("cells/*/metrics.json")} == before
     assert json.loads(out.strip().splitlines()[-1])["output"] == str(whole)
     assert main(["compare", str(setup / "grid.yaml"), "--output", str(whole), "--dry_run"]) == 0

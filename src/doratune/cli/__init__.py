@@ -11,6 +11,7 @@ init.py        doratune init: a recipe that fits model, data and memory
 data.py        doratune data: what a model sees of a data set
 plan.py        the memory of a training run before it runs
 train.py       doratune train: one run of a recipe
+following.py   what can be run on a finished run of training
 runs.py        doratune runs: the runs in a folder
 demo.py        doratune demo: what make demo runs
 evaluate.py    doratune evaluate: score a model on tasks

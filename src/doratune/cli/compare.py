@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from .arguments import parse
+from .following import after_run
 from .inputs import refuse_missing
-from .output import keep_freed_memory, print_json, progress, say
+from .output import keep_freed_memory, print_json, progress, say, say_next
 
 EXAMPLE = "doratune compare recipes/compare_demo.yaml --output runs/compare"
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     from ..comparison.launch import Stopped
     from ..errors import UserError
     from ..report.page import build
+    from ..training.objectives import DEFAULT
 
     try:
         summary = compare(grid, say, progress)
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> int:
         say(f"page: {page}")
     except UserError as error:  # the grid stands without its page
         say(f"no page: {error}")
+    say_next(*after_run(Path(summary.best_run), shared.objective == DEFAULT))
     if as_json:
         print_json(summary.to_dict() | {"output": grid.output})
     return 0

@@ -29,7 +29,7 @@ class EvaluateSettings:
             gqa, vizwiz, science_qa, textvqa, pope or mmbench, a .json file, or a list; of a classifier of images: labelled
             images, as a folder by class, a table of paths and labels, or an .npz file; of a VL-BART: NAME:FOLDER of vqa,
             gqa, nlvr, caption, tvqa, how2qa, tvc or yc2c (docs/vl_bart.md); a file may hold items of your
-            own, in a format of training data, whose last answer is the right one
+            own, in a format of training data, whose last answer is the right one;
             lm_eval:NAME is a task of lm-eval (pip install 'doratune[harness]')
         lm_eval_path: a folder with task files of lm-eval of your own
         metrics: of your own items: exact_match, f1, rouge_l, json, json_match, regex, function; the first decides what is right

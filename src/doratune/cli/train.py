@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from .arguments import parse
+from .following import after_run
 from .inputs import refuse_missing
 from .output import keep_freed_memory, print_json, progress, say, say_next
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             print(f"doratune train: {stop}", file=sys.stderr)
         return stop.status
     if is_first():
-        say_next(*_commands(Path(recipe.output), recipe.objective == DEFAULT))
+        say_next(*after_run(Path(recipe.output), recipe.objective == DEFAULT))
     if as_json and is_first():
         print_json({k: v for k, v in metrics.items() if k != "log"} | {"output": recipe.output})
     return 0
@@ -53,22 +53,3 @@ def chosen_settings(recipe) -> str:
     values = {name: value for name, value in dataclasses.asdict(recipe).items() if value != usual[name]}
     rest = len(usual) - len(values)
     return f"{to_yaml(values)}# the other {rest} settings have their defaults; all are in {Path(recipe.output) / 'recipe.yaml'}"
-
-
-def _commands(run: Path, writes: bool) -> Iterator[tuple[str, ...]]:
-    """What a finished run can be used for, by the files that it left; writes: is it of a language model?"""
-    from ..support.pipelines import is_pipeline_adapter
-
-    adapter, model = run / "adapter", run / "model"
-    if is_pipeline_adapter(adapter):
-        yield ("merge", "--adapter", str(adapter), "--output", f"{run}-merged")
-        yield ("report", str(run))
-        return
-    result = ("--model", str(model)) if model.is_dir() else ("--adapter", str(adapter))
-    whole = model.is_dir() or (adapter / "adapter_config.json").is_file()  # a baseline is scored, and nothing else
-    if whole and writes and (Path(result[1]) / "tokenizer_config.json").is_file():
-        yield ("chat", *result)
-    yield ("evaluate", *result, "--task", "my_test.jsonl")
-    if whole and not model.is_dir():
-        yield ("merge", *result, "--output", f"{run}-merged")
-    yield ("report", str(run))

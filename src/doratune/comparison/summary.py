@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..support.tables import aligned
 from ..training.recipe import TrainRecipe
-from .cells import Rates, ranks_of
+from .cells import Rates, folder_of, ranks_of
 from .collect import Result
 from .recipe import CompareRecipe
 from .statistics import Difference, Estimate, holm, over_seeds, paired_bootstrap, paired_difference
@@ -102,6 +102,8 @@ class Summary:
     notes: list[str]
     score: str
     confidence: float
+    best_run: str
+    """Folder of the run with the lowest evaluation loss; without a validation split, of that with the best score."""
     facts: dict = field(default_factory=dict)
 
     def tables(self) -> list[TextTable]:
@@ -159,7 +161,15 @@ def summarize(grid: CompareRecipe, shared: TrainRecipe, results: list[Result], c
         "unit": results[0].metrics.get("unit", "tokens"),
     }
     lrs = {f"{m} r{rank}" if rank and grid.sweep_ranks == "every" else m: lr for (m, rank), lr in chosen.items()}
-    return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, facts)
+    best = str(folder_of(_best(results, grid.score).cell, grid))
+    return Summary(list(rows.values()), pairs, lrs, notes, grid.score, grid.confidence, best, facts)
+
+
+def _best(results: list[Result], score: str) -> Result:
+    """By the loss on the validation split, so that no test item chooses; by the score where no run has that loss."""
+    if judged := [r for r in results if r.score("eval_loss") is not None]:
+        return min(judged, key=lambda r: r.score("eval_loss"))
+    return max(results, key=lambda r: r.score(score))
 
 
 def _row(key: tuple, lr: float, group: list[Result], confidence: float) -> ConfigurationRow:
