@@ -31,6 +31,7 @@ from ..support.folders import new_folder
 from ..support.headers import Keys
 from ..support.model_folders import TrainedClass, changed_config, folder_config, is_diffusers, meta_model, wanted, weights_name
 from ..support.models import model_path, readable_errors, torch_dtype
+from ..support.transformers4 import readable_by_both
 from .adapter import CONFIG, OWN, read_folder
 from .base_check import refuse_other_checkpoint
 from .fitting import fit, put_layer
@@ -277,6 +278,7 @@ def copy_rest(folder: Path, output: Path, dtype: torch.dtype | None, untied: boo
     if untied:
         config["tie_word_embeddings"] = False
     write_json(output / "config.json", config)
+    readable_by_both(output)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

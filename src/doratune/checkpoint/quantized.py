@@ -31,6 +31,7 @@ from ..support.image_heads import head_of
 from ..support.image_models import load_processor
 from ..support.model_folders import class_record
 from ..support.models import load_tokenizer, quiet_loading
+from ..support.transformers4 import readable_by_both
 from .adapter import OWN, load
 from .base_model import load_base
 from .logits import SENTENCES, distance
@@ -149,3 +150,4 @@ def _write(model, tokenizer, folder: Path, dense: bool) -> None:
     with quiet_loading():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    readable_by_both(folder)

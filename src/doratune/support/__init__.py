@@ -19,6 +19,7 @@ devices.py       the device that a command computes on
 allocator.py     what happens to memory that is freed
 hub.py           whether a hub answers, asked once
 model_folders.py   model folders of transformers and diffusers: class, modules, config
+transformers4.py   what transformers 5 wrote, readable by transformers 4 as well
 headers.py       names and shapes in the files a model came from
 examples.py      an input for any model, from its config
 packages.py      requirements of every extra, and what is installed of them

@@ -23,6 +23,7 @@ from ..errors import UserError, listed
 from ..support.folders import whole_folder
 from ..support.models import quiet_loading, torch_dtype
 from ..support.processes import launched
+from ..support.transformers4 import readable_by_both
 from .base_blocks import base_blocks
 from .movement import Movement, measure
 from .objectives import Objective, objective_of
@@ -124,6 +125,7 @@ class FullMethod(AdapterMethod):
         with whole_folder(folder, key="config.json") as temporary:
             with quiet_loading():
                 model.save_pretrained(temporary)
+            readable_by_both(temporary)
         return []
 
     def scored(self, model: nn.Module) -> nn.Module:

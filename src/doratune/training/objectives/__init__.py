@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.adapter import save
+from ...support.transformers4 import readable_by_both
 from ..visual import visual_config
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Objective:
     def leave(self, processor, folder: Path) -> None:
         """Put beside the result what reads its examples."""
         processor.save_pretrained(folder)
+        readable_by_both(folder)
 
     def save(self, model: nn.Module, folder: Path) -> list[str]:
         """Write the trained adapter; lines to say about it."""
