@@ -18,6 +18,7 @@ generate.py     protocol generate: the model writes
 images.py       the images of items, in their prompts and as the model's inputs
 likelihood.py   protocol likelihood: the most probable allowed answer
 paper.py        protocol paper: the published evaluation replayed
+shrinking.py    rows of a batch that have ended leave it
 prefix.py       beams of one prompt share its keys and values
 published.py    published accuracies
 summary.py      from item records to figures and a table

@@ -12,12 +12,13 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..errors import UserError
 from . import prefix
 from .images import image_inputs, place_of, prompt_tokens
 from .kinds import TaskKind, kind_of
+from .shrinking import write
 
 
 @torch.no_grad()
@@ -56,17 +57,16 @@ def generate(
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
         images = image_inputs(tokenizer, [items[i] for i in batch], ids)
-        stop = AnswerFound(tokenizer, [items[i] for i in batch], ids.shape[1]) if stops_early else None
+        processors = LogitsProcessorList([NumbersOnly()])
         with only_these(model):
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-                logits_processor=LogitsProcessorList([NumbersOnly()]),
-                **(images or prefix.for_beams(model, ids, mask, beams)),
-            )
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            if beams == 1:
+                settled = AnswerFound(tokenizer, [items[i] for i in batch]) if stops_early else None
+                rows = write(model, ids, mask, settings, processors, settled, images)
+            else:
+                more = images or prefix.for_beams(model, ids, mask, beams)
+                given = {"input_ids": ids, "attention_mask": mask, "logits_processor": processors}
+                rows = model.generate(**given, generation_config=settings, **more)[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
         for i, text in zip(batch, texts):
             answer, right = read(text, items[i])
             record = record_of(items[i], texts_of(items[i]), text, answer, right)
@@ -109,18 +109,19 @@ class NumbersOnly(LogitsProcessor):
         return scores
 
 
-class AnswerFound(StoppingCriteria):
-    """True for each sequence whose answer is settled, whatever it goes on with."""
+class AnswerFound:
+    """True for each row of a batch whose answer is settled, whatever it goes on with."""
 
-    def __init__(self, tokenizer, items: list[dict], prompt_length: int):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+    def __init__(self, tokenizer, items: list[dict]):
+        self.tokenizer = tokenizer
         self.items: list[tuple[TaskKind, dict]] = [(kind_of(item), item) for item in items]
         self.has_answer = [False] * len(items)
 
-    def __call__(self, input_ids, scores, **kwargs):
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        self.has_answer = [has or kind.settled(t, i) for has, t, (kind, i) in zip(self.has_answer, texts, self.items)]
-        return torch.tensor(self.has_answer, device=input_ids.device)
+    def __call__(self, new: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True)):
+            kind, item = self.items[row]
+            self.has_answer[row] = self.has_answer[row] or kind.settled(text, item)
+        return torch.tensor([self.has_answer[row] for row in rows])
 
 
 def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import LogitsProcessorList
 
 from ..errors import UserError
 from ..evaluation.generate import left_pad, only_these
+from ..evaluation.shrinking import write
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def answers(
         batch = order[start : start + batch_size]
         ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
         with only_these(model):
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        for i, row in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-            results[i] = _answer(row, config.eos_token_id, tokenizer)
+            rows = write(model, ids, mask, config, LogitsProcessorList())
+        for i, row in zip(batch, rows, strict=True):
+            results[i] = _answer(row.tolist(), config.eos_token_id, tokenizer)
         done(len(batch))
     return results
 
