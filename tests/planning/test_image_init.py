@@ -100,6 +100,6 @@ def test_what_is_refused_is_one_line_and_nothing_is_written(data, kind, words, m
 
 
 def test_language_models_are_none_of_these(tiny_folder):
-    from doratune.planning.architecture import config_of
+    from doratune.planning.configs import config_of
 
     assert image_facts(str(tiny_folder), ["x"], config_of(str(tiny_folder)), {}, print) is None

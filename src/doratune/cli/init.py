@@ -142,7 +142,7 @@ def _wish(settings: InitSettings):
 
 def _start(settings: InitSettings):
     """(facts of the data, how it is read, lines of items that cannot be used, settings that fit)."""
-    from ..planning.architecture import config_of
+    from ..planning.configs import config_of
     from ..planning.image_start import image_facts, image_start_of
     from ..planning.start import start_of
 

@@ -1,6 +1,7 @@
 """doratune plan and init: the memory of a training run before it runs, from a model's config alone, and a recipe that fits.
 
 settings.py        the settings of a run, and of the devices
+configs.py         the config that a plan begins with
 architecture.py    a model of a config without memory, as a recipe adapts it
 workloads/         what a step works on, one file an objective: model, batch, loss
 whole_numbers.py   fake tensors whose whole numbers are real

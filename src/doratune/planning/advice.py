@@ -94,7 +94,7 @@ def changes(settings: PlanSettings, workload: Workload) -> Iterator[tuple[str, P
     if settings.checkpointing == "none" and workload.can_checkpoint:
         checkpointed, flags = dataclasses.replace(settings, checkpointing="non-reentrant"), " --checkpointing non-reentrant"
         yield flags.strip(), checkpointed
-    if settings.method in METHODS and settings.quantize == "none":
+    if settings.method in METHODS and settings.quantize == "none" and workload.can_quantize:
         yield "--quantize nf4", dataclasses.replace(settings, quantize="nf4")
         if flags:
             yield f"--quantize nf4{flags}", dataclasses.replace(checkpointed, quantize="nf4")

@@ -1,8 +1,8 @@
 """The model of a configuration without its weights, ready to be traced: quantized, adapted and trained as a recipe says.
 
-A config.json alone will do: of a folder, of the hub, a file by itself, or one of the shapes of `doratune bench`. Modules are made
-on the meta device, what is adapted is selected there by the same rules as for training, and the parameters become fake tensors,
-which know shapes and dtypes and hold no numbers. Cost: seconds, and no memory.
+The config alone will do (`configs.py`). Modules are made on the meta device, what is adapted is selected there by the same rules
+as for training, and the parameters become fake tensors, which know shapes and dtypes and hold no numbers. Cost: seconds, and no
+memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,41 +19,16 @@ from ..adapter import whole
 from ..adapter.targets import select
 from ..baselines.config import METHODS as BASELINES
 from ..bases import accumulation_dtype
-from ..bench.shapes import SHAPES
 from ..config import METHODS, AdapterConfig
 from ..directions import Direction, direction_for
-from ..errors import UserError, listed
+from ..errors import listed
 from ..layers import kind_of
 from ..layers.kind import LayerKind
 from ..layers.layouts import named_layers
-from ..support.models import WHEEL_MODEL, model_path, quiet_loading, readable_errors, source_settings
 from ..training.recipe import TrainRecipe
 from ..training.visual import freeze_vision
 from .stand_ins import Adapter, PackedLinear, stand_in_of
-from .workloads import Workload, refuse_others, workload_of
-
-
-def config_of(name: str, trust_remote_code: bool = False):
-    """The config of a model; weights are not asked for.
-
-    Raises:
-        UserError: there is none, or transformers does not know its architecture.
-    """
-    from transformers import AutoConfig, LlamaConfig
-
-    if name in SHAPES:
-        return LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
-    path = Path(name)
-    if name.lower() != WHEEL_MODEL and path.exists():
-        folder = path if path.is_dir() else path.parent
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name} has no config.json; give the folder of a transformers model, or its config.json")
-        settings = {"trust_remote_code": trust_remote_code}
-    else:
-        found = model_path(name)
-        folder, settings = found, source_settings(found, trust_remote_code)
-    with quiet_loading(), readable_errors(name):
-        return AutoConfig.from_pretrained(str(folder), **settings)
+from .workloads import Workload, read_config, refuse_others, workload_of
 
 
 @dataclass
@@ -85,7 +59,7 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
         UserError: no such model, or the recipe's targets or ranks do not fit it.
     """
     refuse_others(recipe)
-    config = copy.deepcopy(config) if config is not None else config_of(recipe.model, recipe.trust_remote_code)
+    config = copy.deepcopy(config) if config is not None else read_config(recipe)
     workload = workload_of(recipe, config)
     config._name_or_path = ""  # files of the weights are not looked at
     model = workload.skeleton()
@@ -108,13 +82,11 @@ def architecture_of(recipe: TrainRecipe, config=None) -> Architecture:
 def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
     """The model with fake parameters, adapted, in place; model: a copy of the one without memory. Inside the mode of the trace."""
     recipe = built.recipe
-    ties = model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else {}
     model.to_empty(device="cpu")
     for t in (*model.buffers(), *model.parameters()):
         if not t.is_floating_point() and not t.is_complex():
             t.zero_()  # indices: of what `to_empty` leaves, they would be any number
-    if ties or getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        model.tie_weights()
+    _tie(model)
     if built.full:
         model.requires_grad_(True)
         freeze_vision(model, recipe.visual())
@@ -139,6 +111,14 @@ def traced_model(built: Architecture, model: nn.Module) -> nn.Module:
     for name in built.also_train:
         model.get_submodule(name).requires_grad_(True)
     return model.train()
+
+
+def _tie(model: nn.Module) -> None:
+    """Make one of weights that are tied."""
+    config = getattr(model, "config", None)
+    said = config is not None and getattr(config.get_text_config(), "tie_word_embeddings", False)
+    if said or getattr(model, "all_tied_weights_keys", None):
+        model.tie_weights()
 
 
 def packed_layers(built: Architecture) -> list[str]:
@@ -198,7 +178,7 @@ def _adapt(model: nn.Module, module: nn.Module | None, spec: dict, common: dict[
 def stored_bytes(built: Architecture) -> tuple[int, int, int]:
     """(bytes of the base's weights, bytes of the adapters, numbers that are trained), from shapes alone."""
     recipe = built.recipe
-    weights = sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
+    weights = built.workload.bytes_beside() + sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
     if recipe.quantize != "none":
         packed = [built.model.get_submodule(name) for name in packed_layers(built)]
         with torch.device("meta"):

@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..support.image_heads import head_for
 from ..training.objectives import objective_of
 from ..training.recipe import TrainRecipe
-from .architecture import architecture_of, config_of
+from .architecture import architecture_of
+from .configs import config_of
 from .plan import MemoryPlan, Planner, capacity_of
 from .settings import PlanSettings
 from .start import Chosen, RunWish, Start, fitting

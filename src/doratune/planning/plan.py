@@ -17,11 +17,11 @@ import torch
 
 from ..errors import UserError
 from ..support.environment import memory_bytes
-from .architecture import Architecture, architecture_of, config_of, stored_bytes
+from .architecture import Architecture, architecture_of, stored_bytes
 from .log import ADAPTERS, GRADIENTS, OPTIMIZER, TERMS, WEIGHTS
 from .settings import PlanSettings
 from .step import StepBytes, Untraceable, step_bytes
-from .workloads import Workload, refuse_others, workload_of
+from .workloads import Workload, read_config, workload_of
 
 ALLOCATOR, PROCESS, GATHERED, BUCKETS = "allocator", "process", "gathered", "buckets"
 MEANING = TERMS | {
@@ -82,8 +82,7 @@ class Planner:
     def __init__(self, settings: PlanSettings, config=None):
         settings.check()
         self.settings = settings
-        refuse_others(settings)
-        self.config = config or config_of(settings.model, settings.trust_remote_code)
+        self.config = config or read_config(settings)
         self.workload = workload_of(settings, self.config)
         """Of the plan that was traced last."""
         self.capacity = capacity_of(settings)

@@ -17,7 +17,8 @@ from ..data.limits import positions_of
 from ..errors import UserError
 from ..support.image_text import parts_of
 from .advice import first_fit, largest_rank
-from .architecture import Architecture, architecture_of, config_of, stored_bytes
+from .architecture import Architecture, architecture_of, stored_bytes
+from .configs import config_of
 from .plan import MemoryPlan, Planner, capacity_of
 from .settings import PlanSettings
 from .step import Untraceable

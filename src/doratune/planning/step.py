@@ -29,8 +29,6 @@ from .log import ADAPTERS, FACTORS, GRADIENTS, IMAGES, OPTIMIZER, WEIGHTS, Alloc
 from .stand_ins import Adapter
 from .whole_numbers import WholeNumbers
 
-PHASES = ("forward", "backward", "step")
-
 
 @dataclass
 class StepBytes:
@@ -39,7 +37,7 @@ class StepBytes:
     terms: dict[str, int]
     """Term → bytes at the step's largest moment."""
     moment: str
-    """In which phase that is: forward, backward or step."""
+    """In which phase that is: step, forward, backward, or what the workload does between steps."""
     phases: dict[str, int]
     """Phase → its peak."""
     trained: int
@@ -94,6 +92,8 @@ def _traced(built: Architecture, model: nn.Module, batch: int, length: int, answ
         hold_statistics(model)
     log = AllocationLog(*built.workload.scores(model, batch, length, answer))
     name_parts(log, model, built)
+    beside = torch.empty(built.workload.bytes_beside(), dtype=torch.uint8)
+    log.own(beside, WEIGHTS)
     optimizer = optimizer_of(recipe, model, foreach)
     inputs, forward = built.workload.inputs(model, batch, length, answer), wrapped_forward(model, recipe)
     for t in inputs.values():
@@ -125,7 +125,12 @@ def _traced(built: Architecture, model: nn.Module, batch: int, length: int, answ
         with phase("backward"):
             loss.backward()
             del loss
-    return summary(log, marks, model)
+        flops = log.flops
+        if built.workload.between_steps:
+            optimizer.zero_grad()
+            with phase(built.workload.between_steps), torch.no_grad():
+                built.workload.work_between_steps()
+    return summary(log, marks, model, flops)
 
 
 def _ready_gradients(log: AllocationLog, trained: list[nn.Parameter]) -> None:
@@ -135,22 +140,22 @@ def _ready_gradients(log: AllocationLog, trained: list[nn.Parameter]) -> None:
         log.own(p.grad, GRADIENTS)
 
 
-def summary(log: AllocationLog, marks: dict, model: nn.Module) -> StepBytes:
+def summary(log: AllocationLog, marks: dict, model: nn.Module, flops: int) -> StepBytes:
     """The peaks of the last step."""
-    peaks = {phase: log.peak(*marks[phase]) for phase in PHASES}
-    moment = max(PHASES, key=lambda phase: peaks[phase][0])
+    peaks = {phase: log.peak(*mark) for phase, mark in marks.items()}
+    moment = max(peaks, key=lambda phase: peaks[phase][0])
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     largest = max((_bytes(inner) for block in blocks for inner in block), default=0)
     return StepBytes(
         terms=peaks[moment][1],
         moment=moment,
-        phases={phase: peaks[phase][0] for phase in PHASES},
+        phases={phase: peak for phase, (peak, _) in peaks.items()},
         trained=sum(p.numel() for p in trained),
         gradient_bytes=sum(p.nbytes for p in trained),
         heap=max(heap_bytes(log.storages), peaks[moment][0]),
         largest_block=largest,
-        flops=log.flops,
+        flops=flops,
     )
 
 

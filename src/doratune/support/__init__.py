@@ -15,6 +15,7 @@ vl_bart.py       BART that reads visual features in front of its text
 image_towers.py   image models as makers of features
 image_text.py    models of images and text: processors, which part is which
 pipelines.py     text-to-image pipelines of diffusers: their parts, what they are trained on
+pipeline_shapes.py   the same without weights: configs, and networks on the meta device
 devices.py       the device that a command computes on
 allocator.py     what happens to memory that is freed
 hub.py           whether a hub answers, asked once

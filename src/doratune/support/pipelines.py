@@ -51,25 +51,37 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     Raises:
         UserError: it cannot be found or read, or has no UNet that is trained here, with the reason.
     """
-    settings = _source(name)
+    settings = pipeline_source(name)
     try:
         from diffusers import DiffusionPipeline
     except ImportError:
         raise UserError(f"{name} is trained by diffusers; run: pip install 'doratune[images]'") from None
-    with quiet_loading(), _quiet_diffusers(), readable_errors(name):
-        index = DiffusionPipeline.load_config(name, **settings)
-        if "unet" not in index or not {"vae", "text_encoder", "tokenizer", "scheduler"} <= index.keys():
-            kind = index.get("_class_name", "pipeline")
-            raise UserError(f"{name} is {with_article(kind)} without a UNet and a VAE; give a Stable Diffusion 1.x, 2.x or XL")
+    with quiet_loading(), quiet_diffusers(), readable_errors(name):
+        index = checked_index(name, settings)
         without = {part: None for part in _UNUSED if isinstance(index.get(part), list) and index[part][0]}
         dtypes = {"default": torch_dtype(dtype), "vae": torch.float32}
         pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes, **without, **settings)
-    _refuse_unfit(pipeline, name)
+    refuse_unfit(pipeline, name)
     pipeline.set_progress_bar_config(disable=True)
     for part, module in networks(pipeline).items():
         module.requires_grad_(False).eval()
         _rename(module, f"{name.rstrip('/')}/{part}")
     return pipeline
+
+
+def checked_index(name: str, settings: dict[str, Any]) -> dict:
+    """The pipeline's model_index.json.
+
+    Raises:
+        UserError: it has no UNet and VAE.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(name, **settings)
+    if "unet" not in index or not {"vae", "text_encoder", "tokenizer", "scheduler"} <= index.keys():
+        kind = index.get("_class_name", "pipeline")
+        raise UserError(f"{name} is {with_article(kind)} without a UNet and a VAE; give a Stable Diffusion 1.x, 2.x or XL")
+    return index
 
 
 def networks(pipeline) -> dict[str, torch.nn.Module]:
@@ -98,7 +110,7 @@ def noise_schedule(pipeline):
     return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
-def _source(name: str) -> dict[str, Any]:
+def pipeline_source(name: str) -> dict[str, Any]:
     """`from_pretrained`'s settings for where the files come from.
 
     Raises:
@@ -118,7 +130,7 @@ def _source(name: str) -> dict[str, Any]:
     return hub_settings(name)
 
 
-def _refuse_unfit(pipeline, name: str) -> None:
+def refuse_unfit(pipeline, name: str) -> None:
     """Raise where latents, noise and UNet are not what the loss is of."""
     unet, vae, noise = pipeline.unet.config, pipeline.vae.config, pipeline.scheduler.config
     if unet.in_channels != vae.latent_channels:
@@ -145,7 +157,7 @@ def _rename(module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_diffusers():
+def quiet_diffusers():
     """Without its bar, its notes on parts that are left out, and its wish for `dtype`, which older versions do not know."""
     from diffusers.utils import logging
 

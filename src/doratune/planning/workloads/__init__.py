@@ -5,6 +5,7 @@
     image_classification.py   a class for each image
     semantic_segmentation.py  a class for each pixel
     vl_bart.py                answers about features of images and video
+    dreambooth.py             images of a thing under their prompts
     images.py                 what image models share
     pictures.py               what a model's image processor makes of a photograph
 
@@ -27,6 +28,7 @@ from ...config import AdapterConfig
 from ...errors import UserError
 from ...support.models import torch_dtype
 from ...training.objectives import objective_of
+from ..configs import config_of
 
 if TYPE_CHECKING:
     from ..settings import PlanSettings
@@ -52,10 +54,14 @@ class Workload:
     """What the time of a run is counted by."""
     can_checkpoint = True
     """Does the model know gradient checkpointing?"""
+    can_quantize = True
+    """May its base be stored packed?"""
     least_length: float = 0
     """Tokens that every example has; infinite where an example has no length."""
     whole_numbers = False
     """Does the model's code read numbers of its batch (`whole_numbers.py`)?"""
+    between_steps: str | None = None
+    """What a run does between its steps that takes memory of its own, in a word."""
     uses: tuple[str, ...] = ()
     """Those of OWN that mean something here."""
 
@@ -71,6 +77,11 @@ class Workload:
     def takes(cls, config: Any) -> bool:
         """Is it for models of this config, among those of its objective?"""
         return True
+
+    @classmethod
+    def read_config(cls, recipe: PlanSettings) -> Any:
+        """What is known of the recipe's model without its weights."""
+        return config_of(recipe.model, recipe.trust_remote_code)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +105,10 @@ class Workload:
         head = model.get_output_embeddings()
         return tuple(name for name, module in model.named_modules() if module is head)
 
+    def bytes_beside(self) -> int:
+        """Of what else lies on the device all the time, and is no part of the model."""
+        return 0
+
     def prepare(self, model: nn.Module) -> None:
         """Called once the traced model is ready to train."""
 
@@ -104,6 +119,9 @@ class Workload:
             UserError: the length does not hold what an example has.
         """
         raise NotImplementedError
+
+    def work_between_steps(self) -> None:
+        """That work, inside the trace."""
 
     def loss(self, forward, inputs: dict[str, Any]) -> Tensor:
         """As transformers' Trainer computes it: the model's own, or the objective's."""
@@ -143,6 +161,12 @@ def refuse_others(recipe) -> None:
             f"objective is {recipe.objective}, and doratune plan counts what language models keep, with images or without, and "
             f"those of {', '.join(known)}; try a few steps instead"
         )
+
+
+def read_config(recipe: PlanSettings) -> Any:
+    """What is known of the recipe's model without its weights, as the workloads of its objective read it."""
+    refuse_others(recipe)
+    return next(one for one in workloads() if one.objective == recipe.objective).read_config(recipe)
 
 
 def workload_of(recipe, config: Any) -> Workload:
