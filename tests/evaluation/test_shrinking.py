@@ -4,7 +4,9 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import Cache
 
+from doratune import baselines
 from doratune.evaluation.shrinking import leaves, write
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
@@ -99,3 +101,18 @@ def test_what_stands_beside_the_tokens_is_for_one_call():
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=ENDS)
     write(model, ids, mask, settings, LogitsProcessorList(), beside={"use_cache": True})
     assert set(passes.rows) == {ROWS}
+
+
+@pytest.mark.parametrize("case", ["prefix", "another memory"])
+@torch.no_grad()
+def test_whatever_remembers_the_past(case, monkeypatch):
+    """Prefix tuning, which adds keys and values to each call; a memory of which no rows can be taken, so that all is read again."""
+    model, (ids, mask) = model_of("llama"), batch()
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=ENDS)
+    if case == "prefix":
+        baselines.attach(model, baselines.BaselineConfig(method="prefix", size=5))
+    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, LENGTH:]
+    if case == "another memory":
+        monkeypatch.delattr(Cache, "batch_select_indices")
+    for row, one in zip(write(model, ids, mask, settings, LogitsProcessorList()), whole, strict=True):
+        assert row.tolist() == one[: len(row)].tolist() and not one[len(row) :].any()

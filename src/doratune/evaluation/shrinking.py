@@ -62,7 +62,7 @@ def write(
         ended = RowsEnded(rows, length, ends, settled, leave and len(rows) > 1)
         here = copy.deepcopy(settings)
         here.max_new_tokens, here.return_dict_in_generate = total - (ids.shape[1] - length), True
-        more = dict(beside or {}) if past is None else {"past_key_values": past}
+        more = dict(beside or {}) if past is None else {"past_key_values": past}  # without either, the model reads all again
         out = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=here, stopping_criteria=StoppingCriteriaList([ended]),
             logits_processor=processors, **more,
@@ -73,7 +73,10 @@ def write(
         if stay:
             index = torch.tensor(stay, device=ids.device)
             past, ids = out.past_key_values, out.sequences[index]
-            past.batch_select_indices(index)
+            if hasattr(past, "batch_select_indices"):
+                past.batch_select_indices(index)
+            else:  # a class of a user's own
+                past = None
             mask = torch.cat([mask[index], mask.new_ones(len(stay), ids.shape[1] - mask.shape[1])], 1)
         rows = [rows[i] for i in stay]
     return texts
