@@ -115,14 +115,26 @@ def tables(results: Path) -> dict[str, str]:
 
 
 def draw_ranks(found: dict, path: Path) -> None:
-    """Score against rank of each method with its interval; a method without a rank axis is a line across."""
+    """Score against rank of each method with its interval, whole and near; a method without a rank axis is a line across."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     chart = next(curve for curve in found["curves"] if curve["x"] == "rank")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (whole, near) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes in (whole, near):
+        draw_curves(axes, chart)
+    ranked = [p for points in chart["series"].values() if len(points) > 1 for p in points]
+    near.set_ylim(100 * min(p["low"] for p in ranked) - 0.2, 100 * max(p["high"] for p in ranked) + 0.2)
+    whole.set_ylabel(f"{chart['y']}, %")
+    near.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_curves(axes, chart: dict) -> None:
+    """One panel of `draw_ranks`."""
     for place, (name, points) in enumerate(chart["series"].items()):
         points = sorted((p for p in points if p["x"]), key=lambda p: p["x"]) or points
         heights, colour = [100 * p["mean"] for p in points], f"C{place % 10}"
@@ -132,14 +144,11 @@ def draw_ranks(found: dict, path: Path) -> None:
         halves = [100 * (p["high"] - p["low"]) / 2 for p in points]
         shift = 1 + 0.03 * (place - 3)  # bars of one rank beside one another
         axes.errorbar([p["x"] * shift for p in points], heights, halves, label=name, color=colour, marker="o", capsize=3)
-    axes.set(xscale="log", xlabel="rank", ylabel=f"{chart['y']}, %")
     ranks = sorted({p["x"] for points in chart["series"].values() if len(points) > 1 for p in points})
+    axes.set(xscale="log", xlabel="rank")
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(root: Path) -> None:
