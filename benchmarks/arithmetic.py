@@ -55,7 +55,7 @@ def record(run: Path) -> dict:
 
 
 def table(arms: dict) -> str:
-    """A line an arm: right of total in each task with the 95 % interval of Wilson, and all of them together."""
+    """A line a run: right of total in each task with the 95 % interval of Wilson, and all of them together."""
     from doratune.report.scores import wilson
     from doratune.support.tables import markdown
 
@@ -63,7 +63,7 @@ def table(arms: dict) -> str:
     rows = []
     for arm, scores in arms.items():
         pairs = [(scores["tasks"][name]["right"], scores["tasks"][name]["total"]) for name in names]
-        pairs.append((sum(right for right, _ in pairs), sum(total for _, total in pairs)))
+        pairs.append(tuple(map(sum, zip(*pairs))))
         cells = [
             f"{right}/{total} ({100 * low:.0f} – {100 * high:.0f} %)"
             for right, total in pairs
@@ -74,8 +74,27 @@ def table(arms: dict) -> str:
         rest = [f"{100 * lost:.0f} %", "-" if loss is None else f"{loss:.3f}", "-" if seconds is None else f"{seconds:.0f} s"]
         trained = scores.get("trainable")
         rows.append([arm, "-" if trained is None else f"{trained:,}", *cells, *rest])
-    head = ["run", "trained", *names, "all", "unparsable", "loss on 16 held-out", "CPU time of training"]
+    head = ["run", "trained", *names, "all", "unparsable", "loss on held-out problems", "CPU time of training"]
     return markdown(head, rows)
+
+
+def over_seeds_table(arms: dict) -> str:
+    """A line a method of several seeds: mean of right answers, and of the loss, with Student's t interval."""
+    from doratune.comparison.statistics import over_seeds
+    from doratune.support.tables import markdown
+
+    groups: dict[str, list[dict]] = {}
+    for arm, scores in arms.items():
+        groups.setdefault(re.sub(r"-s\d+$", "", arm), []).append(scores)
+    rows = []
+    for name, runs in groups.items():
+        if len(runs) > 1:
+            sums = [tuple(map(sum, zip(*((t["right"], t["total"]) for t in run["tasks"].values())))) for run in runs]
+            right = over_seeds([right / total for right, total in sums])
+            loss = over_seeds([run["eval_loss"] for run in runs])
+            cells = [f"{100 * right.mean:.1f} ± {100 * right.half:.1f} %", f"{loss.mean:.3f} ± {loss.half:.3f}"]
+            rows.append([name, str(len(runs)), *cells])
+    return markdown(["method", "seeds", "all problems", "loss on held-out problems"], rows)
 
 
 def main(words: list[str]) -> None:
@@ -89,7 +108,8 @@ def main(words: list[str]) -> None:
         results.write_text(json.dumps(record(Path(words[1])), indent=1) + "\n", encoding="utf-8")
     elif words == ["tables"]:
         arms = json.loads(results.read_text(encoding="utf-8"))
-        page.write_text(placed(page, "scores", table(arms), page.read_text(encoding="utf-8")), encoding="utf-8")
+        text = placed(page, "scores", table(arms), page.read_text(encoding="utf-8"))
+        page.write_text(placed(page, "seeds", over_seeds_table(arms), text), encoding="utf-8")
     else:
         sys.exit(__doc__)
 

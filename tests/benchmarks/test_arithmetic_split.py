@@ -48,3 +48,13 @@ def test_tables_of_finished_cells(arithmetic, tmp_path):
     assert list(arms) == ["base", "lora"]
     lines = arithmetic.table(arms).splitlines()
     assert "0/20 (0 – 16 %)" in lines[2] and "5/20 (11 – 47 %)" in lines[3] and "1,000" in lines[3] and "50 %" in lines[3]
+
+
+def test_the_mean_of_several_seeds(arithmetic):
+    def run(right, loss):
+        return {"tasks": {"AddSub": {"right": right, "total": 20}, "gsm8k": {"right": 0, "total": 20}}, "eval_loss": loss}
+
+    arms = {"base": run(1, None), "dora-lr0.1-s0": run(4, 0.5), "dora-lr0.1-s1": run(8, 0.7), "full-s0": run(9, 0.1)}
+    lines = arithmetic.over_seeds_table(arms).splitlines()
+    assert len(lines) == 3
+    assert "dora-lr0.1 | 2 | 15.0 ± 63.5 % | 0.600 ± 1.271" in lines[2]  # t of one degree of freedom: 12.706

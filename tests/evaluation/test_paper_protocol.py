@@ -128,7 +128,7 @@ def test_what_reaches_the_model(tiny_tokenizer, monkeypatch):
     settings = call["generation_config"]
     assert (settings.num_beams, settings.max_new_tokens, settings.do_sample) == (4, 32, False)
     assert (settings.eos_token_id, settings.pad_token_id) == (2, 0)
-    assert len(call["stopping_criteria"]) == 0
+    assert not call.get("stopping_criteria")
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(call["input_ids"], call["attention_mask"])]
     expected = sorted((tiny_tokenizer(evaluation_prompt(e))["input_ids"] for e in entries), key=len, reverse=True)
     assert prompts == expected

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from doratune.planning import Planner, PlanSettings
 from doratune.planning.architecture import architecture_of, stored_bytes
 from doratune.planning.log import ADAPTERS, IMAGES, WEIGHTS, AllocationLog
 from doratune.planning.step import step_bytes
+from doratune.planning.workloads import refuse_others
 from doratune.support.pipelines import load_pipeline, networks
 from doratune.training.denoising import StepNoise
 from doratune.training.methods import method_of
@@ -116,3 +118,8 @@ def test_what_is_no_such_pipeline_is_a_line(folders, tmp_path):
     (odd / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"odd/vae: .*config\.json"):
         Planner(settings_of(str(odd)))
+
+
+def test_an_objective_without_a_workload_is_a_line():
+    with pytest.raises(UserError, match="objective is poetry, and doratune plan counts what language models keep, .* dreambooth, "):
+        refuse_others(SimpleNamespace(objective="poetry"))

@@ -189,10 +189,3 @@ def test_an_image_is_scaled_and_its_middle_taken():
     assert (pixels[0, :, 2:-2] > 0.95).all() and (pixels[2, :, 2:-2] < -0.95).all()
     for size in ((3, 50), (50, 3), (1, 1), (17, 16)):
         assert prepared(Image.new("RGB", size), SIDE)[0].shape == (3, SIDE, SIDE)
-
-
-def test_plan_says_what_it_counts(base, photos, pytestconfig, capsys):
-    recipe = str(pytestconfig.rootpath / "recipes" / "dreambooth_sd15.yaml")
-    for model in (str(base), "owner/pipeline"):
-        assert main(["plan", recipe, "--model", model]) == 2
-        assert "objective is dreambooth, and doratune plan counts what language models keep" in capsys.readouterr().err
