@@ -121,7 +121,5 @@ def test_what_is_no_such_pipeline_is_a_line(folders, tmp_path):
 
 
 def test_an_objective_without_a_workload_is_a_line():
-    with pytest.raises(
-        UserError, match=r"objective is poetry, and doratune plan counts what language models keep, .* dreambooth, "
-    ):
+    with pytest.raises(UserError, match=r"objective is poetry, and doratune plan counts .* dreambooth, "):
         refuse_others(SimpleNamespace(objective="poetry"))
