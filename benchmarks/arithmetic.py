@@ -79,7 +79,7 @@ def table(arms: dict) -> str:
 
 
 def over_seeds_table(arms: dict) -> str:
-    """A line a method of several seeds: mean of right answers, and of the loss, with Student's t interval."""
+    """A line a method of several seeds: mean of right answers, and of the loss, with Student's t interval; nothing of one seed."""
     from doratune.comparison.statistics import over_seeds
     from doratune.support.tables import markdown
 
@@ -94,7 +94,7 @@ def over_seeds_table(arms: dict) -> str:
             loss = over_seeds([run["eval_loss"] for run in runs])
             cells = [f"{100 * right.mean:.1f} ± {100 * right.half:.1f} %", f"{loss.mean:.3f} ± {loss.half:.3f}"]
             rows.append([name, str(len(runs)), *cells])
-    return markdown(["method", "seeds", "all problems", "loss on held-out problems"], rows)
+    return markdown(["method", "seeds", "all problems", "loss on held-out problems"], rows) if rows else ""
 
 
 def main(words: list[str]) -> None:
@@ -108,8 +108,8 @@ def main(words: list[str]) -> None:
         results.write_text(json.dumps(record(Path(words[1])), indent=1) + "\n", encoding="utf-8")
     elif words == ["tables"]:
         arms = json.loads(results.read_text(encoding="utf-8"))
-        text = placed(page, "scores", table(arms), page.read_text(encoding="utf-8"))
-        page.write_text(placed(page, "seeds", over_seeds_table(arms), text), encoding="utf-8")
+        parts = [table(arms), *([means] if (means := over_seeds_table(arms)) else [])]
+        page.write_text(placed(page, "scores", "\n\n".join(parts), page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         sys.exit(__doc__)
 

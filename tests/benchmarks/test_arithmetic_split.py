@@ -58,3 +58,4 @@ def test_the_mean_of_several_seeds(arithmetic):
     lines = arithmetic.over_seeds_table(arms).splitlines()
     assert len(lines) == 3
     assert "dora-lr0.1 | 2 | 15.0 ± 63.5 % | 0.600 ± 1.271" in lines[2]  # t of one degree of freedom: 12.706
+    assert arithmetic.over_seeds_table({"base": arms["base"], "full-s0": arms["full-s0"]}) == ""
