@@ -8,6 +8,7 @@ import torch
 import doratune
 from doratune import AdapterConfig
 from doratune.cli.main import main
+from doratune.support.transformers4 import readable_by_both
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
 IDS = torch.tensor([[4, 5, 6, 7, 2]])
@@ -116,6 +117,7 @@ def test_merged_folder_says_what_base_and_adapter_say(name, tmp_path, capsys):
     again = type(model).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(output(again, example), expected, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    readable_by_both(tmp_path / "base")
     before, after = (json.loads((tmp_path / where / "config.json").read_text()) for where in ("base", "merged"))
     assert {k for k in before | after if before.get(k) != after.get(k)} <= {"_name_or_path"}
 
