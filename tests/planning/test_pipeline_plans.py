@@ -115,6 +115,8 @@ def test_what_is_no_such_pipeline_is_a_line(folders, tmp_path):
     (odd / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
     with pytest.raises(UserError, match="takes 9 channels"):
         Planner(settings_of(str(odd)))
+    with pytest.raises(UserError, match=r"resolution is 33, which the VAE of .* cannot divide by 2; give 32 or 34"):
+        Planner(settings_of(folders["sd"], resolution=33))
     (odd / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"odd/vae: .*config\.json"):
         Planner(settings_of(str(odd)))

@@ -6,6 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from doratune.cli.main import main
 from doratune.support.transformers4 import readable_by_both
@@ -60,6 +61,24 @@ def test_a_part_of_a_model_has_its_own(tmp_path):
 
 def test_a_config_of_an_unknown_class_stays(tmp_path):
     held = {"model_type": "mine", "rope_parameters": PLAIN, "dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    readable_by_both(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == held
+
+
+class Turned(transformers.PretrainedConfig):
+    """Reads the older name before the newer, and keeps it."""
+
+    model_type = "turned_by_its_own_rule"
+
+    def __init__(self, rope_theta=None, **settings):
+        super().__init__(**settings)
+        self.rope_theta = rope_theta
+
+
+def test_a_config_that_would_be_read_otherwise_stays(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, Turned.model_type, Turned)
+    held = {"model_type": Turned.model_type, "rope_parameters": PLAIN}
     (tmp_path / "config.json").write_text(json.dumps(held))
     readable_by_both(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == held

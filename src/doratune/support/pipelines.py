@@ -98,6 +98,21 @@ def latent_scale(pipeline) -> int:
     return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
 
+def latent_side(pipeline, resolution: int, name: str) -> int:
+    """Side of the latent of an image of so many pixels a side.
+
+    Raises:
+        UserError: the VAE cannot divide them.
+    """
+    scale = latent_scale(pipeline)
+    if resolution % scale:
+        sizes = [size for size in (resolution // scale * scale, -(-resolution // scale) * scale) if size]
+        raise UserError(
+            f"resolution is {resolution}, which the VAE of {name} cannot divide by {scale}; give {' or '.join(map(str, sizes))}"
+        )
+    return resolution // scale
+
+
 def takes_sizes(pipeline) -> bool:
     """Is its UNet conditioned on the pooled text and on the image's sizes (SDXL)?"""
     return pipeline.unet.config.addition_embed_type == "text_time"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...support.pipeline_shapes import PipelineConfigs, pipeline_configs, pipeline_skeleton
-from ...support.pipelines import latent_scale, takes_sizes
+from ...support.pipelines import TEXT_ENCODERS, latent_side, takes_sizes, text_encoders
 from ...training.denoising import Denoiser, StepNoise
 from . import ScoreShape, Workload
 
@@ -29,8 +29,7 @@ class ShapedDenoiser(Denoiser):
         if prompt in self.encoded:
             return self.encoded[prompt]
         states, pooled = [], None
-        for part in (part for part in ("text_encoder", "text_encoder_2") if part in self.pipeline.components):
-            encoder = self.pipeline.components[part]
+        for encoder in text_encoders(self.pipeline).values():
             tokens = torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long)
             out = encoder(tokens, output_hidden_states=self.sized)
             pooled = out[0]
@@ -50,7 +49,7 @@ class DreamBoothWorkload(Workload):
         super().__init__(recipe, config)
         self.pipeline: SimpleNamespace = pipeline_skeleton(config, self.dtype)
         self.of_training.pipeline = self.pipeline
-        self.side = recipe.resolution // latent_scale(self.pipeline)
+        self.side = latent_side(self.pipeline, recipe.resolution, recipe.model)
         self.trains_text = recipe.text_encoders == "adapted"
         self.each = 2 if recipe.class_images else 1
         self.between_steps = "decoding" if recipe.sample_prompts or recipe.class_images else "encoding"
@@ -67,7 +66,7 @@ class DreamBoothWorkload(Workload):
         return ()
 
     def bytes_beside(self) -> int:
-        inside = {"unet", *(("text_encoder", "text_encoder_2") if self.trains_text else ())}
+        inside = {"unet", *(TEXT_ENCODERS if self.trains_text else ())}
         others = (module for part, module in self.pipeline.components.items() if part not in inside)
         return sum(t.nbytes for module in others for t in (*module.parameters(), *module.buffers()))
 

@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...layers.layouts import named_layers
 from ...support.devices import device_of
 from ...support.patterns import excluding
-from ...support.pipelines import TEXT_ENCODERS, latent_scale, load_pipeline, takes_sizes
+from ...support.pipelines import TEXT_ENCODERS, latent_side, load_pipeline, takes_sizes
 from ...support.processes import agree
 from ..dreambooth import check_prompts, doubtful_prompts, images_in, instance_images, prompts_of
 from . import Objective
@@ -61,13 +61,7 @@ class DreamBooth(Objective):
         if recipe.class_images:
             self._class_images(self.notes.append, self.unusable)
         self.pipeline = load_pipeline(recipe.model, recipe.dtype)
-        scale = latent_scale(self.pipeline)
-        if recipe.resolution % scale:
-            low, high = recipe.resolution // scale * scale, -(-recipe.resolution // scale) * scale
-            raise UserError(
-                f"resolution is {recipe.resolution}, which the VAE of {recipe.model} cannot divide by {scale}; give "
-                f"{' or '.join(str(size) for size in (low, high) if size)}"
-            )
+        latent_side(self.pipeline, recipe.resolution, recipe.model)
         return self.pipeline
 
     def examples(self, processor, say, counts):
