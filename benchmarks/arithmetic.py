@@ -105,7 +105,9 @@ def main(words: list[str]) -> None:
         for task, total, fresh in held_out(Path(words[1])):
             print(f"{task}: {fresh} of {total} problems are not in {TRAINING}")
     elif words[:1] == ["record"] and len(words) == 2:
-        results.write_text(json.dumps(record(Path(words[1])), indent=1) + "\n", encoding="utf-8")
+        if not (arms := record(Path(words[1]))):
+            sys.exit(f"{words[1]} holds no scores of a base model or of a finished cell; give the output of doratune compare")
+        results.write_text(json.dumps(arms, indent=1) + "\n", encoding="utf-8")
     elif words == ["tables"]:
         arms = json.loads(results.read_text(encoding="utf-8"))
         parts = [table(arms), *([means] if (means := over_seeds_table(arms)) else [])]

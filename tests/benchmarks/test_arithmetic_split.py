@@ -59,3 +59,8 @@ def test_the_mean_of_several_seeds(arithmetic):
     assert len(lines) == 3
     assert "dora-lr0.1 | 2 | 15.0 ± 63.5 % | 0.600 ± 1.271" in lines[2]  # t of one degree of freedom: 12.706
     assert arithmetic.over_seeds_table({"base": arms["base"], "full-s0": arms["full-s0"]}) == ""
+
+
+def test_a_folder_without_scores_leaves_the_record_as_it_is(arithmetic, tmp_path):
+    with pytest.raises(SystemExit, match="holds no scores of a base model or of a finished cell"):
+        arithmetic.main(["record", str(tmp_path)])
