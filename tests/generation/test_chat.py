@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from test_generate import folders  # noqa: F401 (a fixture)
@@ -49,6 +50,13 @@ class Terminal:
 
     def interrupt(self) -> None:
         os.write(self.file, b"\x03")
+
+    def waits_for_a_key(self, seconds: float = 60) -> None:
+        """Until the program sleeps at its prompt: readline notices a Ctrl-C before that only with the next key."""
+        end = time.monotonic() + seconds
+        while psutil.Process(self.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < end, "still busy at its prompt"
+            time.sleep(0.05)
 
     def end(self) -> int:
         """The exit status."""
@@ -126,6 +134,7 @@ def _goes_on_after_what_is_wrong(chat):
     assert "no adapter is named 'on'" in chat.say("/use on") and "/use needs a name" in chat.say("/use")
     assert "expected a number" in chat.say("/temperature warm") and "temperature is -1" in chat.say("/temperature -1")
     assert "more than the model's 256" in chat.say("true " * 300)
+    chat.waits_for_a_key()
     chat.interrupt()
     assert "/quit ends" in chat.until("you> ")
     assert "two> " in chat.say("true")
