@@ -81,7 +81,7 @@ def test_what_cannot_be_trained_is_one_line(bases, photos, tmp_path, capsys, tin
         (vit, tmp_path / "empty", {}, "no images in folders of classes; expected"),
         (vit, tmp_path / "nothing", {}, "no such images"),
         (vit, photos, {"eval_size": 36}, "eval_size is 36, but"),
-        (vit, photos, {"packing": "true"}, "packing is True, which is for text"),
+        (vit, photos, {"packing": "true"}, "packing is True, which is for objective language_modeling"),
         (vit, photos, {"method": "prefix"}, "method prefix trains no head of classes"),
         (vit, photos, {"objective": "image_clasification"}, "did you mean 'image_classification'"),
         (bare, photos, {}, "has no preprocessor_config.json, which says how its images are prepared"),

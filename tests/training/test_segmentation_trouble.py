@@ -57,7 +57,7 @@ def test_what_cannot_be_trained_is_one_line_or_counted(tmp_path, capsys, tiny_fo
         (base, gap, none, "the class numbers 0, 5, but not 1, 2, 3 and 1 more; name all classes"),
         (base, good, {"class_names": "[a, a]"}, "class_names holds 'a' twice"),
         (base, good, {"class_names": "[a, b]"}, "holds the class number 2, and the model has 2 classes, 0 to 1"),
-        (base, good, {"packing": "true"}, "objective semantic_segmentation has no use for it"),
+        (base, good, {"packing": "true"}, "which is for objective language_modeling, not for semantic_segmentation: drop it"),
         (base, good, {"method": "prefix"}, "method prefix trains no head of masks"),
         (base, good, {"tasks": spoiled}, "1.png: no mask"),
         (tiny_folder, good, {}, "of which there is no model of semantic segmentation; give a SegFormer"),

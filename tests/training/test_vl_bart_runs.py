@@ -112,12 +112,12 @@ def test_what_a_run_refuses(desk, tmp_path, capsys, tiny_folder):
     (broken / "red_1.png").write_text("no image")
     for label, settings, said in (
         ("tower", {"image_tower": "null"}, "image_tower is not set; give the image model"),
-        ("text", {"packing": "true"}, "packing is True, which is for language models"),
+        ("text", {"packing": "true"}, "packing is True, which is for objective language_modeling, not for vl_bart: drop it"),
         ("method", {"method": "prefix"}, "method prefix trains no visual embedding"),
         ("llama", {"model": tiny_folder}, "is a llama; give a BART"),
         ("long", {"max_length": 500}, "max_length is 500, but"),
-        ("adapted", {"vision_tower": "adapted"}, "VL-BART reads features that its image tower made before"),
-        ("skip", {"too_long": "skip"}, "set too_long: cut"),
+        ("adapted", {"vision_tower": "adapted"}, "vision_tower is 'adapted', which is for objective language_modeling"),
+        ("skip", {"too_long": "skip"}, "too_long is 'skip', which is for objective language_modeling"),
         ("tiny", {"image_tower": bart}, "preprocessor_config.json"),
         ("broken", {"data": broken / "mine.json"}, "item 2: "),
         ("size", {"eval_size": 99}, "eval_size is 99, but"),

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ..data.settings import DataSettings
 from ..errors import UserError
-from ..support.fields import with_settings_of
+from ..support.fields import setting_names, with_settings_of
 from ..support.values import number
 from .arguments import parse
 from .inputs import refuse_missing
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     from ..data.image_reader import load_reader
     from ..data.survey import survey
 
-    reading = DataSettings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(DataSettings)})
+    reading = DataSettings(**{name: getattr(settings, name) for name in setting_names(DataSettings)})
     tokenizer = load_reader(settings.model, settings.trust_remote_code)
     unusable: list[str] = []
     items, kind = load_items(settings.data, settings.mirror, unusable=unusable, settings=reading)

@@ -13,7 +13,7 @@ from typing import Literal
 from ..data.settings import DataSettings
 from ..errors import UserError
 from ..support.devices import Device
-from ..support.fields import with_settings_of
+from ..support.fields import setting_names, with_settings_of
 from ..support.values import number
 from .arguments import parse
 from .inputs import refuse_missing
@@ -161,7 +161,7 @@ def _facts(settings: InitSettings):
     from ..planning.lengths import data_facts, in_the_template
 
     tokenizer = load_reader(settings.model, settings.trust_remote_code)
-    reading = {f.name: getattr(settings, f.name) for f in dataclasses.fields(DataSettings)}
+    reading = {name: getattr(settings, name) for name in setting_names(DataSettings)}
     reading = DataSettings(**reading | ({"prompt": "plain"} if settings.prompt == "auto" else {}))
     unusable: list[str] = []
     items, kind = load_items(settings.data, settings.mirror, unusable=unusable, settings=reading)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from ..config import AdapterConfig
-from ..support.fields import with_settings_of
+from ..support.fields import setting_names, with_settings_of
 from .arguments import parse
 from .output import keep_freed_memory, print_json, say, say_next
 
 EXAMPLE = "doratune inspect --model smollm2-135m-instruct --targets q_proj,v_proj --rank 8"
 
-OF_A_CONFIG = [f.name for f in dataclasses.fields(AdapterConfig)]
+OF_A_CONFIG = setting_names(AdapterConfig)
 
 
 @dataclass(kw_only=True)

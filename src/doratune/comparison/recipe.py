@@ -15,6 +15,7 @@ from ..errors import UserError, listed, near_misses
 from ..evaluation.protocols import protocols_of
 from ..evaluation.scorers import scorer_of
 from ..evaluation.tasks import protocols_of_task
+from ..support.fields import setting_names
 from ..support.recipes import here_or_shipped
 from ..support.values import Range, check_value, check_values, number
 from ..support.yaml_text import read_yaml
@@ -129,7 +130,7 @@ class CompareRecipe:
 
     def shared(self) -> TrainRecipe:
         """The training recipe with the grid's settings, checked."""
-        fields = {f.name for f in dataclasses.fields(TrainRecipe)}
+        fields = set(setting_names(TrainRecipe))
         values = _read(self.recipe) | self.settings
         for name in self.settings:
             if name in OWN:
@@ -163,7 +164,7 @@ class CompareRecipe:
         if method not in known:
             raise UserError(f"unknown method {method!r}{near_misses(method, known)}; expected one of {', '.join(known)}")
         settings = known[method]
-        fields = {f.name for f in dataclasses.fields(TrainRecipe)} | {"rank_factor"}
+        fields = {*setting_names(TrainRecipe), "rank_factor"}
         if not isinstance(settings, dict) or "method" not in settings:
             raise UserError(f"variants: {method} needs settings with a method, e.g. {{method: dora, magnitude_lr_ratio: 0.1}}")
         if settings["method"] not in list(plain):

@@ -5,10 +5,10 @@ A plain comparison of what recipe.yaml and metrics.json say; it costs nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from ..config import AdapterConfig
+from ..support.fields import setting_names
 from .read import Run
 from .tables import Table, shown
 
@@ -18,7 +18,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 """Settings that change no weight."""
 
-VARIED = {f.name for f in dataclasses.fields(AdapterConfig)} | {
+VARIED = set(setting_names(AdapterConfig)) | {
     "lr", "magnitude_lr_ratio", "output_factor_lr_ratio", "magnitude_decay",
     "whole_lr_ratio", "seed", "limit", "quantize", "double_quantization",
 }  # fmt: skip

@@ -24,6 +24,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def setting_names(source: type) -> list[str]:
+    """The names of a dataclass's fields, in their order."""
+    return [f.name for f in dataclasses.fields(source)]
+
+
 def with_settings_of(source: type, after: str | None = None) -> Callable[[type[T]], type[T]]:
     """A decorator, below `@dataclass`: the class offers every setting of `source` too.
 

@@ -1,4 +1,4 @@
-"""What objectives of image models share: settings that mean nothing for images, the examples of a run, the model with its head.
+"""What objectives of image models share: the settings that they read, the examples of a run, the model with its head.
 
 Every file is opened once before the run, so that what is broken is known then. The model's head is kept where it was trained on
 the data's labels; else a new one is drawn, trained whole beside any adapter and saved with it (`adapter/fresh.py`). Running
@@ -17,16 +17,14 @@ from ..data.image_sets import usable
 from ..data.loading import check_weights
 from ..errors import UserError
 from ..support.image_heads import ImageHead
-from .objectives import Objective
-
-NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror", "sample_prompts")
-"""Settings of text alone that would be ignored."""
+from .objectives import HELD_OUT, Objective
 
 
 class ImageObjective(Objective):
     """Subclasses declare `head` and `trains`, and override what raises here."""
 
     unit = "images"
+    reads = (*HELD_OUT, "columns")
     head: ImageHead
     trains: str
     """What the head is, for messages: "head of classes"."""
@@ -57,9 +55,6 @@ class ImageObjective(Objective):
 
     def check(self) -> None:
         recipe = self.recipe
-        for name in NOT_HERE:
-            if value := getattr(recipe, name):
-                raise UserError(f"{name} is {value}, which is for text; objective {recipe.objective} has no use for it: drop it")
         if recipe.best_by == "token_accuracy":
             raise UserError("best_by is token_accuracy, and images have no tokens; give loss")
         if recipe.method not in (*METHODS, "full"):

@@ -5,7 +5,6 @@ The adapter's settings are AdapterConfig's: what is declared there is a setting 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,10 +16,10 @@ from ..data.settings import DataSettings
 from ..data.visual_features.settings import FeatureSettings
 from ..errors import UserError
 from ..support.devices import Device
-from ..support.fields import with_settings_of
+from ..support.fields import setting_names, with_settings_of
 from ..support.values import check_choice, check_values, choices, number
 from .dreambooth import DreamBoothSettings
-from .objectives import DEFAULT, names, objective_of
+from .objectives import DEFAULT, check_objective, names
 from .visual import VisualSettings
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -183,12 +182,11 @@ class TrainRecipe:
 
     def adapter(self) -> AdapterConfig:
         """The adapter part of the recipe."""
-        names = [f.name for f in dataclasses.fields(AdapterConfig)]
-        return AdapterConfig(**{name: getattr(self, name) for name in names})
+        return AdapterConfig(**{name: getattr(self, name) for name in setting_names(AdapterConfig)})
 
     def reading(self) -> DataSettings:
         """The data part of the recipe."""
-        return DataSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataSettings)})
+        return DataSettings(**{name: getattr(self, name) for name in setting_names(DataSettings)})
 
     def visual(self) -> VisualSettings:
         """What is trained of a model of images and text."""
@@ -215,7 +213,7 @@ class TrainRecipe:
             self.adapter()
         elif self.method in BASELINES:
             self.baseline()
-        objective_of(self).check()
+        check_objective(self)
         check_choice("idle_layers", self.idle_layers, ("stop", "warn"))
         if self.method not in METHODS and self.quantize != "none":
             raise UserError(f"method {self.method} trains a dense base; quantize is {self.quantize!r}, expected none")

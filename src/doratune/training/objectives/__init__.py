@@ -12,6 +12,7 @@ numbers are trained is the method's business (`methods.py`): each method works u
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.adapter import save
+from ...errors import UserError
 from ...support.transformers4 import readable_by_both
+from ...support.values import shown
 from ..visual import visual_config
 
 if TYPE_CHECKING:
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
     from ..recipe import TrainRecipe
 
 DEFAULT = "language_modeling"
+HELD_OUT = (
+    "data_weights", "limit", "eval_data", "eval_size", "tasks", "tasks_protocol", "tasks_limit", "tasks_batch_size", "workers",
+    "trust_remote_code",
+)  # fmt: skip
+"""Settings of several sources, of data that are held out, and of models and data that take long to read."""
 
 
 class Objective:
@@ -36,12 +44,14 @@ class Objective:
 
     unit = "tokens"
     """What a run's speed is counted in."""
+    reads: tuple[str, ...] = HELD_OUT
+    """Settings of the recipe that this objective reads and another does not. What only others read is refused, not ignored."""
 
     def __init__(self, recipe: TrainRecipe):
         self.recipe = recipe
 
     def check(self) -> None:
-        """Raise UserError for settings of the recipe that mean nothing here, before anything is loaded."""
+        """Raise UserError for values of the recipe's settings that cannot be used here, before anything is loaded."""
 
     def processor(self) -> Any:
         """What turns an item into the model's input and is saved beside the result: a tokenizer, an image processor."""
@@ -129,4 +139,24 @@ def names() -> tuple[str, ...]:
 
 def objective_of(recipe: TrainRecipe) -> Objective:
     """The objective that a recipe names."""
-    return importlib.import_module(f".{recipe.objective}", __name__).OBJECTIVE(recipe)
+    return kind_named(recipe.objective)(recipe)
+
+
+def kind_named(name: str) -> type[Objective]:
+    """The class of an objective."""
+    return importlib.import_module(f".{name}", __name__).OBJECTIVE
+
+
+def check_objective(recipe: TrainRecipe) -> None:
+    """Raise for settings that mean nothing under the recipe's objective, before anything is loaded.
+
+    Raises:
+        UserError: the setting and its value, and the objectives that read it.
+    """
+    reads, unset = {name: kind_named(name).reads for name in names()}, type(recipe)()
+    for setting in (f.name for f in dataclasses.fields(recipe)):
+        readers, value = [name for name, own in reads.items() if setting in own], getattr(recipe, setting)
+        if readers and recipe.objective not in readers and value != getattr(unset, setting):
+            own = " or ".join(readers)
+            raise UserError(f"{setting} is {shown(value)}, which is for objective {own}, not for {recipe.objective}: drop it")
+    objective_of(recipe).check()

@@ -16,14 +16,13 @@ from ...config import METHODS, AdapterConfig
 from ...errors import UserError
 from ...layers.layouts import named_layers
 from ...support.devices import device_of
+from ...support.fields import setting_names
 from ...support.patterns import excluding
 from ...support.pipelines import TEXT_ENCODERS, latent_side, load_pipeline, takes_sizes
 from ...support.processes import agree
-from ..dreambooth import check_prompts, doubtful_prompts, images_in, instance_images, prompts_of
+from ..dreambooth import DreamBoothSettings, check_prompts, doubtful_prompts, images_in, instance_images, prompts_of
 from . import Objective
 
-NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror", "limit", "eval_data", "eval_size", "tasks", "data_weights")
-"""Settings of text, or of data that are held out, which would be ignored."""
 NOT_YET = {"quantize": "none", "fsdp": "none"}
 """Settings that a pipeline is not trained with, and what they have to be."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -34,12 +33,10 @@ class DreamBooth(Objective):
     """One thing, and the class that it is of."""
 
     unit = "images"
+    reads = (*setting_names(DreamBoothSettings), "sample_prompts", "sample_steps")
 
     def check(self) -> None:
         recipe = self.recipe
-        for name in NOT_HERE:
-            if value := getattr(recipe, name):
-                raise UserError(f"{name} is {value}; objective dreambooth has no use for it: drop it")
         for name, idle in NOT_YET.items():
             if (value := getattr(recipe, name)) != idle:
                 raise UserError(f"{name} is {value!r}, which objective dreambooth cannot; set {name}: {idle}")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from . import Objective
+from ...data.settings import DataSettings
+from ...support.fields import setting_names
+from ..visual import VisualSettings
+from . import HELD_OUT, Objective
 
 
 class LanguageModeling(Objective):
     """Causal language models, and models of images and text."""
+
+    reads = (
+        *HELD_OUT, *setting_names(DataSettings), *setting_names(VisualSettings), "streaming", "mirror", "max_length", "too_long",
+        "train_on_prompt", "packing", "sample_prompts", "sample_steps", "sample_tokens",
+    )  # fmt: skip
 
     def processor(self):
         from ...data.image_reader import load_reader

@@ -14,8 +14,9 @@ import torch
 
 from ...data.loading import weighted
 from ...data.mask_sets import load_masked
-from ...data.masks import MaskedImage, class_numbers, names_of_classes
+from ...data.masks import MaskedImage, MaskSettings, class_numbers, names_of_classes
 from ...errors import UserError, listed
+from ...support.fields import setting_names
 from ...support.image_heads.segmentation import HEAD
 from ..image_objective import ImageObjective
 
@@ -23,6 +24,7 @@ from ..image_objective import ImageObjective
 class SemanticSegmentation(ImageObjective):
     """One class for each pixel."""
 
+    reads = (*ImageObjective.reads, *setting_names(MaskSettings))
     head = HEAD
     trains = "head of masks"
 

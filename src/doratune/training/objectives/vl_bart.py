@@ -8,34 +8,26 @@ adapter; one that has it keeps it, frozen unless `projector` is whole. Cost: the
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 from torch.nn import functional as F
 
 from ...config import METHODS
 from ...data.loading import check_weights, weighted
+from ...data.visual_features.settings import FeatureSettings
 from ...errors import UserError
-from . import Objective
-
-NOT_HERE = ("packing", "streaming", "train_on_prompt", "mirror", "sample_prompts")
-"""Settings of language models that would be ignored."""
+from ...support.fields import setting_names
+from . import HELD_OUT, Objective
 
 
 class VLBart(Objective):
     """Text about what is seen."""
 
     unit = "examples"
+    reads = (*HELD_OUT, *setting_names(FeatureSettings), "max_length", "projector")
 
     def check(self) -> None:
         recipe = self.recipe
-        for name in NOT_HERE:
-            if value := getattr(recipe, name):
-                raise UserError(f"{name} is {value}, which is for language models; objective vl_bart has no use for it: drop it")
-        if recipe.too_long != "cut":
-            raise UserError("too_long is skip; objective vl_bart cuts the beginning of what is too long: set too_long: cut")
-        if recipe.vision_tower != "frozen":
-            raise UserError("vision_tower is adapted, but VL-BART reads features that its image tower made before: drop it")
         if recipe.method not in (*METHODS, "full"):
             raise UserError(
                 f"method {recipe.method} trains no visual embedding; for VL-BART give full or one of {', '.join(METHODS)}"
@@ -82,7 +74,6 @@ class VLBart(Objective):
     def _seen(self, source: str, use: str, tower, say, counts) -> list:
         """The usable items of a source with their features."""
         from ...data.visual_features.extract import features_of
-        from ...data.visual_features.settings import FeatureSettings
         from ...data.visual_tasks import load_visual_items, parsed
         from ..visual_rows import SeenItem
 
@@ -91,7 +82,7 @@ class VLBart(Objective):
         items = load_visual_items(source, use, unusable if skip else None)
         task, place, split, _ = parsed(source)
         label = "-".join(filter(None, (task.name if task else place.stem, (split or use) if task else "")))
-        settings = FeatureSettings(**{f.name: getattr(self.recipe, f.name) for f in dataclasses.fields(FeatureSettings)})
+        settings = FeatureSettings(**{name: getattr(self.recipe, name) for name in setting_names(FeatureSettings)})
         features = features_of(items, label, tower, settings, skip)
         items = features.usable(items, unusable)
         if unusable and not (skip and items):
