@@ -1,6 +1,7 @@
 """DreamBooth from the command line, on tiny pipelines of both kinds: losses, samples, resume, merge, what diffusers opens."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -163,6 +164,28 @@ def test_adapter_and_pipeline_are_pushed_whole(runs, bases, tmp_path):
         parcel(runs / "sd" / "adapter")
     card = (runs / "sd" / "adapter" / "README.md").read_text()
     assert 'pipe.load_lora_weights("THIS")' in card and "library_name: diffusers" in card and str(runs) not in card
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_inspect_counts_what_the_run_trained(kind, runs, bases, tmp_path, capsys):
+    """Each part that has an adapter, in sum the run's numbers; before a run, the UNet under the names that a run gives."""
+    adapter = runs / kind / "adapter"
+    assert main(["inspect", "--adapter", str(adapter), "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    parts = json.loads(last)["parts"]
+    assert set(parts) == {"unet", *ENCODERS[kind]} and {f"{part}:" for part in parts} <= set(lines)
+    assert sum(part["trainable"] for part in parts.values()) == metrics_of(runs / kind)["trainable"]
+    assert f"next: doratune merge --adapter {adapter} --output merged" in lines
+    assert main(["inspect", "--model", str(bases[kind]), "--targets", "to_q,to_v", "--rank", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]["unet"]["rows"]
+    assert rows and all(re.fullmatch(r"unet\..*\.to_[qv]", row["module"]) and row["rank"] == 2 for row in rows)
+    assert main(["inspect", "--adapter", str(adapter), "--model", str(bases[kind]), "--quantize", "nf4"]) == 2
+    assert "quantize is 'nf4', which is not for text-to-image pipelines" in capsys.readouterr().err
+
+
+def test_inspect_of_parts_that_the_pipeline_lacks(runs, bases, capsys):
+    assert main(["inspect", "--adapter", str(runs / "sdxl" / "adapter"), "--model", str(bases["sd"])]) == 2
+    assert f"{bases['sd']} has no text_encoder_2, of which" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(bases, photos, tmp_path, capsys):
