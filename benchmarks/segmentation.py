@@ -82,7 +82,7 @@ def run(**settings) -> dict:
         recipe = TrainRecipe(
             objective="semantic_segmentation", batch_size=16, dtype="float32", overwrite=True, tensorboard=False, **settings
         )
-        train(recipe, score=after_training(recipe, print, None))
+        train(recipe, score=after_training(recipe, print))
     metrics = read_json(folder / "metrics.json", "remove the run's folder")
     (result,) = read_json(folder / "scores" / "after" / "results.json", "remove the run's folder")["results"]
     names = ("mean_iou", "pixel_accuracy", "accuracy", "majority", "iou", "total")

@@ -81,7 +81,7 @@ def pretrain(output: Path, kind: str, epochs: float) -> Path:
             objective="image_classification", method="full", lr=2e-3, epochs=epochs, batch_size=32, dtype="float32",
             output=str(run), overwrite=True, tensorboard=False,
         )  # fmt: skip
-        train(recipe, score=after_training(recipe, print, None))
+        train(recipe, score=after_training(recipe, print))
     return run / "model"
 
 

@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     settings = {"model": str(folder / "model"), "data": str(folder / "train.json"), "images": str(folder / "images")}
     settings |= {"rank": 2, "max_steps": 1, "batch_size": 4, "dtype": "float32", "tensorboard": False}
     recipe = TrainRecipe(**settings, output=str(folder / "run"), tasks=[str(folder / "colours.json")], tasks_protocol="generate")
-    train(recipe, say=len, score=after_training(recipe, len, None))
+    train(recipe, say=len, score=after_training(recipe, len))
     return folder / "run"
 
 

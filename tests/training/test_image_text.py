@@ -209,7 +209,7 @@ def test_tasks_are_scored_after_a_training_and_data_may_be_streamed(place):
 def train_with_tasks(settings):
     from doratune.evaluation.evaluate import after_training
 
-    return train(settings, say=lambda line: None, score=after_training(settings, lambda line: None, None))
+    return train(settings, say=lambda line: None, score=after_training(settings, lambda line: None))
 
 
 def test_prompts_of_text_are_generated_in_the_processors_template(place, tmp_path, capsys):

@@ -123,21 +123,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def bar(progress: Callable, label: str, total: int):
-    """`advance` of a progress bar that is closed at the end; `progress` as in `cli.output`."""
-    advance, close = progress(label, total)
-    try:
-        yield advance
-    finally:
-        close()
-
-
-def silent(label: str, total: int):
-    """A progress bar that shows nothing."""
-    return (lambda n: None), (lambda: None)
-
-
 def quantiles(values: list[float]) -> dict[str, float] | None:
     """p20, p50, p80 by linear interpolation; None of nothing."""
     if not values:

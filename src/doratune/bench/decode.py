@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import doratune
 
 from ..support.models import contiguous_head
+from ..support.progress import Progress, silent
 from .arms import build
-from .clock import FAILED, bar, interleave, prepare, silent, summary
+from .clock import FAILED, interleave, prepare, summary
 from .settings import BenchSettings
 from .shapes import random_ids
 
@@ -25,7 +26,7 @@ PROMPT = 32
 RATIOS = {"dora/lora": ("dora", "lora"), "dora_peft/dora": ("dora_peft", "dora"), "merged/frozen": ("merged", "frozen")}
 
 
-def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
+def measure(base: nn.Module, settings: BenchSettings, label: str, progress: Progress = silent) -> dict:
     """{rank: {"arms": seconds of a whole decode, "ratios"}}."""
     return {str(rank): _one_rank(base, rank, settings, f"decode {label} rank {rank}", progress) for rank in settings.ranks}
 
@@ -35,7 +36,7 @@ def _one_rank(base: nn.Module, rank: int, settings: BenchSettings, label: str, p
     arms = [name for name in settings.arms if name != "dora_dense"] + ["merged"] * ("dora" in settings.arms)
     models = prepare(arms, lambda name: decode_arm(name, base, settings.targets, rank).eval(), prompt.device)
     rounds = settings.few_rounds
-    with ExitStack() as heads, bar(progress, label, (settings.warm_up + rounds) * len(arms)) as advance:
+    with ExitStack() as heads, progress(label, (settings.warm_up + rounds) * len(arms)) as advance:
         runs = {}
         for name, model in models.items():
             if model is not FAILED:

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from ..support.models import torch_dtype
+from ..support.progress import Progress, silent
 from .arms import build, make_optimizer, trainable
-from .clock import bar, quick_collection, silent, synchronize, thread_count
+from .clock import quick_collection, synchronize, thread_count
 from .operations import Count, count
 from .settings import BenchSettings
 from .startup import attach_seconds, import_seconds
@@ -89,7 +90,7 @@ def names(model: nn.Sequential) -> list[str]:
     return [name for name, _ in model.named_children()]
 
 
-def measure(settings: BenchSettings, progress=silent) -> dict:
+def measure(settings: BenchSettings, progress: Progress = silent) -> dict:
     """{dtype: {rank: {"arms": microseconds a layer, "ratios", "operations", "host_reads", "attach_s", "import_s"}}}."""
     dtype, device, layers = settings.dtypes[-1], settings.torch_device(), settings.host_layers
     arms = [name for name in settings.arms if name != "dora_dense"]
@@ -99,7 +100,7 @@ def measure(settings: BenchSettings, progress=silent) -> dict:
         sizes = settings.host_width, settings.host_tokens, torch_dtype(dtype), device
         running = {name: HostArm(model, *sizes) for name, model in models.items()}
         total = (settings.warm_up + settings.host_rounds) * len(arms)
-        with bar(progress, f"host {dtype} rank {settings.host_rank}", total) as advance:
+        with progress(f"host {dtype} rank {settings.host_rank}", total) as advance:
             taken = rounds(running, settings.host_rounds, settings.warm_up, layers, device, advance)
         fewer = small_layers(layers - 1, settings.host_width, torch_dtype(dtype), device)
         without_one = {name: HostArm(build(name, fewer, names(fewer), settings.host_rank), *sizes) for name in arms}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..support.models import torch_dtype
+from ..support.progress import Progress, silent
 from .arms import build, make_optimizer, trainable
-from .clock import bar, interleave, prepare, silent, summary
+from .clock import interleave, prepare, summary
 from .settings import BenchSettings
 from .train_step import RATIOS
 
@@ -49,7 +50,7 @@ def layer_steps(arms: list[str], size: int, rank: int, tokens: int, dtype: torch
     return prepare(arms, lambda name: LayerStep(build(name, base, ["layer"], rank), tokens, size, dtype, device), device)
 
 
-def measure(settings: BenchSettings, progress=silent) -> dict:
+def measure(settings: BenchSettings, progress: Progress = silent) -> dict:
     """{dtype: {rank: {side of the layer: {"arms": seconds, "ratios"}}}}."""
     dtype, device = settings.dtypes[-1], settings.torch_device()
     result = {}
@@ -57,7 +58,7 @@ def measure(settings: BenchSettings, progress=silent) -> dict:
         for size in settings.layer_sizes:
             steps = layer_steps(settings.arms, size, rank, settings.tokens, torch_dtype(dtype), device)
             total = (settings.warm_up + settings.rounds) * len(steps)
-            with bar(progress, f"layer {dtype} rank {rank}, {size} x {size}", total) as advance:
+            with progress(f"layer {dtype} rank {rank}, {size} x {size}", total) as advance:
                 series = interleave(steps, settings.rounds, settings.warm_up, device, advance)
             result.setdefault(str(rank), {})[str(size)] = summary(series, RATIOS)
     return {dtype: result}

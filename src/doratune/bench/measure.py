@@ -12,10 +12,11 @@ import doratune
 from ..errors import UserError
 from ..support.folders import refuse_no_folder
 from ..support.outputs import refuse_inputs
+from ..support.progress import Progress, silent
 from . import decode, host, layer, memory, mixed, norm, record, sizes, train_step
 from .allocator import hold_still
 from .arms import pattern, share
-from .clock import release, silent, thread_count
+from .clock import release, thread_count
 from .settings import BenchSettings
 from .shapes import load
 from .tables import way_of
@@ -26,12 +27,12 @@ COUNTED = ("memory",)
 """The same with any number of threads."""
 
 
-def run_all(settings: BenchSettings, say: Callable[[str], None] = print, progress=silent) -> dict:
+def run_all(settings: BenchSettings, say: Callable[[str], None] = print, progress: Progress = silent) -> dict:
     """{measurement: {dtype: {rank: …}}}; also written to `settings.output`. With one thread it is `<measurement>_1_thread`.
 
     Args:
         say: takes a line about each file that was written.
-        progress: makes a bar, (label, total) -> (advance, close).
+        progress: as `support.progress`.
 
     Raises:
         UserError: see `BenchSettings.check`; a model that is missing, does not fit, or lacks the targets.

@@ -22,8 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..support.progress import Progress, silent
 from .arms import build
-from .clock import FAILED, OUT_OF_MEMORY, attempt, bar, release, silent
+from .clock import FAILED, OUT_OF_MEMORY, attempt, release
 from .settings import BenchSettings
 from .shapes import random_ids
 from .train_step import TrainStep
@@ -113,12 +114,12 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module, dropped_too: bo
     return sum(size for address, size in kept.items() if address not in own)
 
 
-def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
+def measure(base: nn.Module, settings: BenchSettings, label: str, progress: Progress = silent) -> dict:
     """{rank: {scenario: {"arms": bytes, "ratios"}}}; one arm is built at a time."""
     ids = random_ids(base, settings.batch_size, settings.length)
     result = {}
     for rank in settings.ranks:
-        with bar(progress, f"memory {label} rank {rank}", len(SCENARIOS) * len(settings.arms)) as advance:
+        with progress(f"memory {label} rank {rank}", len(SCENARIOS) * len(settings.arms)) as advance:
             result[str(rank)] = {
                 scenario: _scenario(base, ids, rank, settings, checkpointing, advance)
                 for scenario, checkpointing in SCENARIOS.items()

@@ -17,8 +17,9 @@ from torch import nn
 import doratune
 
 from ..support.models import contiguous_head
+from ..support.progress import Progress, silent
 from .arms import attach_arm, move, share
-from .clock import bar, interleave, silent, summary
+from .clock import interleave, summary
 from .decode import PROMPT, decode
 from .settings import BenchSettings
 from .shapes import random_ids
@@ -27,7 +28,7 @@ ADAPTERS = 8
 RATIOS = {"mixed/one": ("mixed", "one"), "mixed/alone": ("mixed", "alone"), "one/frozen": ("one", "frozen")}
 
 
-def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
+def measure(base: nn.Module, settings: BenchSettings, label: str, progress: Progress = silent) -> dict:
     """{rank: {"arms": seconds of a whole decode of 8 rows, "ratios"}}."""
     return {str(rank): _one_rank(base, rank, settings, f"mixed {label} rank {rank}", progress) for rank in settings.ranks}
 
@@ -47,7 +48,7 @@ def _one_rank(base: nn.Module, rank: int, settings: BenchSettings, label: str, p
         decode(model, prompts, new)
 
     arms = {"one": lambda: decode(one, prompts, new), "mixed": mixed, "alone": alone, "frozen": lambda: decode(base, prompts, new)}
-    with ExitStack() as stack, bar(progress, label, (settings.warm_up + rounds) * len(arms)) as advance:
+    with ExitStack() as stack, progress(label, (settings.warm_up + rounds) * len(arms)) as advance:
         for each in (model, one, base):
             stack.enter_context(contiguous_head(each))
         way = stack.enter_context(doratune.mixed(model, names))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import doratune
 
+from ..support.progress import Progress, silent
 from .allocator import hold_still
-from .clock import FAILED, attempt, bar, interleave, release, silent, summary
+from .clock import FAILED, attempt, interleave, release, summary
 from .memory import peak_bytes
 from .settings import BenchSettings
 
@@ -29,7 +30,7 @@ ROWS = 256
 RATIOS = {"dense/doratune": ("dense", "doratune"), "peft/doratune": ("peft", "doratune")}
 
 
-def measure(settings: BenchSettings, progress=silent) -> dict:
+def measure(settings: BenchSettings, progress: Progress = silent) -> dict:
     """{dtype: {rank: {side: {"arms": seconds and peak_bytes, "ratios", "errors": by share of |sBA| / |W|}}}}."""
     hold_still()
     size, rank, device = settings.norm_size, settings.norm_rank, settings.torch_device()
@@ -37,7 +38,7 @@ def measure(settings: BenchSettings, progress=silent) -> dict:
     arms = ways(module, with_peft=any(name.endswith("_peft") for name in settings.arms))
     scale_share(module, SHARES[0])
     total = (settings.warm_up + settings.few_rounds) * len(arms)
-    with bar(progress, f"norm bfloat16 rank {rank}, {size} x {size}", total) as advance:
+    with progress(f"norm bfloat16 rank {rank}, {size} x {size}", total) as advance:
         result = summary(interleave(arms, settings.few_rounds, settings.warm_up, device, advance), RATIOS)
     for name, run in arms.items():
         peak = attempt(lambda run=run: _peak(run, device), device)

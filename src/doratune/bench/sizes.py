@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from ..support.models import torch_dtype
+from ..support.progress import Progress, silent
 from .arms import trainable
-from .clock import FAILED, attempt, bar, interleave, silent, summary
+from .clock import FAILED, attempt, interleave, summary
 from .layer import layer_steps
 from .memory import saved_bytes
 from .settings import BenchSettings
@@ -19,13 +20,13 @@ ARMS = ["frozen", "lora", "dora"]
 RATIOS = {"dora/lora": ("dora", "lora"), "dora/frozen": ("dora", "frozen")}
 
 
-def measure(settings: BenchSettings, progress=silent) -> dict:
+def measure(settings: BenchSettings, progress: Progress = silent) -> dict:
     """{dtype: {rank: {side: {"arms", "ratios", "extra_bytes": DoRA − LoRA, "adapter_bytes"}}}}."""
     dtype, device = settings.dtypes[-1], settings.torch_device()
     rounds = settings.few_rounds
     result = {str(rank): {} for rank in settings.size_ranks}
     total = len(result) * len(settings.hidden_sizes) * (settings.warm_up + rounds) * len(ARMS)
-    with bar(progress, f"sizes {dtype}", total) as advance:
+    with progress(f"sizes {dtype}", total) as advance:
         for rank in settings.size_ranks:
             for size in settings.hidden_sizes:
                 steps = layer_steps(ARMS, size, rank, settings.tokens, torch_dtype(dtype), device)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..support.progress import Progress, silent
 from .arms import build, make_optimizer, trainable
-from .clock import bar, interleave, prepare, silent, summary
+from .clock import interleave, prepare, summary
 from .settings import BenchSettings
 from .shapes import random_ids
 
@@ -51,7 +52,7 @@ class TrainStep:
         return self.model(inputs_embeds=embedded, labels=self.ids, use_cache=False).loss
 
 
-def measure(base: nn.Module, settings: BenchSettings, label: str, progress=silent) -> dict:
+def measure(base: nn.Module, settings: BenchSettings, label: str, progress: Progress = silent) -> dict:
     """{rank: {scenario: {"arms": seconds, "ratios"}}} over the weights of `base`; with checkpointing at the first rank."""
     ids = random_ids(base, settings.batch_size, settings.length)
     return {
@@ -75,5 +76,5 @@ def _scenario(scenario: str, base, ids: Tensor, rank: int, settings: BenchSettin
         return TrainStep(model, ids, micro_batches, checkpointing=scenario == CHECKPOINTED)
 
     steps = prepare(arms, make, ids.device)
-    with bar(progress, label, (warm_up + rounds) * len(arms)) as advance:
+    with progress(label, (warm_up + rounds) * len(arms)) as advance:
         return summary(interleave(steps, rounds, warm_up, ids.device, advance), RATIOS)

@@ -45,8 +45,7 @@ def main(argv: list[str]) -> int:
         if not getattr(settings, name):
             raise UserError(f"{name} is not set; give --{name} {what}")
     refuse_inputs(settings.output, {"the model": settings.model, "the fine-tuned model": settings.tuned}, run_of(settings.tuned))
-    advance, close = progress("layers", 0)
-    try:
+    with progress("layers", 0) as advance:
         result = extract(
             settings.model,
             settings.tuned,
@@ -57,8 +56,6 @@ def main(argv: list[str]) -> int:
             settings.overwrite,
             advance,
         )
-    finally:
-        close()  # so that an error stands on a line of its own
     say(result.table())
     say(f"adapter written to {settings.output}")
     say_next(

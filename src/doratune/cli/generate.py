@@ -105,11 +105,8 @@ def main(argv: list[str]) -> int:
     columns = []
     for speaker in speakers:
         model = adapters.use(speaker)
-        advance, close = progress(speaker, len(items))
-        try:
+        with progress(speaker, len(items)) as advance:
             columns.append(answers(model, adapters.tokenizer, ids, sampling, settings.batch_size, advance))
-        finally:
-            close()
     rows = [
         json.dumps({**item, "adapter": speaker, "output": a.text, "tokens": a.tokens, "finish": a.finish}, ensure_ascii=False)
         for item, row in zip(items, zip(*columns, strict=True), strict=True)

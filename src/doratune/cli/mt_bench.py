@@ -56,9 +56,8 @@ def run(settings, as_json: bool) -> int:
         bench_run.take(Path(settings.answers))
     elif missing := bench_run.missing():
         model, tokenizer = _load(settings)
-        advance, close = progress(f"{name}: answers", len(bench.questions))
-        bench_run.answer(model, tokenizer, writing, advance)
-        close()
+        with progress(f"{name}: answers", len(bench.questions)) as advance:
+            bench_run.answer(model, tokenizer, writing, advance)
         say(f"{len(missing)} questions answered, in {bench_run.answer_file}")
     results = {"model": name, "answers": str(bench_run.answer_file)}
     if settings.judge:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ..errors import UserError
 from ..support.allocator import keep_freed_memory as keep_freed_memory
+from ..support.progress import Advance
 
 
 def say(line: str) -> None:
@@ -41,22 +43,24 @@ def print_json(value) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-def progress(label: str, total: int):
-    """(advance, close) of a progress bar with items a second, on standard error; where `total` is not known yet (0), from the first
-    item on."""
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Advance]:
+    """A progress bar with items a second, on standard error, which is full once all is done; where `total` is not known yet (0),
+    from the first item on."""
     from tqdm.auto import tqdm
 
     settings = {"total": total or None, "desc": label, "unit": "item", "file": sys.stderr, "dynamic_ncols": True}
     bars = [tqdm(**settings)] if total else []
 
-    def advance(count: int = 1):
+    def advance(count: int):
         if not bars:
             bars.append(tqdm(**settings))
         bars[0].update(count)
 
-    def close(whole: bool = True):
+    try:
+        yield advance
         for bar in bars:
-            bar.n = total if whole and total else bar.n
+            bar.n = total or bar.n
+    finally:
+        for bar in bars:  # also after an error, whose line stands on a line of its own
             bar.close()
-
-    return advance, close

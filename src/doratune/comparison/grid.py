@@ -22,6 +22,7 @@ from ..evaluation.scorers import scorer_of
 from ..support.files import read_json, replacing, write_json
 from ..support.folders import refuse_no_folder
 from ..support.outputs import refuse_inputs
+from ..support.progress import Progress, silent
 from ..support.text import read_text
 from ..support.yaml_text import as_read_back, read_yaml, to_yaml
 from ..training.checkpoints import last_checkpoint
@@ -35,11 +36,11 @@ from .recipe import CompareRecipe
 from .summary import Summary, summarize
 
 
-def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
+def compare(grid: CompareRecipe, say=print, progress: Progress = silent) -> Summary | None:
     """Run what is missing of the grid and summarize it; None after a dry run.
 
     Args:
-        say: takes each line of the report. progress: (label, number of cells) → (advance, close).
+        say: takes each line of the report. progress: as `support.progress`, of cells.
 
     Raises:
         UserError: a setting that is not usable, a folder of another grid, or nothing that finished.
@@ -57,17 +58,14 @@ def compare(grid: CompareRecipe, say=print, progress=None) -> Summary | None:
         _record(grid, shared)
         (output / "compare.json").unlink(missing_ok=True)  # tables of what this grid was before; they come again at the end
         total = len(set(sweep(grid, shared)) | set(finals(grid, shared, _first_rates(grid, shared))))
-        advance, close = progress(f"{output.name} cells", total) if progress else (lambda n: None, lambda: None)
-        stages = Stages(grid, shared, say, advance)
-        try:
+        with progress(f"{output.name} cells", total) as advance:
+            stages = Stages(grid, shared, say, advance)
             stages.run_base()
             stages.run(sweep(grid, shared))
             chosen, notes = choose(grid, shared)
             for note in notes:
                 say(note)
             stages.run(finals(grid, shared, chosen))
-        finally:
-            close()
         results, problems = collect(finals(grid, shared, chosen), grid, shared)
         if not results:
             raise UserError(f"no cell of {output} finished; see {output / 'logs'}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.values import finite
@@ -18,6 +18,7 @@ from ..support.environment import peak_bytes
 from ..support.files import write_json
 from ..support.folders import whole_folder
 from ..support.models import contiguous_head
+from ..support.progress import Progress, silent
 from ..training.recipe import TrainRecipe
 from .generate import generate
 from .kinds import kind_of
@@ -40,7 +41,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     output: Path | None = None,
     facts: tuple[str, str | None, int | None] = ("", None, None),
-    progress: Callable[[str, int], tuple[Callable[[float], None], Callable[[], None]]] | None = None,
+    progress: Progress = silent,
 ) -> dict:
     """Score a model that is loaded already.
 
@@ -50,7 +51,7 @@ def evaluate(
         beams, max_new_tokens: of protocol `generate`, 1 and what the items' kind needs by default; `paper` has its own.
         output: folder for the item files and results.json, whole or as it was; None writes nothing.
         facts: (base model, method, rank), to find the published figure.
-        progress: (label, number of items) → (advance, close).
+        progress: as `support.progress`, of items.
 
     Returns:
         {"results": […], "averages": […], "peak_bytes": …}
@@ -82,9 +83,8 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
         for name, items in tasks:
             if not protocols_for(items, [protocol]):
                 continue
-            advance, close = progress(f"{name} {protocol}", len(items)) if progress else (lambda n: None, lambda: None)
             started = time.perf_counter()
-            with contiguous_head(model):
+            with progress(f"{name} {protocol}", len(items)) as advance, contiguous_head(model):
                 if protocol == "generate":
                     longest = max_new_tokens or longest_output(items)
                     records = generate(model, tokenizer, items, batch_size, beams or 1, longest, advance)
@@ -92,7 +92,6 @@ def _score(model, tokenizer, tasks, protocols, sizes, output: Path | None, facts
                     records = paper(model, tokenizer, items, batch_size, advance)
                 else:
                     records = likelihood(model, tokenizer, items, batch_size, advance)
-            close()
             result = summarize(name, items, records, protocol, time.perf_counter() - started)
             results.append(add_published(result, *facts))
             if output is not None:
@@ -198,7 +197,7 @@ class AfterTraining:
         self.say(show(summary))
 
 
-def after_training(recipe: TrainRecipe, say, progress):
+def after_training(recipe: TrainRecipe, say, progress: Progress = silent):
     """What scores a run's result, by its objective; None where the recipe names no tasks."""
     from .scorers import scorer_of  # which score by what is here
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import UserError, listed
 from ..support.files import read_json, write_json
+from ..support.progress import Progress, silent
 from .answers import AnswerSettings, model_of, read_answers, write_answers
 from .cases import Case, pair_cases, single_cases, without_reference
 from .client import Judge, JudgeSettings
@@ -97,7 +98,7 @@ class BenchRun:
         self.answer_file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(answers, self.answer_file)
 
-    def judge(self, settings: JudgeSettings, progress=None) -> dict:
+    def judge(self, settings: JudgeSettings, progress: Progress = silent) -> dict:
         """Ratings of the answers, one by one.
 
         Raises:
@@ -109,7 +110,7 @@ class BenchRun:
         self.say(single_table(figures))
         return self._result(figures, settings)
 
-    def judge_against(self, other: Path, settings: JudgeSettings, progress=None) -> dict:
+    def judge_against(self, other: Path, settings: JudgeSettings, progress: Progress = silent) -> dict:
         """The answers beside another run's, in both orders."""
         path = answers_of(other)
         rival = model_of(path)
@@ -132,22 +133,20 @@ class BenchRun:
         self.say(f"{calls} ({there} of {len(cases)} judgments are there); what cannot be read is asked {ATTEMPTS} times")
         if numbers := without_reference(self.bench):
             self.say(f"note: judged without a reference, for there is none: question {listed(map(str, numbers), 10)}")
-        advance, close = progress(f"judge, {way}", len(open_cases)) if progress else (lambda n: None, lambda whole=True: None)
-
-        def take(case: Case, text: str) -> None:
-            ledger.add(case, text)
-            advance(1)
-
         try:
-            judge.ask_all(open_cases, take)
-            for _ in range(1, ATTEMPTS):
-                again = [c for c in cases if verdict(c, ledger.of(c)) is None and ledger.asked(c) < ATTEMPTS]
-                judge.ask_all({case.key: case for case in again}.values(), take)
+            with progress(f"judge, {way}", len(open_cases)) as advance:
+
+                def take(case: Case, text: str) -> None:
+                    ledger.add(case, text)
+                    advance(1)
+
+                judge.ask_all(open_cases, take)
+                for _ in range(1, ATTEMPTS):
+                    again = [c for c in cases if verdict(c, ledger.of(c)) is None and ledger.asked(c) < ATTEMPTS]
+                    judge.ask_all({case.key: case for case in again}.values(), take)
         except UserError as error:
-            close(False)
             there = f"{sum(ledger.of(case) is not None for case in cases)} of {len(cases)} judgments are in {path}"
             raise UserError(f"{error}; {there}: the same command goes on from there") from None
-        close()
         return ledger
 
     def _result(self, figures: dict, settings: JudgeSettings) -> dict:

@@ -25,6 +25,7 @@ headers.py       names and shapes in the files a model came from
 examples.py      an input for any model, from its config
 packages.py      requirements of every extra, and what is installed of them
 environment.py   machine, versions, commit, peak memory
+progress.py      progress of long work
 recipes.py       recipes that come with the package
 tables.py        text tables: aligned, Markdown
 text.py          UTF-8 text and its lines

@@ -65,10 +65,9 @@ class ClassScorer(ImageScorer):
 def _score_task(model, processor, name: str, items: list[LabelledImage], batch_size: int, progress) -> tuple[dict, list[dict]]:
     """(figures, a record for each image)."""
     labels = labels_of(model.config)
-    advance, close = progress(name, len(items)) if progress else (lambda n: None, lambda: None)
     started = time.perf_counter()
-    probabilities_NC = probabilities(model, ImageRows(items, labels, processor), batch_size, advance)
-    close()
+    with progress(name, len(items)) as advance:
+        probabilities_NC = probabilities(model, ImageRows(items, labels, processor), batch_size, advance)
     answers = [labels[i] for i in probabilities_NC.argmax(1)]
     records = []
     for item, answer, row in zip(items, answers, probabilities_NC):

@@ -62,16 +62,15 @@ class MaskScorer(ImageScorer):
 
     def score(self, model, processor, name: str, items: list, batch_size: int, folder: Path, progress) -> tuple[dict, list]:
         labels = labels_of(model.config)
-        advance, close = progress(name, len(items)) if progress else (lambda n: None, lambda: None)
         started, counts, records = time.perf_counter(), [], []
-        for item, gold, answers in segmented(model, processor, items, batch_size):
-            sums = pixel_counts(gold, answers, len(labels))
-            counts.append(sums)
-            records.append(_record(item.name, sums, labels))
-            if len(records) <= PANELS:
-                records[-1]["image"] = _drawn(folder, f"{name}/{len(records)}.png", item, gold, answers)
-            advance(1)
-        close()
+        with progress(name, len(items)) as advance:
+            for item, gold, answers in segmented(model, processor, items, batch_size):
+                sums = pixel_counts(gold, answers, len(labels))
+                counts.append(sums)
+                records.append(_record(item.name, sums, labels))
+                if len(records) <= PANELS:
+                    records[-1]["image"] = _drawn(folder, f"{name}/{len(records)}.png", item, gold, answers)
+                advance(1)
         return _figures(name, np.stack(counts), records, labels, time.perf_counter() - started), records
 
     def show(self, summary: dict) -> str:

@@ -180,10 +180,9 @@ def score_seen(model, tokenizer, seen: Sequence[SeenTask], sizes, output: Path |
 
 def _score_task(model, tokenizer, name: str, seen: list[SeenItem], sizes, progress) -> tuple[dict, list[dict]]:
     """(figures, a record for each item)."""
-    advance, close = progress(name, len(seen)) if progress else (lambda n: None, lambda: None)
     started = time.perf_counter()
-    texts = written(model, tokenizer, seen, *sizes, advance)
-    close()
+    with progress(name, len(seen)) as advance:
+        texts = written(model, tokenizer, seen, *sizes, advance)
     figures, records = figures_of([one.item for one in seen], texts)
     seconds = time.perf_counter() - started
     speed = {"seconds": seconds, "items_per_second": len(seen) / max(seconds, 1e-9)}
