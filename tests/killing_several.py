@@ -76,7 +76,7 @@ def several(count, place):
         engine = list(engines)[number % 2]
         mine = [*words, "--fsdp", engine, "--output", str(run)]
         children = together([*mine, "--overwrite"], log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not (run / "checkpoint-1").exists() and time.monotonic() < deadline:
             time.sleep(0.001)
         if not (run / "checkpoint-1").exists():

@@ -10,7 +10,7 @@ import urllib.request
 def ask(file, *requests) -> list[dict]:
     """Answers to (path, body) requests, in order."""
     command = [sys.executable, __file__, str(file)]
-    run = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, timeout=600)
     lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert lines, run.stdout[-500:] + run.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("ANSWERS "))

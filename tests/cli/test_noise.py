@@ -14,7 +14,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def errors(folder, *words, options=()):
     command = [sys.executable, *options, "-m", "doratune", *words]
-    run = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     return run.returncode, run.stderr.splitlines()
 
 
@@ -56,7 +56,7 @@ def test_bars_and_lines_of_a_way_through_the_commands_are_ours(tmp_path, tiny_fo
     items = [{"instruction": f"Is {i} even?", "input": "", "output": "true"} for i in range(12)]
     (tmp_path / "items.json").write_text(json.dumps(items))
     command = [sys.executable, "-c", COMMANDS.replace("MODEL", repr(str(tiny_folder)))]
-    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert run.stdout.splitlines()[-1] == "[2, 0, 0, 0, 0, 0, 0]", run.stdout[-2000:] + run.stderr[-2000:]
     pieces = [piece.replace("\x1b[A", "").strip() for piece in re.split(r"[\r\n]", run.stderr)]
     ours = re.compile(r"doratune init: memory is |(merging|layers|default|run|ΔM and ΔD|.*answers?)?:? *\d+%\|")
@@ -66,7 +66,7 @@ def test_bars_and_lines_of_a_way_through_the_commands_are_ours(tmp_path, tiny_fo
 def test_who_asks_for_warnings_gets_them(tmp_path):
     code = "import warnings; from doratune.cli.main import quiet_others; quiet_others(); warnings.warn('mine', FutureWarning)"
     for options, shown in (((), False), (("-W", "always"), True)):
-        run = subprocess.run([sys.executable, *options, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        run = subprocess.run([sys.executable, *options, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0 and ("mine" in run.stderr) == shown
 
 

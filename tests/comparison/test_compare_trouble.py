@@ -292,7 +292,7 @@ def test_a_worker_of_ray_that_dies_is_one_failed_cell(tmp_path):
         "jobs = [('bad', ['import os; os.kill(os.getppid(), 9)'], 'logs/bad'), ('good', ['print(1)'], 'logs/good')]\n"
         "launch.run_on_ray(jobs, lambda name, status: print('ended', name, status, flush=True), None, 1, 0)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert {line for line in run.stdout.splitlines() if line.startswith("ended")} == {"ended bad -9", "ended good 0"}, run.stderr[
         -900:
     ]

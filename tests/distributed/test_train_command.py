@@ -66,7 +66,7 @@ def launched_by_accelerate(words, tmp_path_factory):
     config.write_text(json.dumps(settings))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command = [*launch, "-m", "doratune", *words, "--output", str(output), "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=quiet()), output
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=quiet()), output
 
 
 def free_port():
@@ -112,7 +112,7 @@ def test_two_processes_go_on_where_one_was(words, single, tmp_path):
     """Started by --processes; sharded, although the run before was not."""
     run = interrupted(single, tmp_path)
     command = [sys.executable, "-m", "doratune", *words, "--output", str(run), "--resume", "--processes", "2", "--fsdp", "offload"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=quiet())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=quiet())
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes, FSDP2") == 1
     same(run, single)
@@ -158,7 +158,7 @@ def test_refused_in_one_line(name, words, tmp_path, monkeypatch, capsys):
 def test_a_process_that_reaches_nobody_says_so(words, tmp_path):
     alone = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "doratune", *words, "--output", str(tmp_path / "run"), "--timeout", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=quiet(**alone))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=quiet(**alone))
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("doratune train")]
     assert len(said) == 1

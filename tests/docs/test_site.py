@@ -18,7 +18,7 @@ pytest.importorskip("mkdocstrings")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     words = ["build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(folder)]
-    run = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     return folder
 
@@ -72,5 +72,5 @@ def test_a_page_that_is_wrong_stops_the_build(wrong, tmp_path):
     (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n{wrong}\n")
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("not_in_nav")[0].replace("[src]", f"[{ROOT / 'src'}]")
     (tmp_path / "mkdocs.yml").write_text(settings)
-    run = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=tmp_path, capture_output=True, timeout=120)
+    run = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=tmp_path, capture_output=True, timeout=600)
     assert run.returncode != 0

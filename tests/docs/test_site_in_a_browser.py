@@ -21,7 +21,7 @@ def address(tmp_path_factory):
         pytest.skip(f"this machine has not {lacks}")
     folder = tmp_path_factory.mktemp("site")
     words = ["build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "mkdocs", *words], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "mkdocs", *words], check=True, capture_output=True, timeout=600)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -143,7 +143,7 @@ def test_the_same_on_several_processes(tmp_path, tiny_tokenizer):
     words = [str(tmp_path / "rows.json"), json.dumps([here, os.path.dirname(here)]), str(tmp_path / "out")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     printed = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
     expected = exact(tiny_llama(), rows)

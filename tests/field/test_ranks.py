@@ -29,7 +29,7 @@ def words(tiny_folder, tmp_path_factory):
 
 def torchrun(words):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "doratune.cli"]
-    return subprocess.run([*launch, *words], capture_output=True, text=True, timeout=240, env=quiet())
+    return subprocess.run([*launch, *words], capture_output=True, text=True, timeout=600, env=quiet())
 
 
 def test_two_ranks_train_into_one_folder(words, tmp_path):

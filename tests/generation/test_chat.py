@@ -28,7 +28,7 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in a shell's background
             os.execv(sys.executable, [sys.executable, "-m", "doratune.cli", "chat", *map(str, words)])
 
-    def until(self, pattern: str, seconds: float = 300) -> str:
+    def until(self, pattern: str, seconds: float = 600) -> str:
         """What came since the last call, up to the pattern."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.text)):
@@ -51,7 +51,7 @@ class Terminal:
     def interrupt(self) -> None:
         os.write(self.file, b"\x03")
 
-    def waits_for_a_key(self, seconds: float = 60) -> None:
+    def waits_for_a_key(self, seconds: float = 600) -> None:
         """Until the program sleeps at its prompt: readline notices a Ctrl-C before that only with the next key."""
         end = time.monotonic() + seconds
         while psutil.Process(self.pid).status() != psutil.STATUS_SLEEPING:
@@ -60,7 +60,7 @@ class Terminal:
 
     def end(self) -> int:
         """The exit status."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -209,5 +209,5 @@ def test_lines_from_a_pipe(tiny_folder, reference):
     import subprocess
 
     command = [sys.executable, "-m", "doratune.cli", "chat", "--model", str(tiny_folder), *SHORT]
-    run = subprocess.run(command, input="true\n", capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, input="true\n", capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and f"base> {reference(None, 'true')}\n" in run.stdout

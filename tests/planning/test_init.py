@@ -205,7 +205,7 @@ def test_in_a_terminal_what_is_missing_is_asked(tiny_folder, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(words, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     os.write(ours, f"{tiny_folder}\n{data}\n8\n".encode())
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert b"memory of the device" in error and b"recipe written" in out
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["data"] == data

@@ -44,7 +44,7 @@ def run_push(home, hub_address, *arguments, token):
     }
     environment |= {"HF_TOKEN": token} if token else {}
     command = [sys.executable, "-m", "doratune", "push", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_an_adapter_arrives_whole_and_private_and_nothing_else_does(adapter, push, tmp_path):

@@ -53,7 +53,7 @@ def test_the_adapter_arrives(tmp_path):
         environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
         words = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), str(tmp_path)]
-        run = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=280)
+        run = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
         assert run.returncode == 0, run.stderr[-3000:]
         repositories = {name.removeprefix("me/"): repository["files"] for name, repository in hub.repositories.items()}
     ids, whole = torch.arange(3, 15)[None], sum(p.numel() for p in model.parameters()) * 4

@@ -19,7 +19,7 @@ import doratune
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PATIENCE_S = 300
+PATIENCE_S = 600
 """A machine that others use too may be slow; nothing here is timed."""
 
 

@@ -232,11 +232,11 @@ def test_interrupted_and_resumed_is_the_same_run(number, recipe, tmp_path):
     assert main(["train", str(recipe), "--output", str(tmp_path / "whole")]) == 0
     output = tmp_path / "stopped"
     process = start(recipe, output, "--save_steps", "5", "--epochs", "2")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while last_checkpoint(output) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     assert "--resume" in errors

@@ -382,7 +382,7 @@ def test_two_processes(base, adapter, tmp_path):
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, *sys.path])}
     run = subprocess.run(
-        [*launch, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
+        [*launch, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=600, env=environment
     )
     assert run.returncode == 0, run.stderr[-3000:]
     seen = json.loads((tmp_path / "seen.json").read_text())

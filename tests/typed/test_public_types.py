@@ -77,7 +77,7 @@ def test_a_strict_checker_agrees_and_sees_mistakes(tmp_path):
         + [write_settings(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     complaints = [d for d in json.loads(run.stdout)["generalDiagnostics"] if d["severity"] == "error"]
     files = [Path(d["file"]).name for d in complaints]
