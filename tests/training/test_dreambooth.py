@@ -177,7 +177,10 @@ def test_inspect_counts_what_the_run_trained(kind, runs, bases, tmp_path, capsys
     assert sum(part["trainable"] for part in parts.values()) == metrics_of(runs / kind)["trainable"]
     assert f"next: doratune merge --adapter {adapter} --output merged" in lines
     assert main(["inspect", "--model", str(bases[kind]), "--targets", "to_q,to_v", "--rank", "2", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]["unet"]["rows"]
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["parts"]["unet"]["rows"]
+    recipe = {"sd": "sd15", "sdxl": "sdxl"}[kind]
+    assert f"next: doratune train recipes/dreambooth_{recipe}.yaml --model {bases[kind]} --data photos" in lines
     assert rows and all(re.fullmatch(r"unet\..*\.to_[qv]", row["module"]) and row["rank"] == 2 for row in rows)
     assert main(["inspect", "--adapter", str(adapter), "--model", str(bases[kind]), "--quantize", "nf4"]) == 2
     assert "quantize is 'nf4', which is not for text-to-image pipelines" in capsys.readouterr().err

@@ -123,10 +123,13 @@ def _adapted_pipeline(settings: InspectSettings) -> tuple[str, dict[str, nn.Modu
 
 
 def _say_next(settings: InspectSettings, name: str, of_pipeline: bool) -> None:
+    from ..support.pipelines import TEXT_ENCODERS
+
     merging = ("merge", "--adapter", settings.adapter, "--output", "merged")
     if settings.adapter:
         say_next(*([] if of_pipeline else [("evaluate", "--adapter", settings.adapter, "--task", "my_test.jsonl")]), merging)
     elif of_pipeline:
-        say_next(("train", "recipes/dreambooth_sd15.yaml", "--model", name, "--data", "photos"))
+        recipe = "sdxl" if (Path(name) / TEXT_ENCODERS[1]).is_dir() else "sd15"
+        say_next(("train", f"recipes/dreambooth_{recipe}.yaml", "--model", name, "--data", "photos"))
     else:
         say_next(("init", "my.jsonl", "--model", name))
