@@ -39,6 +39,12 @@ def held_out(folder: Path) -> list[tuple[str, int, int]]:
     return counts
 
 
+def marks(scores: Path, task: str) -> str:
+    """A digit for each problem of a task, 1 where it was answered right, so that runs can be compared problem by problem."""
+    lines = (scores / f"{task}.generate.jsonl").read_text(encoding="utf-8").splitlines()
+    return "".join(str(int(json.loads(line)["correct"])) for line in lines)
+
+
 def record(run: Path) -> dict:
     """The scores of the base model and of every finished cell, and what each cost."""
     arms = {}
@@ -48,7 +54,8 @@ def record(run: Path) -> dict:
         if not scores.is_file() or (folder.name != "base" and not metrics):
             continue
         results = json.loads(scores.read_text())["results"]
-        tasks = {r["task"]: {key: r[key] for key in ("right", "total", "unparsable", "majority", "seconds")} for r in results}
+        kept = ("right", "total", "unparsable", "majority", "seconds")
+        tasks = {r["task"]: {key: r[key] for key in kept} | {"marks": marks(scores.parent, r["task"])} for r in results}
         facts = {key: metrics.get(key) for key in FACTS} if metrics else {}
         arms[folder.name] = {"tasks": tasks} | facts | {"environment": metrics.get("environment")}
     return arms
@@ -78,16 +85,21 @@ def table(arms: dict) -> str:
     return markdown(head, rows)
 
 
+def by_method(arms: dict) -> dict[str, list[dict]]:
+    """The runs of each method, in the order of their seeds."""
+    groups: dict[str, list[dict]] = {}
+    for arm, scores in arms.items():
+        groups.setdefault(re.sub(r"-s\d+$", "", arm), []).append(scores)
+    return groups
+
+
 def over_seeds_table(arms: dict) -> str:
     """A line a method of several seeds: mean of right answers, and of the loss, with Student's t interval; nothing of one seed."""
     from doratune.comparison.statistics import over_seeds
     from doratune.support.tables import markdown
 
-    groups: dict[str, list[dict]] = {}
-    for arm, scores in arms.items():
-        groups.setdefault(re.sub(r"-s\d+$", "", arm), []).append(scores)
     rows = []
-    for name, runs in groups.items():
+    for name, runs in by_method(arms).items():
         if len(runs) > 1:
             sums = [tuple(map(sum, zip(*((t["right"], t["total"]) for t in run["tasks"].values())))) for run in runs]
             right = over_seeds([right / total for right, total in sums])
@@ -95,6 +107,34 @@ def over_seeds_table(arms: dict) -> str:
             cells = [f"{100 * right.mean:.1f} ± {100 * right.half:.1f} %", f"{loss.mean:.3f} ± {loss.half:.3f}"]
             rows.append([name, str(len(runs)), *cells])
     return markdown(["method", "seeds", "all problems", "loss on held-out problems"], rows) if rows else ""
+
+
+def pairs_table(arms: dict) -> str:
+    """A line for each two methods of as many seeds, and the base with each: paired differences as `doratune compare` has them.
+
+    The base has no seed and counts once for each. Nothing where no method has several seeds.
+    """
+    import numpy as np
+
+    from doratune.comparison.statistics import holm, paired_bootstrap
+    from doratune.support.tables import markdown
+
+    groups = by_method(arms)
+    seeds = max(map(len, groups.values()))
+    runs = {name: of_one * seeds if name == "base" else of_one for name, of_one in groups.items()}
+    right = {
+        name: {task: np.array([[int(mark) for mark in run["tasks"][task]["marks"]] for run in group]) for task in group[0]["tasks"]}
+        for name, group in runs.items()
+        if len(group) == seeds > 1
+    }
+    names = [(a, b) for i, b in enumerate(right) for a in list(right)[i + 1 :]]
+    differences = [paired_bootstrap(right[a], right[b]) for a, b in names]
+    rows = []
+    for (a, b), d, p in zip(names, differences, holm([d.p for d in differences])):
+        interval = f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"
+        figures = [f"{100 * d.mean:+.1f}", interval, f"{d.p:.3f}", f"{p:.3f}", f"{100 * d.visible(len(names)):.1f}"]
+        rows.append([f"{a} - {b}", *figures, "shown" if p < 0.05 else "not shown"])
+    return markdown(["difference", "points", "95 % interval", "p", "p, Holm", "visible", "verdict"], rows) if rows else ""
 
 
 def main(words: list[str]) -> None:
@@ -110,7 +150,7 @@ def main(words: list[str]) -> None:
         results.write_text(json.dumps(arms, indent=1) + "\n", encoding="utf-8")
     elif words == ["tables"]:
         arms = json.loads(results.read_text(encoding="utf-8"))
-        parts = [table(arms), *([means] if (means := over_seeds_table(arms)) else [])]
+        parts = [text for text in (table(arms), over_seeds_table(arms), pairs_table(arms)) if text]
         page.write_text(placed(page, "scores", "\n\n".join(parts), page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         sys.exit(__doc__)

@@ -39,6 +39,8 @@ def test_tables_of_finished_cells(arithmetic, tmp_path):
         folder.mkdir(parents=True)
         result = {"task": "AddSub", "right": right, "total": 20, "unparsable": 0.5, "majority": 0.1, "seconds": 1.0}
         (folder / "results.json").write_text(json.dumps({"results": [result]}))
+        records = [json.dumps({"correct": i < right}) for i in range(20)]
+        (folder / "AddSub.generate.jsonl").write_text("\n".join(records) + "\n")
 
     scored(tmp_path / "base", 0)
     scored(tmp_path / "cells" / "lora" / "scores" / "after", 5)
@@ -46,6 +48,7 @@ def test_tables_of_finished_cells(arithmetic, tmp_path):
     (tmp_path / "cells" / "lora" / "metrics.json").write_text(json.dumps({"trainable": 1000, "eval_loss": 0.5, "cpu_seconds": 9}))
     arms = arithmetic.record(tmp_path)
     assert list(arms) == ["base", "lora"]
+    assert arms["lora"]["tasks"]["AddSub"]["marks"] == "1" * 5 + "0" * 15
     lines = arithmetic.table(arms).splitlines()
     assert "0/20 (0 – 16 %)" in lines[2] and "5/20 (11 – 47 %)" in lines[3] and "1,000" in lines[3] and "50 %" in lines[3]
 
@@ -59,6 +62,27 @@ def test_the_mean_of_several_seeds(arithmetic):
     assert len(lines) == 3
     assert "dora-lr0.1 | 2 | 15.0 ± 63.5 % | 0.600 ± 1.271" in lines[2]  # t of one degree of freedom: 12.706
     assert arithmetic.over_seeds_table({"base": arms["base"], "full-s0": arms["full-s0"]}) == ""
+
+
+def test_differences_are_paired_by_problem_and_seed(arithmetic):
+    """A method that is right wherever the other is, and on 30 problems more of 100, is better; one that only differs is not."""
+
+    def run(*rights):
+        text = "".join("1" if i in set(rights) else "0" for i in range(100))
+        return {"tasks": {"gsm8k": {"right": len(rights), "total": 100, "marks": text}}, "eval_loss": 1.0}
+
+    arms = {"base": run(0, 1)}
+    for seed in range(3):
+        arms[f"lora-s{seed}"] = run(*range(seed, 30 + seed))
+        arms[f"dora-s{seed}"] = run(*range(seed, 60 + seed))
+        arms[f"other-s{seed}"] = run(*range(29 + seed, 59 + seed))
+    lines = {line.split(" | ")[0].strip("| "): line for line in arithmetic.pairs_table(arms).splitlines()[2:]}
+    assert set(lines) == {f"{a} - {b}" for a, b in (
+        ("lora", "base"), ("dora", "base"), ("other", "base"), ("dora", "lora"), ("other", "lora"), ("other", "dora")
+    )}  # fmt: skip
+    assert "| +30.0 |" in lines["dora - lora"] and lines["dora - lora"].endswith("| shown |")
+    assert "| +0.0 |" in lines["other - lora"] and lines["other - lora"].endswith("| not shown |")
+    assert arithmetic.pairs_table({"base": run(0), "dora-s0": run(1)}) == ""
 
 
 def test_a_folder_without_scores_leaves_the_record_as_it_is(arithmetic, tmp_path):
