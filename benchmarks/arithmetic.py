@@ -112,11 +112,11 @@ def over_seeds_table(arms: dict) -> str:
 def pairs_table(arms: dict) -> str:
     """A line for each two methods of as many seeds, and the base with each: paired differences as `doratune compare` has them.
 
-    The base has no seed and counts once for each. Nothing where no method has several seeds.
+    The base has no seed and counts once for each; it has no loss. Nothing where no method has several seeds.
     """
     import numpy as np
 
-    from doratune.comparison.statistics import holm, paired_bootstrap
+    from doratune.comparison.statistics import holm, paired_bootstrap, paired_difference
     from doratune.support.tables import markdown
 
     groups = by_method(arms)
@@ -132,9 +132,15 @@ def pairs_table(arms: dict) -> str:
     rows = []
     for (a, b), d, p in zip(names, differences, holm([d.p for d in differences])):
         interval = f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"
-        figures = [f"{100 * d.mean:+.1f}", interval, f"{d.p:.3f}", f"{p:.3f}", f"{100 * d.visible(len(names)):.1f}"]
-        rows.append([f"{a} - {b}", *figures, "shown" if p < 0.05 else "not shown"])
-    return markdown(["difference", "points", "95 % interval", "p", "p, Holm", "visible", "verdict"], rows) if rows else ""
+        figures = [f"{100 * d.mean:+.1f}", interval, f"{d.p:.3f}", f"{p:.3f}", f"{100 * d.visible():.1f}"]
+        losses, loss = [[run.get("eval_loss") for run in runs[name]] for name in (a, b)], "-"
+        if None not in (*losses[0], *losses[1]):
+            of_loss = paired_difference(*losses)
+            loss = f"{of_loss.mean:+.3f} ({of_loss.low:+.3f} to {of_loss.high:+.3f})"
+        rows.append([f"{a} - {b}", *figures, "shown" if p < 0.05 else "not shown", loss])
+    head = ["difference", "points, mean of the files", "95 % interval", "p", "p, Holm", "visible alone", "verdict"]
+    head.append("loss, paired by seed")
+    return markdown(head, rows) if rows else ""
 
 
 def main(words: list[str]) -> None:

@@ -69,7 +69,8 @@ def test_differences_are_paired_by_problem_and_seed(arithmetic):
 
     def run(*rights):
         text = "".join("1" if i in set(rights) else "0" for i in range(100))
-        return {"tasks": {"gsm8k": {"right": len(rights), "total": 100, "marks": text}}, "eval_loss": 1.0}
+        tasks = {"gsm8k": {"right": len(rights), "total": 100, "marks": text}}
+        return {"tasks": tasks, "eval_loss": None if rights == (0, 1) else 1 + len(rights) / 100 + rights[0] / 10}
 
     arms = {"base": run(0, 1)}
     for seed in range(3):
@@ -80,8 +81,9 @@ def test_differences_are_paired_by_problem_and_seed(arithmetic):
     assert set(lines) == {f"{a} - {b}" for a, b in (
         ("lora", "base"), ("dora", "base"), ("other", "base"), ("dora", "lora"), ("other", "lora"), ("other", "dora")
     )}  # fmt: skip
-    assert "| +30.0 |" in lines["dora - lora"] and lines["dora - lora"].endswith("| shown |")
-    assert "| +0.0 |" in lines["other - lora"] and lines["other - lora"].endswith("| not shown |")
+    assert "| +30.0 |" in lines["dora - lora"] and lines["dora - lora"].endswith("| shown | +0.300 (+0.300 to +0.300) |")
+    assert "| +0.0 |" in lines["other - lora"] and "| not shown |" in lines["other - lora"]
+    assert lines["lora - base"].endswith("| - |")
     assert arithmetic.pairs_table({"base": run(0), "dora-s0": run(1)}) == ""
 
 
