@@ -55,8 +55,10 @@ def test_what_only_others_read_is_refused(objective, name):
     if name in READS[objective]:
         assert f"not for {objective}" not in text
     else:
-        readers = " or ".join(kind for kind in names() if name in READS[kind])
-        assert text.startswith(f"{name} is ") and text.endswith(f"which is for objective {readers}, not for {objective}: drop it")
+        readers = [kind for kind in names() if name in READS[kind]]
+        end = f"which is for objective {' or '.join(readers)}, not for {objective}: drop it"
+        end += f", or set objective: {readers[0]}" if len(readers) == 1 else ""
+        assert text.startswith(f"{name} is ") and text.endswith(end)
 
 
 def test_what_is_said_as_it_is_anyway_is_taken():

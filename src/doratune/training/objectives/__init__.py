@@ -157,6 +157,8 @@ def check_objective(recipe: TrainRecipe) -> None:
     for setting in (f.name for f in dataclasses.fields(recipe)):
         readers, value = [name for name, own in reads.items() if setting in own], getattr(recipe, setting)
         if readers and recipe.objective not in readers and value != getattr(unset, setting):
-            own = " or ".join(readers)
-            raise UserError(f"{setting} is {shown(value)}, which is for objective {own}, not for {recipe.objective}: drop it")
+            own, other = " or ".join(readers), f", or set objective: {readers[0]}" if len(readers) == 1 else ""
+            raise UserError(
+                f"{setting} is {shown(value)}, which is for objective {own}, not for {recipe.objective}: drop it{other}"
+            )
     objective_of(recipe).check()
