@@ -25,6 +25,7 @@ from doratune.support.image_models import load_image_model
 from doratune.support.models import load_model
 from doratune.support.vl_bart import load_vl_bart
 from doratune.training.methods import method_of
+from doratune.training.objectives import DEFAULT, kind_named
 
 BATCH, LENGTH = 3, 96
 FAMILIES = pictures.FAMILIES | pictures.FURTHER
@@ -66,8 +67,10 @@ def qwen(path):
 
 
 def settings_of(values, **more):
-    usual = {"rank": 2, "dtype": "float32", "batch_size": BATCH, "max_length": LENGTH, "device": "cpu", "process": 0.0}
-    return PlanSettings(**usual | {"largest": "none", "data": "x"} | values | more)
+    usual = {"rank": 2, "dtype": "float32", "batch_size": BATCH, "device": "cpu", "process": 0.0, "largest": "none", "data": "x"}
+    if "max_length" in kind_named(values.get("objective", DEFAULT)).reads:
+        usual["max_length"] = LENGTH
+    return PlanSettings(**usual | values | more)
 
 
 def measured(settings) -> int:
@@ -231,7 +234,8 @@ def test_the_size_of_images_that_nothing_says(tmp_path):
 def test_the_command_takes_the_recipes(recipe, kind, tmp_path, pytestconfig, capsys):
     values = folder_of(kind, tmp_path / "model")
     words = [str(pytestconfig.rootpath / "recipes" / f"{recipe}.yaml"), "--model", values["model"], "--memory", "24", "--rank", "2"]
-    assert main(["plan", *words, "--batch_size", "2", "--max_length", "64", "--largest", "none", "--json"]) == 0
+    words += ["--max_length", "64"] if kind == "llava" else []
+    assert main(["plan", *words, "--batch_size", "2", "--largest", "none", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1])["fits"] is True and IMAGES in json.loads(out[-1])["terms"]
 
