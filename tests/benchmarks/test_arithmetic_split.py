@@ -84,6 +84,19 @@ def test_differences_are_paired_by_problem_and_seed(arithmetic):
     assert "| +30.0 |" in lines["dora - lora"] and lines["dora - lora"].endswith("| shown | +0.300 (+0.300 to +0.300) |")
     assert "| +0.0 |" in lines["other - lora"] and "| not shown |" in lines["other - lora"]
     assert lines["lora - base"].endswith("| - |")
+
+
+def test_verdicts_are_by_the_corrected_p(arithmetic, monkeypatch):
+    from doratune.comparison import statistics
+
+    def run(*rights):
+        text = "".join("1" if i in set(rights) else "0" for i in range(20))
+        return {"tasks": {"gsm8k": {"right": len(rights), "total": 20, "marks": text}}}
+
+    monkeypatch.setattr(statistics, "paired_bootstrap", lambda a, b: statistics.Difference(0.1, 0.01, 0.2, 0.03, 0.04, 3))
+    arms = {f"{name}-s{seed}": run(seed) for name in ("lora", "dora", "full") for seed in range(3)}
+    lines = arithmetic.pairs_table(arms).splitlines()[2:]
+    assert len(lines) == 3 and all("| 0.030 | 0.090 |" in line and "| not shown |" in line for line in lines)
     assert arithmetic.pairs_table({"base": run(0), "dora-s0": run(1)}) == ""
 
 

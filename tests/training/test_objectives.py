@@ -43,6 +43,17 @@ def refusal(objective, name):
     return ""
 
 
+OF_TEXT_ALONE = {
+    "data_format", "roles", "prompt", "images", "loss", "turn_order", "system_as", "special_tokens", "streaming", "mirror", "too_long",
+    "train_on_prompt", "packing", "sample_tokens", "vision_tower",
+}  # fmt: skip
+
+
+def test_what_text_alone_reads():
+    others = set.union(*(own for name, own in READS.items() if name != "language_modeling"))
+    assert READS["language_modeling"] - others == OF_TEXT_ALONE
+
+
 def test_every_such_setting_is_one_of_a_recipe():
     assert set(OF_SOME) <= set(setting_names(TrainRecipe))
     assert len(OF_SOME) > 40 and not set.intersection(*READS.values())
