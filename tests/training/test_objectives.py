@@ -44,8 +44,8 @@ def refusal(objective, name):
 
 
 OF_TEXT_ALONE = {
-    "data_format", "roles", "prompt", "images", "loss", "turn_order", "system_as", "special_tokens", "streaming", "mirror", "too_long",
-    "train_on_prompt", "packing", "sample_tokens", "vision_tower",
+    "data_format", "roles", "prompt", "images", "loss", "turn_order", "system_as", "special_tokens", "streaming", "mirror",
+    "too_long", "train_on_prompt", "packing", "sample_tokens", "vision_tower",
 }  # fmt: skip
 
 
