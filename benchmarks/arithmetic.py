@@ -41,7 +41,10 @@ def held_out(folder: Path) -> list[tuple[str, int, int]]:
 
 def marks(scores: Path, task: str) -> str:
     """A digit for each problem of a task, 1 where it was answered right, so that runs can be compared problem by problem."""
-    lines = (scores / f"{task}.generate.jsonl").read_text(encoding="utf-8").splitlines()
+    path = scores / f"{task}.generate.jsonl"
+    if not path.is_file():
+        sys.exit(f"{path} is missing, which holds the answers behind {scores / 'results.json'}; copy the whole folder of the run")
+    lines = path.read_text(encoding="utf-8").splitlines()
     return "".join(str(int(json.loads(line)["correct"])) for line in lines)
 
 

@@ -53,6 +53,14 @@ def test_tables_of_finished_cells(arithmetic, tmp_path):
     assert "0/20 (0 – 16 %)" in lines[2] and "5/20 (11 – 47 %)" in lines[3] and "1,000" in lines[3] and "50 %" in lines[3]
 
 
+def test_scores_without_their_answers_are_one_line(arithmetic, tmp_path):
+    result = {"task": "AddSub", "right": 1, "total": 20, "unparsable": 0.5, "majority": 0.1, "seconds": 1.0}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "results.json").write_text(json.dumps({"results": [result]}))
+    with pytest.raises(SystemExit, match=r"AddSub\.generate\.jsonl is missing, .*; copy the whole folder"):
+        arithmetic.main(["record", str(tmp_path)])
+
+
 def test_the_mean_of_several_seeds(arithmetic):
     def run(right, loss):
         return {"tasks": {"AddSub": {"right": right, "total": 20}, "gsm8k": {"right": 0, "total": 20}}, "eval_loss": loss}
